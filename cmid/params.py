@@ -59,11 +59,17 @@ def _ordered(name, pair, low, high):
     "Refuse a pair that does not rise within [low, high]."
     if not low <= pair[0] <= pair[1] <= high: raise ValueError(f"{name}: must rise within {low} and {high}, got {pair}")
 
-# %% ../nbs/00_params.ipynb #5080792d
+# %% ../nbs/00_params.ipynb #42a195ed
 class Dataset(Section):
-    "Where the images of one dataset lie, and the text files that list its splits."
+    "Where the images of one dataset lie, and the folder of text files that list its splits."
     folder: Annotated[str, Field(min_length=1)]
-    lists: dict[str, str] = {}
+    lists: Annotated[str, Field(min_length=1)]
+
+    def splits(self,
+        root, # the study's: relative paths are taken from there
+    ) -> dict: # split name -> text file
+        "The text files of `lists`; the name of each is its split's."
+        return {o.stem: o for o in sorted((Path(root)/self.lists).glob('*.txt'))}
 
 class Study(Section):
     "Which cells the study has: backbones x methods, baselines, and what is compared on which labelled datasets."
@@ -153,9 +159,11 @@ class Pretrain(Section):
         if 0 < self.epoch_images < self.batch: raise ValueError(f"epoch_images: {self.epoch_images} is less than one batch of {self.batch}")
         return self
 
-# %% ../nbs/00_params.ipynb #adfe8b78
+# %% ../nbs/00_params.ipynb #9c0e2c93
 class Probe(Section):
     "kNN and a linear classifier on frozen features."
+    train: str
+    test: str
     neighbours: Count
     temperature: Positive
     fractions: Annotated[list[Share], Field(min_length=1)]
@@ -228,7 +236,7 @@ def check(
     try: return model(**values)
     except ValidationError as e: raise CmidError(f"params.yaml: {_explain(e, model, where)}") from None
 
-# %% ../nbs/00_params.ipynb #d65b479b
+# %% ../nbs/00_params.ipynb #0bee40e1
 class Params:
     "`params.yaml` with one profile laid over it; sections are attributes, checked when they are read."
     def __init__(self,
@@ -242,6 +250,8 @@ class Params:
         if self.run.profile not in profiles:
             raise CmidError(f"params.yaml: profile: {self.run.profile!r} is not under profiles{near(self.run.profile, profiles)}")
         self.overlay = profiles[self.run.profile]
+        if 'dataset' in (self.overlay.get('pretrain') or {}):
+            raise CmidError(f"params.yaml: profiles.{self.run.profile}.pretrain.dataset: belongs into pretrain.dataset, where dvc.yaml reads it")
         known = {*SECTIONS, *Run.model_fields, 'datasets', 'profiles'}
         for o in [*self.values, *self.overlay]:
             if o not in known: raise CmidError(f"params.yaml: {o}: unknown section{near(o, known)}")
