@@ -4,23 +4,27 @@
 
 # %% auto #0
 __all__ = ['UNDECAYED', 'LOSSES', 'Batches', 'peak_lr', 'lr_at', 'parameter_groups', 'precision_of', 'CMIDCallback', 'Journal',
-           'Checkpoints', 'build', 'normalisation', 'learner', 'run']
+           'Checkpoints', 'build', 'normalisation', 'learner', 'run', 'corpus', 'view_figure', 'curve_figure', 'Curves',
+           'export', 'export_baseline', 'summary']
 
-# %% ../nbs/23_pretrain.ipynb #e22fdb3c
-import math, queue, threading, time
+# %% ../nbs/23_pretrain.ipynb #94fb88fb
+import hashlib, json, math, queue, threading, time, warnings
 from pathlib import Path
 import numpy as np, torch
-from fastai.callback.core import Callback
-from fastai.data.core import DataLoaders
-from fastai.learner import Learner, Recorder, CastToTensor
-from fastai.callback.progress import ProgressCallback
-from fastai.optimizer import OptimWrapper
+with warnings.catch_warnings(): # fastai 2.8 scripts a function when it is imported, which torch calls deprecated
+    warnings.simplefilter('ignore', FutureWarning)
+    from fastai.callback.core import Callback
+    from fastai.data.core import DataLoaders
+    from fastai.learner import Learner, Recorder, CastToTensor
+    from fastai.callback.progress import ProgressCallback
+    from fastai.optimizer import OptimWrapper
 from timm.optim import Adan, param_groups_weight_decay
-from . import checkpoint, teacher
+from . import backbones, checkpoint, teacher
 from .distillation import temperature_at
 from .health import feature_health, prototype_use
+from .masking import fill_mean
 from .model import CMID
-from .params import CmidError, Pretrain, device, provenance, write_json
+from .params import CmidError, Pretrain, device, near, seed_everything
 from .views import RGB_MEAN, RGB_STD, TwoViews, step_generator
 
 # %% ../nbs/23_pretrain.ipynb #e71edd6e
@@ -114,7 +118,7 @@ def precision_of(
     if name == 'float16' and on.type == 'cpu': raise CmidError("params.yaml: pretrain.precision: float16 needs a GPU; use float32, bfloat16 or auto")
     return getattr(torch, name)
 
-# %% ../nbs/23_pretrain.ipynb #c2aeabe9
+# %% ../nbs/23_pretrain.ipynb #2f351203
 class CMIDCallback(Callback):
     "Views, schedules, mixed precision, moving average and queue of CMID."
     order = 10
@@ -131,13 +135,13 @@ class CMIDCallback(Callback):
 
     def before_batch(self):
         s, epoch = self.settings, self.done // self.epoch_steps
-        self.lr = lr_at(self.done, self.steps, s.warmup_epochs * self.epoch_steps, self.peak, s.lr_min)
-        self.temperature = temperature_at(epoch, s.teacher_temperature_epochs, *s.teacher_temperature)
+        self.rate = lr_at(self.done, self.steps, s.warmup_epochs * self.epoch_steps, self.peak, s.lr_min)
+        self.tau = temperature_at(epoch, s.teacher_temperature_epochs, *s.teacher_temperature)
         self.momentum = teacher.momentum_at(self.done, self.steps, *s.momentum)
-        self.learn.opt.set_hypers(lr=self.lr)
+        self.learn.opt.set_hypers(lr=self.rate)
         views = self.views(self.learn.xb[0], step_generator(self.seed, self.done, device=self.on))
         if self.on.type in ('cpu', 'cuda'): views = [o._replace(images=o.images.contiguous(memory_format=torch.channels_last)) for o in views]
-        self.learn.xb = (views, self.temperature)
+        self.learn.xb = (views, self.tau)
         self.cast = torch.autocast(self.on.type, self.dtype, enabled=self.dtype != torch.float32); self.cast.__enter__()
 
     def after_pred(self): self._uncast()
@@ -155,7 +159,7 @@ class CMIDCallback(Callback):
         if self.settings.fidelity == 'corrected': self.learn.model.average(self.momentum)
         self.learn.model.enqueue(); self.done += 1
 
-# %% ../nbs/23_pretrain.ipynb #ca617dc6
+# %% ../nbs/23_pretrain.ipynb #ef52ac11
 LOSSES = 'total', 'reconstruction', 'contrast', 'distillation'
 
 class Journal(Callback):
@@ -169,8 +173,7 @@ class Journal(Callback):
         self.watched, self.say, self.points, self.curve, self.epochs = watched, say, points, [], []
 
     def before_epoch(self): self.schedule, self.begun = [], time.perf_counter()
-    def before_batch(self): pass
-    def after_batch(self): a = self.learn.cmid; self.schedule.append((a.lr, a.momentum, a.temperature))
+    def after_batch(self): a = self.learn.cmid; self.schedule.append((a.rate, a.momentum, a.tau))
 
     def after_epoch(self):
         a = self.learn.cmid
@@ -211,11 +214,18 @@ def _clock(seconds):
     "Seconds as h, min or s."
     return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
 
-# %% ../nbs/23_pretrain.ipynb #636954ee
+# %% ../nbs/23_pretrain.ipynb #407d5228
 class Checkpoints(Callback):
-    "Write the whole state every so many epochs."
+    "Write the whole state every so many epochs, to a folder of these parameters' own."
     order = 30
-    def __init__(self, folder, parameters:dict, every:int=1): self.folder, self.parameters, self.every = Path(folder), parameters, every
+    def __init__(self, folder, parameters:dict, every:int=1):
+        self.parameters, self.every = parameters, every
+        self.folder = Path(folder)/hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()[:8]
+
+    def others(self):
+        "Folders of runs with other parameters."
+        return [o for o in sorted(self.folder.parent.glob('*/')) if o != self.folder and checkpoint.checkpoints(o)]
+
     def after_epoch(self):
         done = self.learn.epoch + 1
         if self.learn.journal.epochs and self.learn.journal.epochs[-1]['epoch'] == done and (done % self.every == 0 or done == self.learn.cmid.settings.epochs): self.write(done)
@@ -228,6 +238,7 @@ class Checkpoints(Callback):
 
     def restore(self, learn) -> int: # epochs done
         "Go on from the newest good checkpoint of these parameters, if there is one."
+        for o in self.others(): learn.journal.say(f"{o}: checkpoints of other parameters, left alone")
         found = checkpoint.latest(self.folder, expect=self.parameters)
         if found is None: return 0
         _, state, _ = found
@@ -253,7 +264,7 @@ def normalisation(
     "The paper's statistics for RGB, the data's own for other bands (section IV-A)."
     return (list(RGB_MEAN), list(RGB_STD)) if images.bands == 3 else (list(images.mean), list(images.std))
 
-# %% ../nbs/23_pretrain.ipynb #48acbd36
+# %% ../nbs/23_pretrain.ipynb #8d1dc1d5
 def learner(
     images, # images.Prepared: uint8 rows, with bands, side, mean and std
     index, # which of them are the corpus
@@ -279,7 +290,7 @@ def learner(
     learn.create_opt()
     if folder is not None:
         learn.add_cb(Checkpoints(folder, dict(settings=settings.model_dump(), backbone=backbone, variant=variant, seed=seed, data=data_hash, side=images.side, bands=images.bands, precision=str(dtype)), settings.checkpoint_epochs))
-    if hasattr(say, '__call__'): _announce(learn, settings, batches, on, dtype, say)
+    _announce(learn, settings, batches, on, dtype, say)
     return learn
 
 def _announce(learn, settings, batches, on, dtype, say):
@@ -289,14 +300,118 @@ def _announce(learn, settings, batches, on, dtype, say):
     if learn.model.queue is not None and settings.queue > batches.count:
         say(f"note: the queue of {settings.queue} keys is longer than the {batches.count} images: each is its own negative several times; lower pretrain.queue")
 
-# %% ../nbs/23_pretrain.ipynb #36ac64f1
+# %% ../nbs/23_pretrain.ipynb #607b9cd7
 def run(
     learn:Learner, # of `learner`
     until:int|None=None, # stop after this many epochs; None: all
+    curves=None, # folder for DVCLive
 ) -> Learner: # trained
     "Train, going on from the newest checkpoint where there is one."
     keeper = getattr(learn, 'checkpoints', None)
     done = keeper.restore(learn) if keeper else 0
     if done: learn.journal.say(f"going on after epoch {done}")
-    if done < learn.cmid.settings.epochs: learn.fit(until or learn.cmid.settings.epochs, start_epoch=done)
+    learn.fit(until or learn.cmid.settings.epochs, start_epoch=done, cbs=Curves(curves) if curves else None)
     return learn
+
+# %% ../nbs/23_pretrain.ipynb #23a48dd1
+def corpus(
+    images, # images.Prepared
+    split:str|None, # a list's name, or None for all
+) -> np.ndarray: # indices
+    "Which images are learnt from. Raises `CmidError` with the near names of a split that is not there."
+    if split is None: return np.arange(len(images))
+    if split not in images.splits: raise CmidError(f"params.yaml: pretrain.split: {split!r} is no list of this dataset{near(split, images.splits)}; known: {', '.join(images.splits) or 'none'}")
+    return images.splits[split]
+
+# %% ../nbs/23_pretrain.ipynb #e1255585
+def view_figure(
+    learn:Learner, # of `learner`
+    n:int=6, # images
+): # matplotlib Figure
+    "Both views of the first batch, whole and as the student sees them."
+    from matplotlib.figure import Figure
+    a, b = learn.dls.train, learn.cmid; x = torch.from_numpy(a.images[a.order(0)[0][:n]]).to(next(learn.model.parameters()).device)
+    views = b.views(x, step_generator(b.seed, 0, device=x.device)); rows = [('image', x.float() / 255)]
+    for name, v in zip('AB', views): rows += [(f'view {name}', b.views.restore(v.images)), (f'{name}, masked', b.views.restore(fill_mean(v.images, v.masks)))]
+    fig = Figure(figsize=(1.25 * len(x), 6.4), dpi=72, layout='constrained'); axes = fig.subplots(5, len(x), squeeze=False)
+    for (name, images), line in zip(rows, axes):
+        for ax, o in zip(line, images.cpu()): ax.imshow(o[:3].permute(1, 2, 0) if len(o) >= 3 else o[0], cmap='gray'); ax.set(xticks=[], yticks=[])
+        line[0].set_ylabel(name, fontsize=8)
+    return fig
+
+# %% ../nbs/23_pretrain.ipynb #e0f5ed8e
+def curve_figure(
+    curve:list, # points of a journal
+    epochs:list, # its epochs
+): # matplotlib Figure
+    "Losses, schedules, speed and health of a run."
+    from matplotlib.figure import Figure
+    health = [k for k in ('student_std', 'student_rank', 'prototypes_perplexity') if k in epochs[-1]]
+    panels = [(k, curve) for k in (*LOSSES, 'lr', 'momentum', 'teacher_temperature')] + [(k, epochs) for k in ('images_per_s', *health)]
+    rows = math.ceil(len(panels) / 4); fig = Figure(figsize=(10, 1.9 * rows), dpi=72, layout='constrained')
+    for ax, (k, points) in zip(fig.subplots(rows, 4).flat, panels): ax.plot([o['step'] for o in points], [o[k] for o in points], '.-' if len(points) < 30 else '-', lw=1); ax.set_title(k.replace('_', ' '), fontsize=8); ax.tick_params(labelsize=6)
+    for ax in fig.axes[len(panels):]: ax.axis('off')
+    return fig
+
+# %% ../nbs/23_pretrain.ipynb #4a456279
+class Curves(Callback):
+    "Write the journal's curve through DVCLive; a run that goes on writes the whole curve again."
+    order = 25
+    def __init__(self, folder): self.folder, self.written = folder, 0
+    def before_fit(self):
+        from dvclive import Live
+        self.live = Live(str(self.folder), dvcyaml=None, save_dvc_exp=False, report=None, monitor_system=False); self.after_epoch()
+
+    def after_epoch(self):
+        for point in self.learn.journal.curve[self.written:]:
+            self.live.step = point['step']
+            for k, v in point.items():
+                if k != 'step': self.live.log_metric(k, v)
+            self.live.make_summary()
+        self.written = len(self.learn.journal.curve)
+
+    def after_fit(self):
+        for o in self.learn.journal.epochs:
+            self.live.step = o['step']
+            for k, v in o.items():
+                if k not in ('epoch', 'step', *LOSSES): self.live.log_metric(k, v)
+        self.live.end()
+
+# %% ../nbs/23_pretrain.ipynb #7a6719de
+def _card(images, mean, std, method, parameters, health, made, trained=True):
+    "What a backbone's card says of these images."
+    bands = ['red', 'green', 'blue'] if images.bands == 3 else [f'band {i + 1}' for i in range(images.bands)]
+    return dict(mean=list(mean), std=list(std), bands=bands, method=method, parameters=parameters, data_hash=images.hash if trained else None, data_licence=None, provenance=made, health=health)
+
+def export(
+    model:CMID, # trained, or not
+    images, # images.Prepared that it was trained on
+    folder, # models/<init>
+    method:str, # cmid | byol
+    parameters:dict, # of the run
+    health:dict, # of its last epoch
+    made:dict, # provenance
+):
+    "Write the student's backbone with its card and decoder."
+    decoder = {f'decoder.{k}': v.detach().cpu() for k, v in model.decoder.state_dict().items()}
+    return checkpoint.export_backbone(model.student.encoder, folder, _card(images, *normalisation(images), method, parameters, health, made), decoder)
+
+def export_baseline(
+    init:str, # random-<backbone> | imagenet-<backbone>
+    images, # images.Prepared of pretraining, whose bands and side count
+    folder, # models/<init>
+    seed:int, # of the random weights
+    made:dict, # provenance
+):
+    "Write a backbone that was not pretrained here, in the form of one that was. Raises `CmidError` where weights cannot be fetched."
+    kind, backbone = init.split('-', 1); seed_everything(seed)
+    encoder = backbones.create(backbone, images.bands, images.side, pretrained=kind == 'imagenet')
+    mean, std = normalisation(images)
+    if kind == 'imagenet' and images.bands == 3: mean, std = (list(encoder.model.pretrained_cfg[k]) for k in ('mean', 'std'))
+    return checkpoint.export_backbone(encoder, folder, _card(images, mean, std, kind, dict(seed=seed), {}, made, trained=False))
+
+def summary(
+    learn:Learner, # trained
+) -> dict: # numbers that repeat
+    "Losses and health of the last epoch."
+    return {k: v for k, v in learn.journal.epochs[-1].items() if k != 'images_per_s'}
