@@ -6,8 +6,9 @@
 __all__ = ['KINDS', 'LARGE', 'HEADER', 'JOB', 'FORMAT', 'OURS', 'find_images', 'open_image', 'stretched', 'resized', 'tile_start',
            'Prepared', 'audit_table', 'prepare', 'contact_sheet', 'class_figure', 'cmid_prepare']
 
-# %% ../nbs/02_images.ipynb #1ef72693
+# %% ../nbs/02_images.ipynb #6d9e6c68
 import csv, errno, hashlib, io, json, logging, multiprocessing, os, shutil, signal, struct, sys, threading, types, warnings
+from array import array
 from bisect import bisect_left
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
@@ -327,7 +328,7 @@ def _tally(table, key, name):
     entry = table.setdefault(key, [0, []]); entry[0] += 1
     if len(entry[1]) < 5: entry[1].append(name)
 
-# %% ../nbs/02_images.ipynb #f2b95a6a
+# %% ../nbs/02_images.ipynb #c3b43493
 def _choose_bands(cfg, t, names):
     "Set `cfg.channels`, and the reason of every file that has not these bands"
     seen = Counter(t.bands[t.bands > 0].tolist())
@@ -345,9 +346,9 @@ def _choose_bands(cfg, t, names):
 def _choose_stretch(cfg, t, files, names, run):
     "Set `cfg.low` and `cfg.high`, None where all files have 8 bits; about a million pixels a band are looked at"
     cfg.low = cfg.high = None
-    wide = [i for i in files if t.dtypes[t.dtype[i]] != 'uint8']
-    if not wide: return
-    some = [wide[k] for k in sorted({int(v) for v in np.linspace(0, len(wide) - 1, min(len(wide), 256))})]
+    wide = files[np.array([o != 'uint8' for o in t.dtypes])[t.dtype[files]]]
+    if not len(wide): return
+    some = wide[np.unique(np.linspace(0, len(wide) - 1, min(len(wide), 256)).astype(int))]
     count = min(16384, 2**20 // len(some))
     got = [o for o in run(_sample, [(os.path.join(cfg.folder, names[i]), cfg.bands, count) for i in some]) if o is not None]
     values = [np.concatenate([o[b] for o in got]) if got else np.zeros(0) for b in range(cfg.channels)]
@@ -460,7 +461,7 @@ class _Finder:
         name, label = [*line.rsplit(None, 1), None][:2] if len(line.split()) > 1 else (line, None)
         return self.file(name), label
 
-# %% ../nbs/02_images.ipynb #b521917c
+# %% ../nbs/02_images.ipynb #50d6ce9a
 def _lines(path):
     "The lines of a list that are not blank, whatever their ends"
     try:
@@ -472,7 +473,7 @@ def _read_lists(names, lists):
     "Per split the numbers of its files; per file its label's number (-1: none); the label words; what was odd"
     find, words, labels, splits, bare, notes = _Finder(names), {}, np.full(len(names), -1, 'i4'), {}, None, {}
     for split,path in lists.items():
-        files = []
+        files = array('q')
         for line in _lines(path):
             i, word = find(line)
             if i < 0: _tally(notes, f'missing|{split}', line); continue
@@ -525,7 +526,7 @@ def _items_of(files, item_file):
     a, b = (np.searchsorted(item_file, files, side) for side in ('left', 'right'))
     return np.repeat(a - np.cumsum(b - a) + (b - a), b - a) + np.arange((b - a).sum())
 
-# %% ../nbs/02_images.ipynb #a5160eaf
+# %% ../nbs/02_images.ipynb #cc7bb25e
 def _family(a, b):
     "Are these two splits meant to share no image?"
     (ra, _, ta), (rb, _, tb) = a.partition('_'), b.partition('_')
@@ -537,16 +538,15 @@ def _finding(kind, level, count, text, examples=()):
 
 def _duplicates(g, names, splits):
     "Findings about files of equal bytes, within the folder and across the splits of a family"
-    files, first = np.unique(g.file, return_index=True); sha = g.sha[first]
-    order = np.argsort(sha, kind='stable'); same = np.flatnonzero(np.diff(np.append(sha[order], 0).astype('u8')) == 0)
-    groups = {}
-    for k in same[same < len(order) - 1]: groups.setdefault(int(sha[order[k]]), {int(files[order[k]])}).add(int(files[order[k+1]]))
-    groups = sorted(sorted(o) for o in groups.values())
-    if groups: yield _finding('duplicate', 'warning', sum(len(o) - 1 for o in groups), "exact copies of another file", (' = '.join(names[f] for f in o[:4]) for o in groups))
-    copies = {f for o in groups for f in o}; sides = {k: copies.intersection(v.tolist()) for k,v in splits.items()} if copies else {}
-    for a,b in combinations(sides, 2):
-        across = [(x, y) for o in groups for x in o for y in o if x in sides[a] and y in sides[b]] if _family(a, b) else []
-        if across: yield _finding('leak', 'warning', len(across), f"exact copies across {a} and {b}", (f"{names[x]} = {names[y]}" for x,y in across))
+    files, first = np.unique(g.file, return_index=True)
+    _, start, group, size = np.unique(g.sha[first], return_index=True, return_inverse=True, return_counts=True)
+    if len(size) == len(files): return
+    same = lambda s: ' = '.join(names[files[k]] for k in np.flatnonzero(group == group[s])[:4])
+    yield _finding('duplicate', 'warning', len(files) - len(size), "exact copies of another file", (same(s) for s in np.sort(start[size > 1])[:5]))
+    for a,b in combinations(splits, 2):
+        fa, fb = (v[np.isin(v, files)] for v in (splits[a], splits[b])); ga, gb = (group[np.searchsorted(files, v)] for v in (fa, fb))
+        if _family(a, b) and (leak := np.isin(gb, ga)).any(): yield _finding('leak', 'warning', leak.sum(), f"exact copies across {a} and {b}",
+            (f"{names[fa[ga == k][0]]} = {names[f]}" for f,k in zip(fb[leak][:5], gb[leak])))
 
 # %% ../nbs/02_images.ipynb #ae78ffae
 def _overlaps(splits, names):
@@ -645,7 +645,7 @@ def audit_table(
     show = lambda o: f"{o['level']:8}{o['text']}: {o['count']:,}" + (f" ({'; '.join(o['examples'])}{'; ...' if o['count'] > len(o['examples']) else ''})" if o['examples'] else '')
     return '\n'.join(head + [show(o) for o in sorted(m['audit'], key=lambda o: o['level'] != 'warning')])
 
-# %% ../nbs/02_images.ipynb #5b18dc24
+# %% ../nbs/02_images.ipynb #2fee09df
 def _checked(folder, out, a):
     "The arguments of `prepare`, or CmidError with the name of the wrong one"
     def need(ok, text):
@@ -670,7 +670,9 @@ def _fingerprints(cfg, names, lists):
         except OSError: size = time = -1
         key = o.encode('utf-8', 'surrogateescape')
         whole.update(b'%s\0%d\n' % (key, size)); images.update(b'%s\0%d %d\n' % (key, size, time))
-    for k,v in sorted(lists.items()): whole.update(f"{k}\0".encode() + '\n'.join(_lines(v)).encode())
+    for k,v in sorted(lists.items()):
+        whole.update(f"{k}\0".encode())
+        for line in _lines(v): whole.update(line.encode() + b'\n')
     return images.hexdigest(), whole.hexdigest(), newest
 
 # %% ../nbs/02_images.ipynb #e8e11230
@@ -742,7 +744,7 @@ def _write(cfg, t, lay, g, names, part, listed, others, mark, total):
         labelled=how, classes=classes, histogram=None if classes is None else dict(all=count(labels), **{k: count(labels[v]) for k,v in splits.items()}),
         splits={k: len(v) for k,v in splits.items()}, shards=[o for o in shards if o['count']], audit=audit, fingerprint=mark, hash=g.hash.hexdigest()))
 
-# %% ../nbs/02_images.ipynb #e643f833
+# %% ../nbs/02_images.ipynb #077dbb96
 def _finished(folder, mark, newest):
     "Was this folder written for the same images, lists and parameters, and after their last change?"
     try: return json.loads((folder/'manifest.json').read_text())['fingerprint'] == mark and (folder/'manifest.json').stat().st_mtime_ns > newest
@@ -763,7 +765,7 @@ def _passes(cfg, names, part, run):
     t = SimpleNamespace(mixed={}); t.__dict__.update(_survey(cfg, names, part, run).__dict__); _choose_bands(cfg, t, names)
     why = [f"{names[i]}: {o}" for i,o in islice(sorted(t.reasons.items()), 100)]
     if why and cfg.on_error == 'raise': raise CmidError(why[0])
-    files = np.array([i for i in range(len(names)) if i not in t.reasons], 'i4')
+    files = np.setdiff1d(np.arange(len(names)), list(t.reasons)).astype('i4')
     if not len(files): raise _nothing(cfg, why)
     _choose_stretch(cfg, t, files, names, run)
     lay = _layout(cfg, t, files); total = int(lay.ends[-1])
