@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'LARGE', 'HEADER', 'JOB', 'FORMAT', 'OURS', 'find_images', 'open_image', 'stretched', 'resized', 'tile_start',
-           'Prepared', 'audit_table', 'prepare', 'contact_sheet', 'class_figure', 'cmid_prepare']
+           'Prepared', 'audit_table', 'prepare', 'contact_sheet', 'class_figure', 'prepare_dataset', 'cmid_prepare']
 
 # %% ../nbs/02_images.ipynb #6d9e6c68
 import csv, errno, hashlib, io, json, logging, multiprocessing, os, shutil, signal, struct, sys, threading, types, warnings
@@ -840,6 +840,16 @@ def class_figure(
     for k,(name,counts) in enumerate(h.items()): ax.barh(y + k*bar, counts, bar, label=name)
     ax.set_yticks(y + .4 - bar/2, prepared.classes, fontsize=7); ax.set_xlabel('images', fontsize=8); ax.legend(fontsize=7, loc='upper left', bbox_to_anchor=(1, 1)); ax.invert_yaxis()
     return fig
+
+# %% ../nbs/02_images.ipynb #e0d7bc4f
+def prepare_dataset(
+    p, # params.Params of the study
+    name:str, # one of its datasets
+) -> Prepared:
+    "Read, audit and store one dataset of a study as `prepared/<name>`; raises `CmidError` naming the key whose folder is not there"
+    d, q = p.dataset(name), p.prepare
+    if not p.path(d.folder).is_dir(): raise CmidError(f"params.yaml: datasets.{name}.folder: {d.folder} is no folder: run `cmid_sample data` for the sample data, or name your own")
+    return prepare(p.path(d.folder), p.root/'prepared'/name, side=q.side, lists=d.splits(p.root), tile=q.tile, bands=q.bands, stretch=q.stretch, workers=q.workers, shard_mb=q.shard_mb)
 
 # %% ../nbs/02_images.ipynb #ba911ca1
 @call_parse
