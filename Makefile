@@ -1,0 +1,45 @@
+# make repro: the study from images to report. make test: everything that a contributor must pass. Both make .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PYTHONDONTWRITEBYTECODE := 1
+
+.PHONY: help repro test notebooks readme lock clean
+help: ## these targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
+
+.venv/installed: requirements.lock settings.ini setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 13) else f"make: Python 3.10 to 3.13 is needed, {sys.executable} is %d.%d; name another: make PYTHON=python3.12" % v)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+data:
+	$(MAKE) --no-print-directory .venv/installed
+	cmid_sample data
+
+repro: .venv/installed | data ## run the study; what is up to date is left alone
+	@dvc repro --quiet digest
+	@dvc repro
+	@echo "The report: $(CURDIR)/reports/report.html"
+
+test: .venv/installed ## export and clean leave no diff, notebooks run, tests pass
+	@sh tests/no_diff.sh
+	nbdev_test --n_workers 2 --do_print --timing
+	pytest
+
+notebooks: .venv/installed ## execute the library notebooks in place, outputs and all
+	nbdev_export
+	for o in nbs/[0-9]*.ipynb nbs/index.ipynb; do jupyter nbconvert --to notebook --execute --inplace --log-level WARN $$o || exit 1; done
+	nbdev_clean
+	$(MAKE) --no-print-directory readme
+
+readme: .venv/installed ## render README.md from nbs/index.ipynb
+	cmid_readme
+
+lock: ## write requirements.lock anew (needs uv)
+	$(PYTHON) -c 'from configparser import ConfigParser; c = ConfigParser(delimiters=["="]); c.read("settings.ini"); s = c["DEFAULT"]; print("\n".join(s["requirements"].split() + s["dev_requirements"].split()))' | uv pip compile --universal --python-version 3.10 --no-annotate --no-header --quiet --output-file requirements.lock -
+
+clean: ## remove what stages wrote (not data, not .venv, not DVC's cache)
+	rm -rf prepared checkpoints models reports digests
