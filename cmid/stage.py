@@ -74,7 +74,7 @@ def known_parameters(
     if not found: raise CmidError(f"{notebook}: no cell is tagged 'parameters'")
     return found
 
-# %% ../nbs/25_stage.ipynb #a0257600
+# %% ../nbs/25_stage.ipynb #fbcaf9fb
 def run_notebook(
     notebook, # a stage's path
     out, # where the executed copy goes
@@ -86,7 +86,7 @@ def run_notebook(
     for o in parameters:
         if o not in known: raise CmidError(f"{notebook}: has no parameter {o!r}{near(o, known)}; known: {', '.join(known)}")
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    try: papermill.execute_notebook(str(notebook), str(out), parameters, kernel_name='python3', progress_bar=False, log_output=True, stdout_file=sys.stdout, stderr_file=sys.stderr, cwd=str(Path.cwd()), extra_arguments=['--IPKernelApp.log_level=40'])
+    try: papermill.execute_notebook(str(notebook), str(out), parameters, kernel_name='python3', progress_bar=False, log_output=True, stdout_file=sys.stdout, stderr_file=sys.stderr, cwd=str(Path.cwd()), extra_arguments=['--IPKernelApp.log_level=50'])
     except papermill.PapermillExecutionError as e:
         if e.ename in ('CmidError', 'Damaged', 'FileNotFoundError', 'FileExistsError', 'PermissionError'): raise CmidError(e.evalue) from None
         raise
