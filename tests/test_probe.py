@@ -209,8 +209,8 @@ def test_every_batch_size_counts_the_whole_test_set(scenes):
 
 def test_the_same_seed_gives_the_same_numbers(scenes):
     torch.manual_seed(0); encoder = backbones.create('resnet18', img_size=32)
-    runs = [json.dumps(probe(encoder, scenes.mean, scenes.std, scenes, SETTINGS, seed=o)[0]) for o in (3, 3, 4, 5, 6)]
-    assert runs[0] == runs[1] and len(set(runs)) > 2      # and another seed draws other labels
+    runs = [json.dumps(probe(encoder, scenes.mean, scenes.std, scenes, SETTINGS, seed=3)[0]) for _ in range(2)]
+    assert runs[0] == runs[1]
 
 def test_chance_stays_chance():
     "Labels that have nothing to do with the images: the interval of both probes holds 1/4."
@@ -222,13 +222,15 @@ def test_few_labels_are_all_that_is_used():
     "Both probes at 10 % are those of that tenth alone; and the order in which the split lists its images is of no account."
     rng = np.random.default_rng(0); labels = np.arange(300) % 3; test = np.arange(200, 300)
     x = (60 + 40 * labels + rng.normal(0, 25, 300)).clip(0, 255).astype('uint8').reshape(300, 1, 1, 1) * np.ones((1, 2, 32, 32), 'uint8'); x[:, 1] = 128
-    go = lambda y, train: probe(Colour(), [.5]*2, [.25]*2, Fake(x, y, train, test, list('abc')), SETTINGS)[0]
+    go = lambda y, train, seed=0: probe(Colour(), [.5]*2, [.25]*2, Fake(x, y, train, test, list('abc')), SETTINGS, seed)[0]
     kept = subsample(labels, np.arange(200), .1); assert len(kept) == 21
     part, q = (features(Colour(), x, o, [.5]*2, [.25]*2) for o in (kept, test)); a = go(labels, np.arange(200))
     assert a['knn']['0.1']['correct'] == int((knn_predict(part, labels[kept], q, 3, 5).numpy() == labels[test]).sum()) != a['knn']['1.0']['correct']
     fit = fit_linear(part, labels[kept], SETTINGS.regularisation)
     assert a['linear']['0.1']['correct'] == int((fit.predict(q) == labels[test]).sum()) and a['linear']['0.1']['C'] == fit.C
     assert go(labels, rng.permutation(200)) == a and a['chance'] == .34
+    others = [go(labels, np.arange(200), seed) for seed in (1, 2, 3)]       # another seed draws another tenth, and the whole stays the whole
+    assert any(o['knn']['0.1'] != a['knn']['0.1'] for o in others) and all(o['knn']['1.0'] == a['knn']['1.0'] for o in others)
 
 def test_test_labels_change_no_prediction(scenes):
     "Wrong test labels lower the score, and nothing else."
