@@ -29,27 +29,39 @@ def _arrow(ax, a, b, text='', dashed=False, bend=0.):
     ax.annotate('', b, a, arrowprops=dict(arrowstyle='-|>', color='#444', lw=1, ls='--' if dashed else '-', connectionstyle=f'arc3,rad={bend}', shrinkA=1, shrinkB=1))
     if text: ax.text((a[0] + b[0]) / 2, (a[1] + b[1]) / 2 + .12, text, ha='center', fontsize=7, color='#444')
 
-# %% ../nbs/20_cmid.ipynb #320ccaca
+# %% ../nbs/20_cmid.ipynb #659e7a4e
+def _pictures(ax, source, pictures):
+    "The image and its four views at the left of the diagram."
+    def show(o, x, y, title, r=.5):
+        if o is None: ax.add_patch(_patch(x, y, r))
+        else: ax.imshow(o, extent=(x - r, x + r, y - r, y + r), zorder=2)
+        ax.text(x, y + r + .07, title, ha='center', fontsize=7.5)
+    show(source, .75, 2.45, 'image', .62)
+    for o, y, title in zip(pictures or [None] * 4, (4.55, .35, 3.15, 1.75), ('view A, whole', 'view B, whole', 'view A, masked', 'view B, masked')):
+        show(o, 2.6, y, title); _arrow(ax, (1.42, 2.45 + (y - 2.45) / 5), (2.05, y))
+
+def _patch(x, y, r):
+    "An empty picture."
+    from matplotlib.patches import Rectangle
+    return Rectangle((x - r, y - r), 2 * r, 2 * r, fc='#ddd', ec='#444', lw=.8)
+
+# %% ../nbs/20_cmid.ipynb #e28adff8
 def diagram(
     source=None, # image (H, W, 3) in [0, 1]
     pictures=None, # of view A, view B, masked A, masked B, each (H, W, 3) in [0, 1]
 ): # matplotlib Figure
     "The method in one picture."
     from matplotlib.figure import Figure
-    fig = Figure(figsize=(10, 4.3), dpi=80, layout='constrained'); ax = fig.subplots(); ax.set(xlim=(0, 12), ylim=(0, 5.2), aspect='equal'); ax.axis('off')
-    def picture(o, x, y, title, r=.55):
-        ax.imshow(o, extent=(x - r, x + r, y - r, y + r), zorder=2); ax.text(x, y + r + .08, title, ha='center', fontsize=7.5)
-    if source is not None: picture(source, .8, 2.5, 'image', .65)
-    for k, y in ((0, 3.75), (1, 1.25)):
-        if pictures is not None:
-            picture(pictures[k], 2.6, y + (.62 if k == 0 else -.62), f"view {'AB'[k]}: whole"); picture(pictures[k + 2], 2.6, y + (-.68 if k == 0 else .68), f"view {'AB'[k]}: masked")
-        _arrow(ax, (1.5, 2.5 + (.3 if k == 0 else -.3)), (2.0, y))
-    _box(ax, 5., 2.5, 'student\nencoder', '#cfe2f3', h=1.1); _box(ax, 5., 4.6, 'teacher encoder', '#d9ead3'); ax.set_xlim(0, 12)
-    _arrow(ax, (3.2, 3.07), (4.2, 2.7)); _arrow(ax, (3.2, 1.93), (4.2, 2.3)); _arrow(ax, (3.2, 4.5), (4.2, 4.6)); _arrow(ax, (3.2, .6), (4.35, 4.25), bend=-.18)
-    _arrow(ax, (5., 3.1), (5., 4.25), dashed=True); ax.text(5.08, 3.62, 'moving\naverage', fontsize=7, color='#444', va='center')
-    for y, head, loss, colour in ((.9, 'pixel decoder', 'reconstruction\nof what was masked', '#fce5cd'), (2.5, 'projector', 'global contrast\nwith a queue of keys', '#fff2cc'), (4.1, 'prototype head\nat matched cells', 'local distillation\nplace by place', '#ead1dc')):
-        _box(ax, 7.6, y, head, '#eeeeee', 1.8); _box(ax, 10.5, y, loss, colour, 2.3); _arrow(ax, (5.8, 2.5), (6.65, y)); _arrow(ax, (8.55, y), (9.3, y))
-    for y in (2.62, 4.22): _arrow(ax, (5.8, 4.65), (6.65, y + .1), dashed=True)
+    fig = Figure(figsize=(10, 4.6), dpi=80, layout='constrained'); ax = fig.subplots(); ax.axis('off')
+    _pictures(ax, source, pictures)
+    _box(ax, 5., 4.55, 'teacher encoder', '#d9ead3'); _box(ax, 5., 2.45, 'student\nencoder', '#cfe2f3', h=1.1)
+    for y in (3.15, 1.75): _arrow(ax, (3.15, y), (4.2, 2.45 + (y - 2.45) / 4))
+    _arrow(ax, (3.15, 4.55), (4.2, 4.55)); _arrow(ax, (3.15, .5), (4.2, 4.42))
+    _arrow(ax, (5., 3.05), (5., 4.2), dashed=True); ax.text(5.1, 3.62, 'moving\naverage', fontsize=7, color='#444', va='center')
+    for y, head, loss, colour in ((.85, 'pixel decoder', 'reconstruction\nof what was masked', '#fce5cd'), (2.45, 'projector', 'global contrast\nwith a queue of keys', '#fff2cc'), (4.05, 'prototype head\nat matched cells', 'local distillation\nplace by place', '#ead1dc')):
+        _box(ax, 7.6, y, head, '#eeeeee', 1.8); _box(ax, 10.5, y, loss, colour, 2.3); _arrow(ax, (5.8, 2.45), (6.65, y)); _arrow(ax, (8.55, y), (9.3, y))
+    for y in (2.6, 4.2): _arrow(ax, (5.8, 4.6), (6.65, y), dashed=True)
+    ax.set(xlim=(0, 11.8), ylim=(-.3, 5.4), aspect='equal')                       # last: imshow sets its own
     return fig
 
 # %% ../nbs/20_cmid.ipynb #7960d29d

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['UNDECAYED', 'LOSSES', 'Batches', 'peak_lr', 'lr_at', 'parameter_groups', 'precision_of', 'CMIDCallback', 'Journal',
-           'Checkpoints', 'build', 'normalisation', 'learner', 'run', 'corpus', 'view_figure', 'curve_figure', 'Curves',
-           'export', 'export_baseline', 'summary']
+           'Checkpoints', 'build', 'normalisation', 'learner', 'run', 'corpus', 'view_figure', 'Curves', 'export',
+           'export_baseline', 'summary']
 
 # %% ../nbs/23_pretrain.ipynb #94fb88fb
 import hashlib, json, math, queue, threading, time, warnings
@@ -264,7 +264,7 @@ def normalisation(
     "The paper's statistics for RGB, the data's own for other bands (section IV-A)."
     return (list(RGB_MEAN), list(RGB_STD)) if images.bands == 3 else (list(images.mean), list(images.std))
 
-# %% ../nbs/23_pretrain.ipynb #8d1dc1d5
+# %% ../nbs/23_pretrain.ipynb #05203162
 def learner(
     images, # images.Prepared: uint8 rows, with bands, side, mean and std
     index, # which of them are the corpus
@@ -278,6 +278,7 @@ def learner(
     "A fastai Learner for CMID: `learner(...)`, then `run(learn)`."
     on = on or device()
     dtype = precision_of(settings.precision, on)
+    if variant == 'byol' and settings.batch == 1: raise CmidError("params.yaml: pretrain.batch: byol's batch norm needs at least 2 images; raise it, or use method cmid")
     mean, std = normalisation(images)
     model = build(settings, backbone, variant, images.bands, images.side).to(on, memory_format=torch.channels_last)
     views = TwoViews(mean, std, model.stride, settings.mask_ratio, settings.crop_scale, settings.crop_aspect, settings.fidelity)
@@ -337,20 +338,6 @@ def view_figure(
     for (name, images), line in zip(rows, axes):
         for ax, o in zip(line, images.cpu()): ax.imshow(o[:3].permute(1, 2, 0) if len(o) >= 3 else o[0], cmap='gray'); ax.set(xticks=[], yticks=[])
         line[0].set_ylabel(name, fontsize=8)
-    return fig
-
-# %% ../nbs/23_pretrain.ipynb #e0f5ed8e
-def curve_figure(
-    curve:list, # points of a journal
-    epochs:list, # its epochs
-): # matplotlib Figure
-    "Losses, schedules, speed and health of a run."
-    from matplotlib.figure import Figure
-    health = [k for k in ('student_std', 'student_rank', 'prototypes_perplexity') if k in epochs[-1]]
-    panels = [(k, curve) for k in (*LOSSES, 'lr', 'momentum', 'teacher_temperature')] + [(k, epochs) for k in ('images_per_s', *health)]
-    rows = math.ceil(len(panels) / 4); fig = Figure(figsize=(10, 1.9 * rows), dpi=72, layout='constrained')
-    for ax, (k, points) in zip(fig.subplots(rows, 4).flat, panels): ax.plot([o['step'] for o in points], [o[k] for o in points], '.-' if len(points) < 30 else '-', lw=1); ax.set_title(k.replace('_', ' '), fontsize=8); ax.tick_params(labelsize=6)
-    for ax in fig.axes[len(panels):]: ax.axis('off')
     return fig
 
 # %% ../nbs/23_pretrain.ipynb #4a456279
