@@ -20,7 +20,6 @@ data:
 	cmid_sample data
 
 repro: .venv/installed | data ## run the study; what is up to date is left alone
-	@dvc repro --quiet digest
 	@dvc repro
 	@echo "The report: $(CURDIR)/reports/report.html"
 

@@ -13,7 +13,7 @@ import torch, torch.nn.functional as F
 from .masking import block_masks
 from .params import CmidError
 
-# %% ../nbs/04_views.ipynb #8772399b
+# %% ../nbs/04_views.ipynb #a729d49b
 def random_boxes(
     batch:int, # B
     size:tuple, # (H, W) of the source images, px
@@ -32,7 +32,8 @@ def random_boxes(
     first = fits.int().argmax(1, keepdim=True)
     top, left = (u[2] * (H - h + 1)).floor(), (u[3] * (W - w + 1)).floor()
     box = torch.stack([o.gather(1, first)[:, 0] for o in (top, left, h, w)], 1)
-    return torch.where(fits.any(1, keepdim=True), box, box.new_tensor(_central(H, W, aspect)))
+    central = torch.stack([torch.full_like(box[:, 0], o) for o in _central(H, W, aspect)], 1)
+    return torch.where(fits.any(1, keepdim=True), box, central)
 
 def _central(H, W, aspect):
     "The largest central box whose aspect is allowed: where no candidate fits."
@@ -96,7 +97,7 @@ def cell_centres(
     y, x = top + i * h, left + torch.where(flipped[:, None], j.flip(0), j) * w
     return torch.stack([y[:, :, None].expand(-1, r, c), x[:, None, :].expand(-1, r, c)], -1).flatten(1, 2)
 
-# %% ../nbs/04_views.ipynb #62be4d31
+# %% ../nbs/04_views.ipynb #bc115cc8
 def published_centres(
     boxes:torch.Tensor, # (B, 4) top, left, height, width in source pixels
     flipped:torch.Tensor, # bool (B,)
@@ -104,9 +105,10 @@ def published_centres(
     size:tuple, # (H, W) of the source, px
 ) -> torch.Tensor: # float (B, rows * columns, 2)
     "Cell centres as the authors' release computes them: starts as fractions, sizes in pixels."
-    return cell_centres(boxes / boxes.new_tensor([size[0], size[1], 1., 1.]), flipped, n)
+    top, left, h, w = boxes.unbind(1)
+    return cell_centres(torch.stack([top / size[0], left / size[1], h, w], 1), flipped, n)
 
-# %% ../nbs/04_views.ipynb #7610bd4e
+# %% ../nbs/04_views.ipynb #312e3853
 def blend(
     a:torch.Tensor, # (B, C, H, W)
     b:torch.Tensor|float, # what a factor of 0 gives
@@ -120,9 +122,9 @@ def grey(
     x:torch.Tensor, # (B, 3, H, W)
 ) -> torch.Tensor: # (B, 1, H, W)
     "Luma of RGB (ITU-R BT.601)."
-    return (x * x.new_tensor([.299, .587, .114]).view(3, 1, 1)).sum(1, keepdim=True)
+    return .299 * x[:, :1] + .587 * x[:, 1:2] + .114 * x[:, 2:]
 
-# %% ../nbs/04_views.ipynb #ed60c6c7
+# %% ../nbs/04_views.ipynb #45a3b9ae
 def shift_hue(
     x:torch.Tensor, # (B, 3, H, W) in [0, 1]
     turn:torch.Tensor, # (B,), share of the colour circle
@@ -131,7 +133,7 @@ def shift_hue(
     v, s = x.amax(1, keepdim=True), x.amax(1, keepdim=True) - x.amin(1, keepdim=True)      # value, chroma
     r, g, b = x.split(1, 1); d = s.clamp_min(1e-8)
     hue = torch.where(v == r, (g - b) / d, torch.where(v == g, 2 + (b - r) / d, 4 + (r - g) / d))
-    k = (x.new_tensor([5., 3., 1.]).view(1, 3, 1, 1) + hue + 6 * turn.view(-1, 1, 1, 1)) % 6
+    k = torch.cat([hue + o for o in (5, 3, 1)], 1).add_(6 * turn.view(-1, 1, 1, 1)).remainder_(6)
     return v - s * torch.minimum(k, 4 - k).clamp(0, 1)
 
 # %% ../nbs/04_views.ipynb #9ed09284
