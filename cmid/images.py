@@ -722,7 +722,7 @@ def _retire(old):
     try: old.rmdir()
     except OSError: raise CmidError(f"{old}: holds files that prepare did not write: move them and remove it") from None
 
-# %% ../nbs/02_images.ipynb #70c71f26
+# %% ../nbs/02_images.ipynb #8f1f2d4b
 def _write(cfg, t, lay, g, names, part, listed, others, mark, total):
     "Labels, splits, audit and manifest of a folder whose shards are done"
     shape, used, (by_file, words_of, words, notes) = (cfg.channels, cfg.side, cfg.side), np.unique(g.file), listed
@@ -737,12 +737,18 @@ def _write(cfg, t, lay, g, names, part, listed, others, mark, total):
     shards = [_close_shard(part/f'images-{a // lay.rows:05}.part', g.keep[a:a+lay.rows], shape) for a in range(0, total, lay.rows)]
     mean, std = _moments(g.sums, g.squares, g.n * cfg.side**2)
     count = lambda i: np.bincount(i[i >= 0], minlength=len(classes)).tolist()
-    write_json(part/'manifest.json', dict(format=FORMAT, source=cfg.folder, counts=dict(images=g.n, files=len(used), found=len(names), skipped=len(names) - len(used)),
+    write_json(part/'manifest.json', dict(format=FORMAT, source=_told(cfg.folder, part), counts=dict(images=g.n, files=len(used), found=len(names), skipped=len(names) - len(used)),
         side=cfg.side, bands=cfg.channels, dtype='uint8', mean=mean, std=std,
         stretch=None if cfg.low is None else dict(percentiles=list(cfg.stretch), low=cfg.low, high=cfg.high),
         parameters=dict(side=cfg.side, tile=cfg.tile, bands=cfg.bands, stretch=list(cfg.stretch), shard_mb=cfg.shard_mb, labelled=cfg.labelled, on_error=cfg.on_error),
         labelled=how, classes=classes, histogram=None if classes is None else dict(all=count(labels), **{k: count(labels[v]) for k,v in splits.items()}),
         splits={k: len(v) for k,v in splits.items()}, shards=[o for o in shards if o['count']], audit=audit, fingerprint=mark, hash=g.hash.hexdigest()))
+
+# %% ../nbs/02_images.ipynb #bf59d7a5
+def _told(folder, out):
+    "The source as the manifest names it: relative within one study, else by its last name; a path of this machine would make equal data differ"
+    near = os.path.relpath(folder, Path(out).parent.parent)
+    return os.path.basename(os.path.normpath(folder)) if near.startswith('..') else near.replace(os.sep, '/')
 
 # %% ../nbs/02_images.ipynb #077dbb96
 def _finished(folder, mark, newest):

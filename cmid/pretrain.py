@@ -7,13 +7,13 @@ __all__ = ['UNDECAYED', 'LOSSES', 'Batches', 'peak_lr', 'lr_at', 'parameter_grou
            'Checkpoints', 'build', 'normalisation', 'learner', 'run', 'corpus', 'view_figure', 'Curves', 'export',
            'export_baseline', 'summary']
 
-# %% ../nbs/23_pretrain.ipynb #94fb88fb
+# %% ../nbs/23_pretrain.ipynb #103f559c
 import hashlib, json, math, queue, threading, time, warnings
 from pathlib import Path
 import numpy as np, torch
 with warnings.catch_warnings(): # fastai 2.8 scripts a function when it is imported, which torch calls deprecated
     warnings.simplefilter('ignore', FutureWarning)
-    from fastai.callback.core import Callback
+    from fastai.callback.core import Callback, CancelStepException
     from fastai.data.core import DataLoaders
     from fastai.learner import Learner, Recorder, CastToTensor
     from fastai.callback.progress import ProgressCallback
@@ -106,7 +106,7 @@ def parameter_groups(
     spared = [n for n, _ in model.named_parameters() if n.split('.')[-1] in UNDECAYED]
     return param_groups_weight_decay(model, weight_decay, no_weight_decay_list=spared)
 
-# %% ../nbs/23_pretrain.ipynb #6e57cfce
+# %% ../nbs/23_pretrain.ipynb #d25a79ec
 def precision_of(
     name:str, # auto | float32 | bfloat16 | float16
     on:torch.device,
@@ -114,11 +114,11 @@ def precision_of(
     "The precision of the run. Raises `CmidError` where the device does not have it."
     if name == 'auto':
         if on.type != 'cuda': return torch.float32
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if name == 'float16' and on.type == 'cpu': raise CmidError("params.yaml: pretrain.precision: float16 needs a GPU; use float32, bfloat16 or auto")
     return getattr(torch, name)
 
-# %% ../nbs/23_pretrain.ipynb #2f351203
+# %% ../nbs/23_pretrain.ipynb #351e58f6
 class CMIDCallback(Callback):
     "Views, schedules, mixed precision, moving average and queue of CMID."
     order = 10
@@ -129,7 +129,8 @@ class CMIDCallback(Callback):
     def before_fit(self):
         self.epoch_steps = len(self.learn.dls.train); self.steps = self.epoch_steps * self.settings.epochs
         self.on = next(self.learn.model.parameters()).device
-        self.scaler = torch.amp.GradScaler(self.on.type, enabled=self.dtype == torch.float16)
+        self.scaler, self.skipped = torch.amp.GradScaler(self.on.type, enabled=self.dtype == torch.float16), 0; self.overflow = False
+        if getattr(self, 'resumed', None): self.scaler.load_state_dict(self.resumed)
 
     def before_epoch(self): self.learn.dls.train.epoch = self.learn.epoch; self.sums = []
 
@@ -154,9 +155,16 @@ class CMIDCallback(Callback):
     def before_backward(self): self.learn.loss_grad = self.scaler.scale(self.learn.loss_grad)
     def before_step(self):
         if self.settings.fidelity == 'published' and self.done: self.learn.model.average(self.momentum)
-        self.scaler.unscale_(self.learn.opt.opt) if self.scaler.is_enabled() else None
-    def after_step(self):
-        if self.settings.fidelity == 'corrected': self.learn.model.average(self.momentum)
+        if self.scaler.is_enabled(): self._scaled_step(); raise CancelStepException()
+
+    def _scaled_step(self):
+        "float16 only: leave out a step whose gradients overflowed; whether they did, the host must ask."
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.learn.opt.opt); self.scaler.update()
+        self.overflow = self.scaler.get_scale() < scale; self.skipped += self.overflow
+
+    def after_step(self): # also after a step that was cancelled
+        if self.settings.fidelity == 'corrected' and not self.overflow: self.learn.model.average(self.momentum)
         self.learn.model.enqueue(); self.done += 1
 
 # %% ../nbs/23_pretrain.ipynb #ef52ac11
@@ -214,12 +222,12 @@ def _clock(seconds):
     "Seconds as h, min or s."
     return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
 
-# %% ../nbs/23_pretrain.ipynb #407d5228
+# %% ../nbs/23_pretrain.ipynb #6867cacd
 class Checkpoints(Callback):
     "Write the whole state every so many epochs, to a folder of these parameters' own."
     order = 30
-    def __init__(self, folder, parameters:dict, every:int=1):
-        self.parameters, self.every = parameters, every
+    def __init__(self, folder, parameters:dict, every:int=1, commit:str|None=None):
+        self.parameters, self.every, self.commit, self.commits = parameters, every, commit, []
         self.folder = Path(folder)/hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()[:8]
 
     def others(self):
@@ -233,16 +241,18 @@ class Checkpoints(Callback):
     def write(self, done):
         "Write the checkpoint of `done` epochs."
         a, j = self.learn.cmid, self.learn.journal
-        state = dict(model=self.learn.model.state_dict(), optimiser=self.learn.opt.opt.state_dict(), scaler=a.scaler.state_dict(), step=a.done, epoch=done, curve=j.curve, epochs=j.epochs)
+        if self.commit not in self.commits: self.commits.append(self.commit)
+        state = dict(commits=self.commits, model=self.learn.model.state_dict(), optimiser=self.learn.opt.opt.state_dict(), scaler=a.scaler.state_dict(), step=a.done, epoch=done, curve=j.curve, epochs=j.epochs)
         checkpoint.save(self.folder/f'epoch-{done:05d}.ckpt', state, dict(parameters=self.parameters))
 
     def restore(self, learn) -> int: # epochs done
         "Go on from the newest good checkpoint of these parameters, if there is one."
-        for o in self.others(): learn.journal.say(f"{o}: checkpoints of other parameters, left alone")
+        for o in self.others(): learn.journal.say(f"{o}: checkpoints of other parameters or other code, left alone")
         found = checkpoint.latest(self.folder, expect=self.parameters)
         if found is None: return 0
         _, state, _ = found
         learn.model.load_state_dict(state['model']); learn.opt.opt.load_state_dict(state['optimiser'])
+        self.commits = state['commits']
         learn.cmid.done, learn.journal.curve, learn.journal.epochs, learn.cmid.resumed = state['step'], state['curve'], state['epochs'], state['scaler']
         return state['epoch']
 
@@ -264,7 +274,7 @@ def normalisation(
     "The paper's statistics for RGB, the data's own for other bands (section IV-A)."
     return (list(RGB_MEAN), list(RGB_STD)) if images.bands == 3 else (list(images.mean), list(images.std))
 
-# %% ../nbs/23_pretrain.ipynb #05203162
+# %% ../nbs/23_pretrain.ipynb #bbaf9208
 def learner(
     images, # images.Prepared: uint8 rows, with bands, side, mean and std
     index, # which of them are the corpus
@@ -273,6 +283,8 @@ def learner(
     seed:int=0, on:torch.device|None=None, # device
     folder=None, # where checkpoints go; None keeps none
     data_hash:str='', # what the corpus is, checked on resume
+    code:str='', # digest of the code that trains, checked on resume
+    commit:str|None=None, # that trains, for the record
     say=print, # takes a line
 ) -> Learner: # ready for `run`
     "A fastai Learner for CMID: `learner(...)`, then `run(learn)`."
@@ -281,6 +293,8 @@ def learner(
     if variant == 'byol' and settings.batch == 1: raise CmidError("params.yaml: pretrain.batch: byol's batch norm needs at least 2 images; raise it, or use method cmid")
     mean, std = normalisation(images)
     model = build(settings, backbone, variant, images.bands, images.side).to(on, memory_format=torch.channels_last)
+    cells = settings.batch * min(model.matches, (images.side // model.stride)**2)
+    if model.student.encoder.has_batch_norm and cells < 2: raise CmidError(f"params.yaml: pretrain.batch: {backbone} has batch norm, and one image of {images.side} px gives it a single value; raise batch or prepare.side")
     views = TwoViews(mean, std, model.stride, settings.mask_ratio, settings.crop_scale, settings.crop_aspect, settings.fidelity)
     batches = Batches(images, index, settings.batch, seed, settings.epoch_images, pin=on.type == 'cuda')
     optimiser = Adan(parameter_groups(model, settings.weight_decay), lr=peak_lr(settings)[0], betas=tuple(settings.betas))
@@ -290,7 +304,7 @@ def learner(
     learn.remove_cbs([o for o in learn.cbs if isinstance(o, (Recorder, CastToTensor, ProgressCallback))])   # they read the loss at every step
     learn.create_opt()
     if folder is not None:
-        learn.add_cb(Checkpoints(folder, dict(settings=settings.model_dump(), backbone=backbone, variant=variant, seed=seed, data=data_hash, side=images.side, bands=images.bands, precision=str(dtype)), settings.checkpoint_epochs))
+        learn.add_cb(Checkpoints(folder, dict(settings=settings.model_dump(), backbone=backbone, variant=variant, seed=seed, data=data_hash, side=images.side, bands=images.bands, precision=str(dtype), code=code), settings.checkpoint_epochs, commit))
     _announce(learn, settings, batches, on, dtype, say)
     return learn
 

@@ -297,7 +297,7 @@ def pretraining(root):
     found = results(root, 'pretrain')
     return render(PRETRAINED, runs=[_pretrained(k, o) for (k,), o in found.items()]) if found else None
 
-# %% ../nbs/49_report.ipynb #d1d1c96e
+# %% ../nbs/49_report.ipynb #9413ae3e
 def reconstructions(root):
     "What the students paint where they cannot see."
     found = {k: o for (k,), o in results(root, 'reconstruct').items()}
@@ -312,7 +312,7 @@ DATASETS = '''
 {% for name, o in found.items() %}
 <h3>{{ name }}</h3>
 {% if o.metrics.findings %}<p>The audit found:</p><ul>{% for f in o.metrics.findings %}<li>{{ f }}</li>{% endfor %}</ul>{% else %}<p>The audit found nothing to report.</p>{% endif %}
-{{ image(o.folder/'images.png', 'A few images of ' + name + '.') }}{{ image(o.folder/'classes.png', 'Images of each class of ' + name + '.') }}
+{{ image(o.folder/'images.png', 'A few images of ' + name + '.') }}
 {% endfor %}
 '''
 

@@ -37,6 +37,7 @@ def test_parameters_that_are_read_are_tracked(stage):
     "A stage that reads a section reruns when the section or the profile's changes."
     code = ''.join(''.join(o['source']) for o in json.loads((ROOT/f'nbs/pipeline/{stage}.ipynb').read_text())['cells'] if o['cell_type'] == 'code')
     section = re.search(r"Stage\('(\w+)', ('(\w+)'|None)", code); assert section and section[1] == stage
+    assert {'profile', 'seed', 'device', 'deterministic'} <= set(BODY[stage]['params'])
     if section[3]: assert {'profile', section[3], f'profiles.${{profile}}.{section[3]}'} <= set(BODY[stage]['params'])
 
 def test_no_output_below_data_and_metrics_only_in_git():
@@ -126,6 +127,14 @@ def test_code_of_a_module_reruns_what_reaches_it(study):
     ran = study.repro()
     assert {o for o in ran if o.startswith(('prepare', 'pretrain', 'baselines'))} == set()
     assert {'digest', 'probe@scenes-cmid-resnet18', 'probe@scenes-random-resnet18'} <= set(ran)
+
+def test_code_of_the_method_trains_anew(study):
+    "Not only the stage runs again: it must not take up the checkpoint of the old code."
+    before = study.metrics('pretrain', 'cmid-resnet18')
+    study.edit('cmid/reconstruction.py', 'return spatial + frequency_weight', 'return 2 * spatial + frequency_weight')
+    ran = study.repro()
+    assert 'pretrain@cmid-resnet18' in ran and not [o for o in ran if o.startswith(('prepare', 'baselines'))]
+    assert study.metrics('pretrain', 'cmid-resnet18')['reconstruction'] != before['reconstruction'] and 'going on after' not in study.said
 
 def test_code_of_a_cell_reruns_its_stage(study):
     study.edit('nbs/pipeline/reconstruct.ipynb', 'stage.finish(', '_ = 1; stage.finish(')
