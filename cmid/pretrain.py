@@ -167,7 +167,7 @@ class CMIDCallback(Callback):
         if self.settings.fidelity == 'corrected' and not self.overflow: self.learn.model.average(self.momentum)
         self.learn.model.enqueue(); self.done += 1
 
-# %% ../nbs/23_pretrain.ipynb #ef52ac11
+# %% ../nbs/23_pretrain.ipynb #796c4c05
 LOSSES = 'total', 'reconstruction', 'contrast', 'distillation'
 
 class Journal(Callback):
@@ -178,7 +178,7 @@ class Journal(Callback):
         say=print, # takes a line
         points:int=10, # of the curve, an epoch
     ):
-        self.watched, self.say, self.points, self.curve, self.epochs = watched, say, points, [], []
+        self.watched, self.say, self.points, self.curve, self.epochs, self.schedule = watched, say, points, [], [], []   # the last: of this epoch, empty while epochs are skipped
 
     def before_epoch(self): self.schedule, self.begun = [], time.perf_counter()
     def after_batch(self): a = self.learn.cmid; self.schedule.append((a.rate, a.momentum, a.tau))
@@ -222,7 +222,7 @@ def _clock(seconds):
     "Seconds as h, min or s."
     return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
 
-# %% ../nbs/23_pretrain.ipynb #6867cacd
+# %% ../nbs/23_pretrain.ipynb #d74752e6
 class Checkpoints(Callback):
     "Write the whole state every so many epochs, to a folder of these parameters' own."
     order = 30
@@ -236,7 +236,7 @@ class Checkpoints(Callback):
 
     def after_epoch(self):
         done = self.learn.epoch + 1
-        if self.learn.journal.epochs and self.learn.journal.epochs[-1]['epoch'] == done and (done % self.every == 0 or done == self.learn.cmid.settings.epochs): self.write(done)
+        if self.learn.journal.schedule and (done % self.every == 0 or done == self.learn.cmid.settings.epochs): self.write(done)
 
     def write(self, done):
         "Write the checkpoint of `done` epochs."
