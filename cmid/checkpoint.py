@@ -122,7 +122,7 @@ def latest(
         except Damaged as e: print(f'{e}; going back to the one before', file=sys.stderr)
     if found: raise CmidError(f'{folder}: none of its {len(found)} checkpoints can be read: delete them to start over')
 
-# %% ../nbs/22_checkpoint.ipynb #ce94e654
+# %% ../nbs/22_checkpoint.ipynb #90093d46
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 class Card(Section):
@@ -136,12 +136,13 @@ class Card(Section):
     bands: list[str]
     method: str # cmid, byol, random, imagenet, ...
     parameters: dict[str, Any]
+    stretch: dict[str, list[Finite]] | None = None # of 16-bit and float rasters: `low` and `high` of each band, which became 0 and 1
     data_hash: str | None
     data_licence: str | None
     provenance: dict[str, Any] # commit, versions, device
     health: dict[str, Any]
 
-# %% ../nbs/22_checkpoint.ipynb #76a7f2ef
+# %% ../nbs/22_checkpoint.ipynb #01633299
 def _card(held, where):
     "A checked `Card`; raises `CmidError` naming the key that is wrong"
     if not isinstance(held, dict): raise CmidError(f'{where}: must hold a JSON object')
@@ -150,6 +151,8 @@ def _card(held, where):
     except ValidationError as e: raise CmidError(f'{where}: {".".join(map(str, e.errors()[0]["loc"]))}: {e.errors()[0]["msg"]}') from None
     for key in ('mean', 'std', 'bands'):
         if len(getattr(card, key)) != card.in_chans: raise CmidError(f'{where}: {key}: has {len(getattr(card, key))} values for {card.in_chans} bands')
+    if (s := card.stretch) is not None and ({*s} != {'low', 'high'} or any(len(v) != card.in_chans for v in s.values())):
+        raise CmidError(f'{where}: stretch: must hold low and high of {card.in_chans} bands')
     try: check_name(card.architecture)
     except CmidError as e: raise CmidError(f'{where}: architecture: {e}') from None
     return card
@@ -188,7 +191,7 @@ def _save_tensors(tensors, path):
     save_file({k: v.detach().cpu().contiguous() for k,v in tensors.items()}, path, metadata={'format': 'pt'})
     with open(path, 'rb') as f: os.fsync(f.fileno())
 
-# %% ../nbs/22_checkpoint.ipynb #a391e7de
+# %% ../nbs/22_checkpoint.ipynb #4ec30e63
 def _readme(c):
     "A card for people"
     size = '' if 'resnet' in c.architecture else f'img_size={c.img_size}, '
@@ -196,10 +199,11 @@ def _readme(c):
     facts = [row(k.replace('_', ' '), 'unknown' if (v := getattr(c, k)) is None else v) for k in ('method', 'architecture', 'img_size', 'data_hash', 'data_licence')]
     bands = [row(*o) for o in zip(c.bands, (f'{m:.5f} | {s:.5f}' for m,s in zip(c.mean, c.std)))]
     health = [row(k, v) for k,v in sorted(c.health.items())]
+    raw = [row(*o) for o in zip(c.bands, (f'{a:g} | {b:g}' for a,b in zip(c.stretch['low'], c.stretch['high'])))] if c.stretch else []
     return '\n'.join([f'# {c.architecture}, {c.method}', '', 'Weights of a backbone, with timm\'s own keys. Inputs in [0, 1], normalised by the table below.', '',
         '```python', 'import timm', f"model = timm.create_model('{c.architecture}', in_chans={c.in_chans}, {size}num_classes=0, checkpoint_path='model.safetensors')", '',
         'from cmid.checkpoint import load_backbone', "encoder, card = load_backbone('.')", '```', '', '| | |', '| --- | --- |', *facts, row('commit', c.provenance.get('commit', 'unknown')), '',
-        '| band | mean | std |', '| --- | --- | --- |', *bands, '', *(['| health | |', '| --- | --- |', *health, ''] if health else [])])
+        '| band | mean | std |', '| --- | --- | --- |', *bands, '', *(['Raw values that become 0 and 1:', '', '| band | 0 | 1 |', '| --- | --- | --- |', *raw, ''] if raw else []), *(['| health | |', '| --- | --- |', *health, ''] if health else [])])
 
 # %% ../nbs/22_checkpoint.ipynb #3c70c75a
 def export_backbone(

@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'LARGE', 'HEADER', 'JOB', 'FORMAT', 'OURS', 'find_images', 'open_image', 'stretched', 'resized', 'tile_start',
            'Prepared', 'audit_table', 'prepare', 'contact_sheet', 'class_figure', 'prepare_dataset', 'cmid_prepare']
 
-# %% ../nbs/02_images.ipynb #6d9e6c68
+# %% ../nbs/02_images.ipynb #9970dfd8
 import csv, errno, hashlib, io, json, logging, multiprocessing, os, shutil, signal, struct, sys, threading, types, warnings
 from array import array
 from bisect import bisect_left
@@ -21,7 +21,7 @@ from types import SimpleNamespace
 
 import numpy as np, rasterio
 from fastcore.script import call_parse
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, JpegImagePlugin, MpoImagePlugin, PngImagePlugin  # the formats that `_Picture` names
 from rasterio.enums import ColorInterp, Resampling
 from rasterio.windows import Window
 from tqdm import tqdm

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Count', 'Natural', 'Share', 'Unit', 'Weight', 'Positive', 'Names', 'Pair', 'SECTIONS', 'CmidError', 'near', 'cli',
            'Section', 'Dataset', 'Study', 'Prepare', 'Weights', 'Pretrain', 'Probe', 'Reconstruct', 'Run', 'root',
-           'load_yaml', 'merge', 'check', 'Params', 'device', 'seed_everything', 'provenance', 'write_whole',
-           'write_json']
+           'load_yaml', 'merge', 'check', 'Params', 'check_all', 'device', 'seed_everything', 'provenance',
+           'write_whole', 'write_json']
 
 # %% ../nbs/00_params.ipynb #9cfaa00d
 import functools, os, platform, random, subprocess, sys
@@ -221,10 +221,11 @@ def merge(
     "Lay one nested dictionary over another."
     return base | {k: merge(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v for k, v in over.items()}
 
-# %% ../nbs/00_params.ipynb #45f8cad4
+# %% ../nbs/00_params.ipynb #df08248a
 def _explain(e:ValidationError, model, where:str) -> str:
     "The first fault of a section, as one line."
-    err = e.errors()[0]; at = '.'.join(str(o) for o in (where, *err['loc']) if o != '')
+    err = min(e.errors(), key=lambda o: o['type'] != 'extra_forbidden')          # a misspelt key is missing too: say what is written
+    at = '.'.join(str(o) for o in (where, *err['loc']) if o != '')
     if err['type'] == 'extra_forbidden': return f"{at}: unknown key{near(err['loc'][-1], model.model_fields)}"
     if err['type'] == 'missing': return f"{at}: missing; add it"
     message = err['msg'].removeprefix('Value error, ').removeprefix('Input ')
@@ -283,6 +284,14 @@ class Params:
     def path(self, relative) -> Path:
         "A path of the study: relative ones are taken from its root."
         return self.root/relative
+
+# %% ../nbs/00_params.ipynb #5e75f4cf
+def check_all(
+    p:Params, # of a study
+) -> Params: # the same
+    "Check every section. Raises `CmidError` naming the first key that is wrong."
+    for o in SECTIONS: getattr(p, o)
+    return p
 
 # %% ../nbs/00_params.ipynb #c52f35e9
 def device(

@@ -378,11 +378,12 @@ class Curves(Callback):
                 if k not in ('epoch', 'step', *LOSSES): self.live.log_metric(k, v)
         self.live.end()
 
-# %% ../nbs/23_pretrain.ipynb #7a6719de
+# %% ../nbs/23_pretrain.ipynb #f4ab9b63
 def _card(images, mean, std, method, parameters, health, made, trained=True):
     "What a backbone's card says of these images."
     bands = ['red', 'green', 'blue'] if images.bands == 3 else [f'band {i + 1}' for i in range(images.bands)]
-    return dict(mean=list(mean), std=list(std), bands=bands, method=method, parameters=parameters, data_hash=images.hash if trained else None, data_licence=None, provenance=made, health=health)
+    stretch = getattr(images, 'manifest', {}).get('stretch')
+    return dict(mean=list(mean), std=list(std), bands=bands, stretch=stretch and {k: list(map(float, stretch[k])) for k in ('low', 'high')}, method=method, parameters=parameters, data_hash=images.hash if trained else None, data_licence=None, provenance=made, health=health)
 
 def export(
     model:CMID, # trained, or not

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Stage', 'known_parameters', 'run_notebook', 'cmid_stage']
 
-# %% ../nbs/26_stage.ipynb #2513d6c5
+# %% ../nbs/26_stage.ipynb #39f7c9d0
 import argparse, json, os, resource, sys, tempfile, time, warnings
 from pathlib import Path
 import cmid
 from .digest import digest
-from .params import CmidError, Params, cli, device, near, provenance, root, seed_everything, write_json
+from .params import CmidError, Params, check_all, cli, device, near, provenance, root, seed_everything, write_json
 
-# %% ../nbs/26_stage.ipynb #bc30f3e7
+# %% ../nbs/26_stage.ipynb #1d940f5c
 def _smoke(upstream):
     "A temporary study; imported only where it is asked for."
     from cmid.smoke import smoke_study
@@ -29,7 +29,7 @@ class Stage:
     ):
         warnings.filterwarnings('ignore', category=FutureWarning); self.begun = time.perf_counter()
         self.name, self.identity = name, identity
-        self.params = Params(_smoke(upstream) if smoke else root()); self.root = self.params.root
+        self.params = check_all(Params(_smoke(upstream) if smoke else root())); self.root = self.params.root
         self.settings = getattr(self.params, section) if section else None
         self.run = self.params.run; seed_everything(self.run.seed, self.run.deterministic)
         self.results = self.root/'results'/name/Path(*identity.values())
