@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Count', 'Natural', 'Share', 'Unit', 'Weight', 'Positive', 'Names', 'Pair', 'SECTIONS', 'CmidError', 'near', 'cli',
-           'Section', 'Dataset', 'Study', 'Prepare', 'Weights', 'Pretrain', 'Probe', 'Reconstruct', 'Run', 'root',
-           'load_yaml', 'merge', 'check', 'Params', 'check_all', 'device', 'seed_everything', 'provenance',
-           'write_whole', 'write_json']
+           'Section', 'Dataset', 'Study', 'Prepare', 'Weights', 'Pretrain', 'Probe', 'Reconstruct', 'Classify',
+           'Attention', 'Features', 'Correspondence', 'Run', 'root', 'load_yaml', 'merge', 'check', 'Params',
+           'check_all', 'device', 'seed_everything', 'provenance', 'write_whole', 'write_json']
 
 # %% ../nbs/00_params.ipynb #9cfaa00d
 import functools, os, platform, random, subprocess, sys
@@ -164,7 +164,7 @@ class Pretrain(Section):
         if 0 < self.epoch_images < self.batch: raise ValueError(f"epoch_images: {self.epoch_images} is less than one batch of {self.batch}")
         return self
 
-# %% ../nbs/00_params.ipynb #9c0e2c93
+# %% ../nbs/00_params.ipynb #32acc6c1
 class Probe(Section):
     "kNN and a linear classifier on frozen features."
     train: str
@@ -180,6 +180,59 @@ class Reconstruct(Section):
     images: Count
     first: Natural
 
+class Classify(Section):
+    "Fine-tuning a backbone with a linear head on scene classes (section IV-B)."
+    train: str
+    test: str
+    validation: Annotated[float, Field(ge=0, lt=1)]
+    fractions: Annotated[list[Share], Field(min_length=1)]
+    epochs: Count
+    batch: Count
+    lr: Positive
+    lr_min: Weight
+    warmup_epochs: Natural
+    weight_decay: Weight
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=3, max_length=3)]
+    precision: Literal['auto', 'float32', 'bfloat16', 'float16']
+    crop_scale: Pair
+    randaugment: str | None
+    mixup: Weight
+    cutmix: Weight
+    erasing: Unit
+    smoothing: Annotated[float, Field(ge=0, lt=1)]
+    drop_path: Annotated[float, Field(ge=0, lt=1)] | None
+
+    @model_validator(mode='after')
+    def _agree(self):
+        _ordered('crop_scale', self.crop_scale, 1e-3, 1)
+        if self.warmup_epochs >= self.epochs: raise ValueError(f"warmup_epochs: {self.warmup_epochs} leaves nothing of {self.epochs} epochs; lower it or raise epochs")
+        if self.train == self.test: raise ValueError(f"test: {self.test!r} is what is learnt from; name another split")
+        return self
+
+class Attention(Section):
+    "Which images the attention figure shows, and of which network."
+    dataset: str
+    images: Count
+    branch: Literal['student', 'teacher']
+    mass: Share
+
+class Features(Section):
+    "Which features are embedded, and how."
+    split: str | None
+    images: Annotated[int, Field(ge=4)]
+    branch: Literal['student', 'teacher']
+    perplexity: Positive
+    neighbours: Count
+    queries: Count
+
+class Correspondence(Section):
+    "Which images are matched with themselves and with each other."
+    dataset: str
+    images: Annotated[int, Field(ge=2)]
+    pairs: Count
+    branch: Literal['student', 'teacher']
+    matches: Count
+
 class Run(Section):
     "What every stage shares."
     profile: str
@@ -187,8 +240,8 @@ class Run(Section):
     device: Annotated[str, Field(pattern=r'^(auto|cpu|mps|cuda(:\d+)?)$')]
     deterministic: bool
 
-# %% ../nbs/00_params.ipynb #c31475df
-SECTIONS = dict(study=Study, prepare=Prepare, pretrain=Pretrain, probe=Probe, reconstruct=Reconstruct)
+# %% ../nbs/00_params.ipynb #da508a91
+SECTIONS = dict(study=Study, prepare=Prepare, pretrain=Pretrain, probe=Probe, classify=Classify, reconstruct=Reconstruct, attention=Attention, features=Features, correspondence=Correspondence)
 
 # %% ../nbs/00_params.ipynb #1160b009
 def root(
@@ -242,7 +295,7 @@ def check(
     try: return model(**values)
     except ValidationError as e: raise CmidError(f"params.yaml: {_explain(e, model, where)}") from None
 
-# %% ../nbs/00_params.ipynb #5df242ff
+# %% ../nbs/00_params.ipynb #e2f8c6d0
 class Params:
     "`params.yaml` with one profile laid over it; sections are attributes, checked when they are read."
     def __init__(self,
@@ -259,8 +312,8 @@ class Params:
         self.overlay = profiles[self.run.profile]
         if not isinstance(self.overlay, dict) or not all(isinstance(o, dict) for o in self.overlay.values()):
             raise CmidError(f"params.yaml: profiles.{self.run.profile}: must hold sections; write SECTION: {{}} for one that changes nothing")
-        if 'dataset' in self.overlay.get('pretrain', {}):
-            raise CmidError(f"params.yaml: profiles.{self.run.profile}.pretrain.dataset: belongs into pretrain.dataset, where dvc.yaml reads it")
+        for o in [k for k, v in self.overlay.items() if 'dataset' in v]:
+            raise CmidError(f"params.yaml: profiles.{self.run.profile}.{o}.dataset: belongs into {o}.dataset, where dvc.yaml reads it")
         known = {*SECTIONS, *Run.model_fields, 'datasets', 'profiles'}
         for o in [*self.values, *self.overlay]:
             if o not in known: raise CmidError(f"params.yaml: {o}: unknown section{near(o, known)}")
@@ -269,7 +322,7 @@ class Params:
         if name not in SECTIONS: raise AttributeError(name)
         mine = self.values.get(name)
         section = check(SECTIONS[name], merge(mine, self.overlay.get(name, {})) if isinstance(mine, dict) else mine, name)
-        for o in [section.dataset] if name == 'pretrain' else section.probes if name == 'study' else []: self.dataset(o)     # must be there
+        for o in section.probes if name == 'study' else [section.dataset] if hasattr(section, 'dataset') else []: self.dataset(o)     # must be there
         return section
 
     def dataset(self,

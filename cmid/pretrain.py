@@ -378,7 +378,7 @@ class Curves(Callback):
                 if k not in ('epoch', 'step', *LOSSES): self.live.log_metric(k, v)
         self.live.end()
 
-# %% ../nbs/23_pretrain.ipynb #f4ab9b63
+# %% ../nbs/23_pretrain.ipynb #18e52bae
 def _card(images, mean, std, method, parameters, health, made, trained=True):
     "What a backbone's card says of these images."
     bands = ['red', 'green', 'blue'] if images.bands == 3 else [f'band {i + 1}' for i in range(images.bands)]
@@ -394,9 +394,9 @@ def export(
     health:dict, # of its last epoch
     made:dict, # provenance
 ):
-    "Write the student's backbone with its card and decoder."
+    "Write the student's backbone with its card and decoder, and the teacher's."
     decoder = {f'decoder.{k}': v.detach().cpu() for k, v in model.decoder.state_dict().items()}
-    return checkpoint.export_backbone(model.student.encoder, folder, _card(images, *normalisation(images), method, parameters, health, made), decoder)
+    return checkpoint.export_backbone(model.student.encoder, folder, _card(images, *normalisation(images), method, parameters, health, made), decoder, model.teacher.encoder)
 
 def export_baseline(
     init:str, # random-<backbone> | imagenet-<backbone>

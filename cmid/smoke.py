@@ -27,9 +27,9 @@ def smoke_data(
     for o in files:
         for name, content in o.items(): write_whole(Path(folder)/'data'/name, content)
 
-# %% ../nbs/24_smoke.ipynb #622fab84
+# %% ../nbs/24_smoke.ipynb #dabfb206
 DATASETS = {o: dict(folder=f'data/{o}', lists=f'data/{o}') for o in ('pool', 'scenes')}
-OVER = dict(profile='smoke', device='cpu', deterministic=False, prepare=dict(tile=0, bands=None), pretrain=dict(dataset='pool', split=None), probe=dict(train='train', test='test'),
+OVER = dict(profile='smoke', device='cpu', deterministic=False, prepare=dict(tile=0, bands=None), pretrain=dict(dataset='pool', split=None), probe=dict(train='train', test='test'), classify=dict(train='train', test='test'), attention=dict(dataset='scenes', branch='student'), features=dict(split=None, branch='student'), correspondence=dict(dataset='scenes', branch='student'),
             study=dict(backbones=['resnet18'], methods=['cmid'], baselines=['random-resnet18'], inits=['cmid-resnet18', 'random-resnet18'], probes=['scenes']))  # whatever one's own study says
 
 def smoke_study(
