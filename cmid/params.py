@@ -164,7 +164,7 @@ class Pretrain(Section):
         if 0 < self.epoch_images < self.batch: raise ValueError(f"epoch_images: {self.epoch_images} is less than one batch of {self.batch}")
         return self
 
-# %% ../nbs/00_params.ipynb #32acc6c1
+# %% ../nbs/00_params.ipynb #223daff9
 class Probe(Section):
     "kNN and a linear classifier on frozen features."
     train: str
@@ -224,6 +224,12 @@ class Features(Section):
     perplexity: Positive
     neighbours: Count
     queries: Count
+
+    @model_validator(mode='after')
+    def _agree(self):
+        for k in ('perplexity', 'neighbours', 'queries'):
+            if (o := getattr(self, k)) >= self.images: raise ValueError(f"{k}: {o} asks for more than {self.images} images; lower it or raise images")
+        return self
 
 class Correspondence(Section):
     "Which images are matched with themselves and with each other."
