@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FULL', 'LOCKED', 'Count', 'Natural', 'Share', 'Unit', 'Weight', 'Positive', 'Names', 'Pair', 'SECTIONS', 'DATA',
-           'CmidError', 'near', 'writing', 'cli', 'Section', 'Dataset', 'Study', 'Prepare', 'Weights', 'Pretrain',
-           'Health', 'Probe', 'Reconstruct', 'Classify', 'Attention', 'Features', 'Correspondence', 'Run', 'root',
-           'load_yaml', 'merge', 'check', 'Params', 'check_all', 'device', 'seed_everything', 'provenance', 'whole',
-           'write_whole', 'write_json']
+           'CmidError', 'near', 'plain_name', 'writing', 'cli', 'Section', 'Dataset', 'Study', 'Prepare', 'Weights',
+           'Pretrain', 'Health', 'Probe', 'Reconstruct', 'Classify', 'Attention', 'Features', 'Correspondence', 'Run',
+           'root', 'parse_yaml', 'load_yaml', 'merge', 'check', 'Params', 'check_all', 'device', 'seed_everything',
+           'provenance', 'whole', 'write_whole', 'write_json']
 
 # %% ../nbs/00_params.ipynb #a8f9370c
 import errno, functools, os, platform, random, re, shutil, subprocess, sys
@@ -32,6 +32,19 @@ def near(
     "The known names that are closest to an unknown one."
     hits = get_close_matches(str(name), [str(o) for o in names], n=3, cutoff=.6)
     return f" (did you mean {' or '.join(repr(o) for o in hits)}?)" if hits else ""
+
+# %% ../nbs/00_params.ipynb #58814654
+def plain_name(
+    name:str, # of a dataset, backbone, ...
+    where:str, # how to name the key in an error
+) -> str: # the same
+    "A name that may be a folder's. Raises `CmidError` for any other."
+    if not (isinstance(name, str) and re.fullmatch(r'[^\W_][\w.+-]*', name)): raise CmidError(f"{where}: {_short(repr(name))} is no name: take letters, digits, '_', '-', '+' and '.', and begin with a letter or digit")
+    return name
+
+def _short(text, n=200):
+    "A text as one line that can be read."
+    text = ' '.join(text.split()); return text if len(text) <= n else text[:n - 3] + '...'
 
 # %% ../nbs/00_params.ipynb #3dd6a45a
 FULL, LOCKED = {errno.ENOSPC, errno.EDQUOT}, {errno.EROFS}
@@ -62,15 +75,14 @@ def writing(
         if numbers & FULL: raise CmidError(f"{at}: the disk is full ({_room(path, need)}); make room and run again, what was there before is unchanged") from None
         raise
 
-# %% ../nbs/00_params.ipynb #acf1be2e
+# %% ../nbs/00_params.ipynb #413e7217
 def cli(func):
     "Make a console function end in one line, not a traceback, on errors that the user can mend."
     @functools.wraps(func)
     def run(*args, **kwargs):
         try:
             with writing(): return func(*args, **kwargs)
-        except (CmidError, FileNotFoundError, FileExistsError, PermissionError) as e:
-            print(f"{func.__name__}: {e}", file=sys.stderr); sys.exit(1)
+        except (CmidError, OSError) as e: print(f"{func.__name__}: {' '.join(str(e).split())}", file=sys.stderr); sys.exit(1)
         except KeyboardInterrupt as e: print(f"{func.__name__}: {e}" if str(e) else f"{func.__name__}: stopped", file=sys.stderr); sys.exit(130)
     return run
 
@@ -93,7 +105,7 @@ def _ordered(name, pair, low, high, equal=True):
     "Refuse a pair that does not rise within [low, high]."
     if not (low <= pair[0] <= pair[1] <= high and (equal or pair[0] < pair[1])): raise ValueError(f"{name}: must rise within {low} and {high}, got {pair}")
 
-# %% ../nbs/00_params.ipynb #087cd657
+# %% ../nbs/00_params.ipynb #385860d5
 class Dataset(Section):
     "Where the images of one dataset lie, and the folder of text files that list its splits."
     folder: Annotated[str, Field(min_length=1)]
@@ -121,7 +133,9 @@ class Study(Section):
         for o in self.inits:
             if o not in made: raise ValueError(f"inits: {o!r} is made by no stage{near(o, made)}; add it to backbones and methods, or to baselines")
         for o in self.baselines:
-            if o.split('-')[0] not in ('random', 'imagenet'): raise ValueError(f"baselines: {o!r} must be random-<backbone> or imagenet-<backbone>")
+            if not re.match('(random|imagenet)-.', o): raise ValueError(f"baselines: {o!r} must be random-<backbone> or imagenet-<backbone>")
+        for k in ('backbones', 'baselines', 'probes'):
+            for o in getattr(self, k): plain_name(o, k)
         return self
 
 # %% ../nbs/00_params.ipynb #8d1056f0
@@ -195,7 +209,7 @@ class Pretrain(Section):
         if 0 < self.epoch_images < self.batch: raise ValueError(f"epoch_images: {self.epoch_images} is less than one batch of {self.batch}")
         return self
 
-# %% ../nbs/00_params.ipynb #55b84171
+# %% ../nbs/00_params.ipynb #cbe1a88a
 class Health(Section):
     "What is watched during pretraining, and what raises an alarm; nothing here changes what is learnt."
     images: Annotated[int, Field(ge=2)]
@@ -298,9 +312,14 @@ class Correspondence(Section):
 class Run(Section):
     "What every stage shares."
     profile: str
-    seed: Natural
-    device: Annotated[str, Field(pattern=r'^(auto|cpu|mps|cuda(:\d+)?)$')]
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    device: str
     deterministic: bool
+
+    @model_validator(mode='after')
+    def _known(self):
+        if not re.fullmatch(r'auto|cpu|mps|cuda(:\d{1,3})?', self.device): raise ValueError(f"device: {self.device!r} is none of auto, cpu, mps, cuda and cuda:N{near(self.device, ('auto', 'cpu', 'mps', 'cuda', 'cuda:0'))}")
+        return self
 
 # %% ../nbs/00_params.ipynb #2b2b0af3
 SECTIONS = dict(study=Study, prepare=Prepare, pretrain=Pretrain, health=Health, probe=Probe, classify=Classify, reconstruct=Reconstruct, attention=Attention, features=Features, correspondence=Correspondence)
@@ -316,17 +335,39 @@ def root(
         if (folder/'params.yaml').exists(): return folder
     raise CmidError(f"{at}: no params.yaml here or above; run inside a clone of the project, or set CMID_ROOT")
 
-# %% ../nbs/00_params.ipynb #f84d2bba
+# %% ../nbs/00_params.ipynb #ac6ab53c
+class _Loader(yaml.SafeLoader):
+    "YAML without aliases, which can stand for gigabytes, and without keys that are there twice, of which the last would win."
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent): raise yaml.MarkedYAMLError(problem=f"aliases are not read: write out what *{self.peek_event().anchor} stands for", problem_mark=self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        found, seen = super().construct_mapping(node, deep), set()
+        for o in (k for k, _ in node.value if isinstance(k, yaml.ScalarNode)):
+            if o.value in seen: raise yaml.MarkedYAMLError(problem=f"{o.value!r} is there twice: remove one", problem_mark=o.start_mark)
+            seen.add(o.value)
+        return found
+
+def parse_yaml(
+    text:str, # YAML
+    where:str, # how to name it in an error
+): # what it says
+    "Read YAML safely. Raises `CmidError` naming the line."
+    try: return yaml.load(text, _Loader)                                         # a safe loader: it makes plain data, and calls nothing
+    except RecursionError: raise CmidError(f"{where}: not valid YAML (nested too deeply)") from None
+    except (yaml.YAMLError, ValueError) as e:
+        line, why = getattr(getattr(e, 'problem_mark', None), 'line', None), getattr(e, 'problem', None) or getattr(e, 'reason', None) or str(e)
+        raise CmidError(f"{where}: not valid YAML" + (f" at line {line + 1}" if line is not None else "") + f" ({_short(why)})") from None
+
 def load_yaml(
     path, # a YAML file
 ) -> dict: # its contents
-    "Read YAML safely. Raises `CmidError` naming file and line."
-    try: loaded = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
+    "Read a YAML file safely. Raises `CmidError` naming file and line."
+    try: text = Path(path).read_text(encoding='utf-8')
     except OSError as e: raise CmidError(f"{path}: cannot be read ({e.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        line = getattr(getattr(e, 'problem_mark', None), 'line', None)
-        raise CmidError(f"{path}: not valid YAML" + (f" at line {line + 1}" if line is not None else "")) from None
-    if not isinstance(loaded, dict): raise CmidError(f"{path}: must hold keys and values")
+    except UnicodeDecodeError: raise CmidError(f"{path}: is no UTF-8 text; save it as such") from None
+    if not isinstance(loaded := parse_yaml(text, path), dict): raise CmidError(f"{path}: must hold keys and values")
     return loaded
 
 # %% ../nbs/00_params.ipynb #2052ff74
@@ -337,28 +378,30 @@ def merge(
     "Lay one nested dictionary over another."
     return base | {k: merge(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v for k, v in over.items()}
 
-# %% ../nbs/00_params.ipynb #df08248a
+# %% ../nbs/00_params.ipynb #1626a499
 def _explain(e:ValidationError, model, where:str) -> str:
     "The first fault of a section, as one line."
     err = min(e.errors(), key=lambda o: o['type'] != 'extra_forbidden')          # a misspelt key is missing too: say what is written
-    at = '.'.join(str(o) for o in (where, *err['loc']) if o != '')
+    at = '.'.join(_short(str(o)) for o in (where, *err['loc']) if o != '')
     if err['type'] == 'extra_forbidden': return f"{at}: unknown key{near(err['loc'][-1], model.model_fields)}"
     if err['type'] == 'missing': return f"{at}: missing; add it"
-    message = err['msg'].removeprefix('Value error, ').removeprefix('Input ')
-    return f"{at}: {message}" + (f" (got {err['input']!r})" if err['loc'] else "")
+    message = _short(err['msg'].removeprefix('Value error, ').removeprefix('Input '))
+    joined = f"{at}.{message}" if at and re.match(r'\w+: ', message) else f"{at}: {message}" if at else message    # what is said of several keys names one
+    return joined + (f" (got {_short(repr(err['input']))})" if err['type'] != 'value_error' else "")
 
-# %% ../nbs/00_params.ipynb #bb550cca
+# %% ../nbs/00_params.ipynb #70036e6c
 def check(
     model, # a Section class
     values, # what params.yaml holds for it
     where:str, # how to name it in an error
 ):
     "Build a section; raises `CmidError` naming the key that is wrong."
-    if not isinstance(values, dict): raise CmidError(f"params.yaml: {where}: missing; add the section")
-    try: return model(**values)
+    if values is None: raise CmidError(f"params.yaml: {where}: missing; add the section")
+    if not isinstance(values, dict): raise CmidError(f"params.yaml: {where}: must hold keys and values (got {_short(repr(values))})")
+    try: return model.model_validate(values)
     except ValidationError as e: raise CmidError(f"params.yaml: {_explain(e, model, where)}") from None
 
-# %% ../nbs/00_params.ipynb #9e518c2b
+# %% ../nbs/00_params.ipynb #76963cb7
 class Params:
     "`params.yaml` with one profile laid over it; sections are attributes, checked when they are read."
     def __init__(self,
@@ -394,6 +437,7 @@ class Params:
         "One dataset's entry. Raises `CmidError` with the near names."
         known = self.values.get('datasets')
         if not isinstance(known, dict): raise CmidError("params.yaml: datasets: must hold datasets by name")
+        plain_name(name, 'params.yaml: datasets')
         if name not in known: raise CmidError(f"params.yaml: datasets: {name!r} is not there{near(name, known)}; known: {', '.join(known)}")
         return check(Dataset, known[name], f'datasets.{name}')
 
@@ -401,12 +445,13 @@ class Params:
         "A path of the study: relative ones are taken from its root."
         return self.root/relative
 
-# %% ../nbs/00_params.ipynb #5e75f4cf
+# %% ../nbs/00_params.ipynb #1df5aea6
 def check_all(
     p:Params, # of a study
 ) -> Params: # the same
     "Check every section. Raises `CmidError` naming the first key that is wrong."
     for o in SECTIONS: getattr(p, o)
+    for o in p.values['datasets']: p.dataset(o)
     return p
 
 # %% ../nbs/00_params.ipynb #c52f35e9
