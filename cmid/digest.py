@@ -22,13 +22,13 @@ def bare_tree(
         if isinstance(o, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and o.body and _is_text(o.body[0]): o.body = o.body[1:] or [ast.Pass()]
     return tree
 
-# %% ../nbs/25_digest.ipynb #87fb929b
+# %% ../nbs/25_digest.ipynb #f60ffec8
 def notebook_tree(
     path, # a notebook
 ) -> ast.Module: # of all its code cells
     "All code of a notebook. Raises `CmidError` naming a notebook that cannot be read."
     try: cells = json.loads(Path(path).read_text(encoding='utf-8'))['cells']
-    except (OSError, ValueError, KeyError): raise CmidError(f"{path}: no readable notebook") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError): raise CmidError(f"{path}: no readable notebook") from None
     plain = lambda o: '\n'.join(f'pass;{l!r}' if l.startswith(('%', '!')) else l for l in ''.join(o['source']).split('\n'))
     try: return ast.Module([n for o in cells if o['cell_type'] == 'code' for n in bare_tree(plain(o)).body], [])
     except SyntaxError as e: raise CmidError(f"{path}: a cell cannot be parsed ({e.msg}: {(e.text or '').strip()})") from None
@@ -47,7 +47,7 @@ def imported(
             found |= {base} | {f'{base}.{a.name}' for a in o.names}
     return {o.removeprefix('cmid').lstrip('.') for o in found if o.split('.')[0] == 'cmid'} - {''}
 
-# %% ../nbs/25_digest.ipynb #8a894c59
+# %% ../nbs/25_digest.ipynb #1993e9e3
 UNCOUNTED = {'smoke'}  # temporary studies: no number of a real one comes from there
 
 def _file(package, name):
@@ -55,16 +55,21 @@ def _file(package, name):
     path = Path(package, *name.split('.'))
     return next((o for o in (path.with_suffix('.py'), path/'__init__.py') if o.is_file()), None)
 
+def _module_tree(path):
+    try: return bare_tree(path.read_text(encoding='utf-8'))
+    except SyntaxError as e: raise CmidError(f"{path}:{e.lineno}: cannot be parsed ({e.msg}); mend it, or export the notebooks again") from None
+    except ValueError as e: raise CmidError(f"{path}: cannot be parsed ({e}); export the notebooks again") from None
+
 def reach(
     tree:ast.Module, # of a notebook
     package, # folder of the package's modules
 ) -> dict: # module -> its bare tree
-    "Every module that code reaches, with the modules that those reach."
+    "Every module that code reaches, with the modules that those reach. Raises `CmidError` naming file and line of one that is no Python."
     found, waiting = {}, imported(tree)
     while waiting:
         name = waiting.pop(); path = _file(package, name)
         if name in found or name in UNCOUNTED or path is None: continue
-        found[name] = bare_tree(path.read_text(encoding='utf-8')); parent = '.'.join(['cmid', *name.split('.')[:-1]])
+        found[name] = _module_tree(path); parent = '.'.join(['cmid', *name.split('.')[:-1]])
         waiting |= imported(found[name], parent if path.name != '__init__.py' else f'cmid.{name}') | ({name.rpartition('.')[0]} - {''})
     return found
 
@@ -79,11 +84,13 @@ def digest(
     hashes = {k: hashlib.sha256(ast.dump(v).encode()).hexdigest()[:16] for k, v in parts.items()}
     return {'all': hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16]} | hashes
 
-# %% ../nbs/25_digest.ipynb #951184d7
+# %% ../nbs/25_digest.ipynb #aa7c908f
 @cli
 def cmid_digest():
     "Hash the code that each stage reaches, one file a stage."
     parser = argparse.ArgumentParser(prog='cmid_digest', description=cmid_digest.__doc__)
     parser.add_argument('out', nargs='?', default='digests', help='folder to write (digests)')
     at = root(); out = at/parser.parse_args().out
-    for o in sorted((at/'nbs/pipeline').glob('*.ipynb')): write_json(out/f'{o.stem}.json', digest(o, at/'cmid'))
+    found = {o.stem: digest(o, at/'cmid') for o in sorted((at/'nbs/pipeline').glob('*.ipynb'))}     # all, before one is written
+    if not found: raise CmidError(f"{at/'nbs/pipeline'}: holds no notebook; run inside a clone of the project, or set CMID_ROOT")
+    for k, v in found.items(): write_json(out/f'{k}.json', v)

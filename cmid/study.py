@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['OWN', 'with_set', 'study_params', 'bring_back', 'run_study', 'cmid_study']
 
-# %% ../nbs/27_study.ipynb #ad4a7a12
+# %% ../nbs/27_study.ipynb #a3ddca9c
 import argparse, os, shutil, subprocess, sys
+from copy import deepcopy
 from pathlib import Path
 import yaml
-from .params import CmidError, Params, cli, load_yaml, merge, near, root, write_whole
+from .params import CmidError, Params, check_all, cli, load_yaml, merge, near, parse_yaml, root, write_whole
 
-# %% ../nbs/27_study.ipynb #65f0a476
+# %% ../nbs/27_study.ipynb #b4640c55
 def with_set(
     values:dict, # parameters
     assignment:str, # dotted.key=value, the value as YAML
@@ -23,12 +24,11 @@ def with_set(
     for i, o in enumerate(path):
         if not isinstance(at, dict) or o not in at: raise CmidError(f"--set {key}: {'.'.join(path[:i + 1])} is no parameter{near(o, at) if isinstance(at, dict) else ''}")
         at = at[o]
-    try: over = yaml.safe_load(text)
-    except yaml.YAMLError: raise CmidError(f"--set {assignment}: the value is not valid YAML") from None
+    over = parse_yaml(text, f"--set {key}")
     for o in reversed(path): over = {o: over}
     overlay = ((values.get('profiles') or {}).get(values.get('profile')) or {}).get(path[0])
     hidden = isinstance(overlay, dict) and len(path) > 1 and path[1] in overlay                       # the profile speaks of it too, and would win
-    return merge(values, merge(over, {'profiles': {values['profile']: over}}) if hidden else over)
+    return merge(values, merge(over, {'profiles': {values['profile']: deepcopy(over)}}) if hidden else over)      # a copy: YAML would write an alias
 
 # %% ../nbs/27_study.ipynb #569c42e8
 def study_params(
@@ -41,17 +41,21 @@ def study_params(
     for o in sets: values = with_set(values, o)
     return values
 
-# %% ../nbs/27_study.ipynb #6941c611
+# %% ../nbs/27_study.ipynb #d80316d4
 OWN = 'dvc.lock', 'results'  # of a study: the project's stay out of it
 
-def _git(work, *args): return subprocess.run(['git', *args], cwd=work, check=True, capture_output=True, text=True).stdout.strip()
+def _git(work, *args):
+    "What git says. Raises `CmidError` with the last line of what it complains of."
+    done = subprocess.run(['git', *args], cwd=work, capture_output=True, text=True)
+    if done.returncode: raise CmidError(f"{work}: git {args[0]}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}; a study runs in a clone of a commit")
+    return done.stdout.strip()
 
 def _remove(path): shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 def _clone(at, work):
     "A clone of the commit that the project is at; a study's own results stay in it."
     fresh = not (work/'.git').exists(); kept = work/'.git/kept'
-    if fresh: subprocess.run(['git', 'clone', '--quiet', '--no-checkout', str(at), str(work)], check=True)
+    if fresh: _git(at, 'clone', '--quiet', '--no-checkout', str(at), str(work))
     kept.mkdir(exist_ok=True)
     for o in OWN:
         if not fresh and (work/o).exists() and not (kept/o).exists(): (work/o).rename(kept/o)
@@ -79,7 +83,7 @@ def bring_back(
     for o in sorted((Path(work)/'results').rglob('*.json')):
         if 'curves' not in o.parts: write_whole(Path(to)/o.relative_to(work), o.read_text(encoding='utf-8'))
 
-# %% ../nbs/27_study.ipynb #d52c37a6
+# %% ../nbs/27_study.ipynb #f12af768
 def run_study(
     folder, # studies/<name>
     sets=(), # assignments, see `with_set`
@@ -88,9 +92,9 @@ def run_study(
     "Run a study in a clone of the repository and bring its results back."
     at, folder = root(), Path(folder).resolve(); work = at/'.studies'/folder.name
     if not (folder/'params.yaml').is_file(): raise CmidError(f"{folder}: holds no params.yaml; known: {', '.join(o.parent.name for o in at.glob('studies/*/params.yaml')) or 'none'}")
-    _clone(at, work)
-    values = study_params(load_yaml(work/'params.yaml'), load_yaml(folder/'params.yaml'), sets)
-    write_whole(work/'params.yaml', yaml.safe_dump(values, sort_keys=False)); _check_folders(Params(work))
+    own = load_yaml(folder/'params.yaml'); _clone(at, work)
+    values = study_params(load_yaml(work/'params.yaml'), own, sets)
+    write_whole(work/'params.yaml', yaml.safe_dump(values, sort_keys=False)); _check_folders(check_all(Params(work)))
     env = os.environ | dict(PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get('PATH', '')]), PYTHONPATH=str(work), CMID_ROOT=str(work))
     try: subprocess.run([*command], cwd=work, env=env, check=True)
     except subprocess.CalledProcessError as e: raise CmidError(f"{' '.join(command)} ended with status {e.returncode} in {work}; what went wrong stands above; run again, it goes on where it was") from None
