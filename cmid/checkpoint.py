@@ -7,7 +7,7 @@ __all__ = ['FORMAT', 'PLAIN', 'Finite', 'FILES', 'BRANCHES', 'PREFIX', 'RULES', 
            'latest', 'Card', 'read_card', 'export_backbone', 'load_extras', 'load_backbone', 'published_key',
            'from_published', 'to_published', 'to_cmid', 'from_cmid', 'cmid_convert']
 
-# %% ../nbs/22_checkpoint.ipynb #621dc874
+# %% ../nbs/22_checkpoint.ipynb #e2036ce4
 import json, math, os, pickle, re, shutil, sys, zipfile
 from collections import OrderedDict
 from contextlib import contextmanager
@@ -19,17 +19,7 @@ from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from .backbones import create, check_name
-from .params import CmidError, Section, cli, write_whole
-
-# %% ../nbs/22_checkpoint.ipynb #74ca46a8
-def _whole(path, write):
-    "Let `write(file)` fill a file beside `path`, then put it in place"
-    beside = path.with_name(f'.{path.name}.part')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(beside, 'wb') as f: write(f); f.flush(); os.fsync(f.fileno())
-        os.replace(beside, path)
-    finally: beside.unlink(missing_ok=True)
+from .params import CmidError, Section, cli, whole, writing
 
 # %% ../nbs/22_checkpoint.ipynb #13a8be9e
 FORMAT = 1 # of checkpoints and cards; a higher one is refused
@@ -42,6 +32,12 @@ def _check_plain(value, at):
     elif type(value) not in PLAIN:
         raise CmidError(f'{at} is a {type(value).__module__}.{type(value).__name__}: a checkpoint holds tensors, numbers, strings, lists and dicts only')
 
+# %% ../nbs/22_checkpoint.ipynb #89a779ba
+def _bytes(value):
+    "Bytes of all tensors in nested dicts and lists"
+    if isinstance(value, torch.Tensor): return value.numel() * value.element_size()
+    return sum(map(_bytes, value.values() if isinstance(value, dict) else value)) if isinstance(value, (dict, list, tuple)) else 0
+
 # %% ../nbs/22_checkpoint.ipynb #645e74df
 def checkpoints(
     folder, # where a run keeps them
@@ -49,19 +45,19 @@ def checkpoints(
     "Paths of the checkpoints in `folder` (`*.ckpt`), oldest first by the numbers in their names"
     return sorted(Path(folder).glob('*.ckpt'), key=lambda p: [int(n) for n in re.findall(r'\d+', p.stem)])
 
-# %% ../nbs/22_checkpoint.ipynb #d273720c
+# %% ../nbs/22_checkpoint.ipynb #c927e553
 def save(
     path, # `.ckpt` file, a number in its name
     state:dict, # nested dicts and lists of tensors, numbers, strings
     meta:dict, # parameters (key `parameters`), commit, ...
     keep:int=2, # checkpoints that stay in the folder
 ):
-    "Write the full training state, whole or not at all, and drop all but the newest `keep`; raises `CmidError` naming what cannot be stored"
+    "Write the full training state, whole or not at all, and drop all but the newest `keep`; raises `CmidError` naming what cannot be stored, or where the disk is full"
     path = Path(path)
     if path.suffix != '.ckpt': raise CmidError(f'{path}: a checkpoint must be named *.ckpt, or it would not be found again')
     _check_plain(state, 'state'); _check_plain(meta, 'meta')
     for part in path.parent.glob('.*.ckpt.part'): part.unlink() # of a run that was killed
-    _whole(path, lambda f: torch.save(dict(format=FORMAT, meta=meta, state=state), f))
+    with whole(path, _bytes(state)) as f: torch.save(dict(format=FORMAT, meta=meta, state=state), f)
     for old in checkpoints(path.parent)[:-keep]:
         if old != path: old.unlink()
 
@@ -157,39 +153,53 @@ def _card(held, where):
     except CmidError as e: raise CmidError(f'{where}: architecture: {e}') from None
     return card
 
-# %% ../nbs/22_checkpoint.ipynb #44ac4ed1
+# %% ../nbs/22_checkpoint.ipynb #f771b67f
 def read_card(
     folder, # that `export_backbone` wrote
 ) -> Card:
     "The card of a backbone; raises `FileNotFoundError`, or `CmidError` naming file and key"
-    path = Path(folder)/'card.json'
+    path = _there(folder)/'card.json'
     if not path.is_file(): raise FileNotFoundError(f'{path}: there is no backbone here')
     try: held = json.loads(path.read_text('utf8'))
     except (ValueError, RecursionError): raise CmidError(f'{path}: is no JSON') from None
     return _card(held, path)
 
-# %% ../nbs/22_checkpoint.ipynb #d6c84e30
+# %% ../nbs/22_checkpoint.ipynb #c94c34ce
 FILES = ('README.md', 'card.json', 'extras.safetensors', 'model.safetensors', 'teacher.safetensors')
 
+def _beside(folder): return [folder.with_name(f'.{folder.name}.{o}') for o in ('part', 'old')]
+
+def _sync(folder):
+    "Force the files of a folder to disk"
+    for o in folder.iterdir():
+        with open(o, 'rb+') as f: os.fsync(f.fileno())
+
 @contextmanager
-def _whole_folder(folder):
+def _whole_folder(folder, need):
     "A folder to fill beside `folder`, which then takes its place"
-    part, old = (folder.with_name(f'.{folder.name}.{o}') for o in ('part', 'old'))
+    part, old = _beside(folder)
     def tidy(): # also after a run that was killed between the two renames
         if old.exists() and not folder.exists(): os.replace(old, folder)
         for o in (part, old): shutil.rmtree(o, ignore_errors=True)
-    tidy(); part.mkdir(parents=True)
-    try:
-        yield part
-        if folder.exists(): os.replace(folder, old)
-        os.replace(part, folder)
-    finally: tidy()
+    with writing(folder, need):
+        tidy(); part.mkdir(parents=True)
+        try:
+            yield part
+            _sync(part)
+            if folder.exists(): os.replace(folder, old)
+            os.replace(part, folder)
+        finally: tidy()
 
-# %% ../nbs/22_checkpoint.ipynb #52b5975b
+# %% ../nbs/22_checkpoint.ipynb #8761169a
+def _there(folder):
+    "`folder`, or where a run that was killed between the two renames left it"
+    folder = Path(folder); old = _beside(folder.absolute())[1]
+    return old if old.exists() and not folder.exists() else folder
+
+# %% ../nbs/22_checkpoint.ipynb #7e5ad8fa
 def _save_tensors(tensors, path):
-    "Tensors to safetensors, on disk when this returns; one metadata key, so that equal tensors give equal bytes"
+    "Tensors to safetensors; one metadata key, so that equal tensors give equal bytes"
     save_file({k: v.detach().cpu().contiguous() for k,v in tensors.items()}, path, metadata={'format': 'pt'})
-    with open(path, 'rb') as f: os.fsync(f.fileno())
 
 # %% ../nbs/22_checkpoint.ipynb #4ec30e63
 def _readme(c):
@@ -205,7 +215,7 @@ def _readme(c):
         'from cmid.checkpoint import load_backbone', "encoder, card = load_backbone('.')", '```', '', '| | |', '| --- | --- |', *facts, row('commit', c.provenance.get('commit', 'unknown')), '',
         '| band | mean | std |', '| --- | --- | --- |', *bands, '', *(['Raw values that become 0 and 1:', '', '| band | 0 | 1 |', '| --- | --- | --- |', *raw, ''] if raw else []), *(['| health | |', '| --- | --- |', *health, ''] if health else [])])
 
-# %% ../nbs/22_checkpoint.ipynb #cb5fc126
+# %% ../nbs/22_checkpoint.ipynb #bd228a6f
 def export_backbone(
     encoder, # from `backbones.create`
     folder, # to write; an earlier export there is replaced
@@ -213,7 +223,7 @@ def export_backbone(
     extras:dict|None=None, # further tensors by name, such as a decoder's
     teacher=None, # the teacher's encoder, where there was one
 ) -> Path:
-    "Write backbone and card, the whole folder or nothing, equal bytes for equal input; raises `CmidError` naming the card's faulty key"
+    "Write backbone and card, the whole folder or nothing, equal bytes for equal input; raises `CmidError` naming the card's faulty key, or where the disk is full"
     folder = Path(folder).absolute()
     foreign = [p.name for p in folder.iterdir() if p.name not in FILES] if folder.is_dir() else [folder.name]*folder.exists()
     if foreign: raise CmidError(f'{folder}: holds other things ({foreign[0]}), which a backbone would replace: choose another folder')
@@ -221,11 +231,10 @@ def export_backbone(
     checked = _card(own | card, f'{folder.name}/card.json')
     try: text = json.dumps(checked.model_dump(), indent=1, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as e: raise CmidError(f'{folder.name}/card.json: cannot be written as JSON ({e})') from None
-    with _whole_folder(folder) as part:
-        _save_tensors(encoder.model.state_dict(), part/'model.safetensors')
-        _save_tensors({'mask_token': encoder.mask_token} | (extras or {}), part/'extras.safetensors')
-        if teacher is not None: _save_tensors(teacher.model.state_dict(), part/'teacher.safetensors')
-        write_whole(part/'card.json', text + '\n'); write_whole(part/'README.md', _readme(checked))
+    tensors = dict(model=encoder.model.state_dict(), extras={'mask_token': encoder.mask_token} | (extras or {})) | ({'teacher': teacher.model.state_dict()} if teacher is not None else {})
+    with _whole_folder(folder, _bytes(tensors)) as part:
+        for k,v in tensors.items(): _save_tensors(v, part/f'{k}.safetensors')
+        for k,v in {'card.json': text + '\n', 'README.md': _readme(checked)}.items(): (part/k).write_text(v, encoding='utf8', newline='\n')
     return folder
 
 # %% ../nbs/22_checkpoint.ipynb #861c1d1e
@@ -252,14 +261,14 @@ def _set_token(encoder, token, where):
     if not isinstance(token, torch.Tensor) or token.numel() != want.numel(): raise CmidError(f'{where}: mask_token must hold {want.numel()} values')
     want.data.copy_(token.reshape(want.shape))
 
-# %% ../nbs/22_checkpoint.ipynb #df5b767a
+# %% ../nbs/22_checkpoint.ipynb #134985bb
 def load_extras(
     folder, # that `export_backbone` wrote
 ) -> dict:
     "The tensors beside the backbone: `mask_token`, and what was given as `extras`"
-    return _read_tensors(Path(folder)/'extras.safetensors')
+    return _read_tensors(_there(folder)/'extras.safetensors')
 
-# %% ../nbs/22_checkpoint.ipynb #37db15a6
+# %% ../nbs/22_checkpoint.ipynb #f8a59943
 BRANCHES = 'student', 'teacher'
 
 def load_backbone(
@@ -268,7 +277,7 @@ def load_backbone(
     branch:str='student', # student | teacher, of a backbone that was pretrained with one
 ) -> tuple:
     "`(encoder, card)`, the encoder in eval mode; runs no code of the file; raises `FileNotFoundError` or `CmidError` naming file and key"
-    folder = Path(path); card = read_card(folder)
+    folder = _there(path); card = read_card(folder)
     if branch not in BRANCHES: raise CmidError(f'branch: {branch!r} is neither student nor teacher')
     weights = folder/('model.safetensors' if branch == 'student' else 'teacher.safetensors')
     if branch == 'teacher' and not weights.is_file(): raise CmidError(f'{folder}: has no teacher ({card.method}); use branch: student')
@@ -336,7 +345,7 @@ def to_cmid(
     if 'mask_token' in own: _set_token(encoder, own['mask_token'], src)
     return export_backbone(encoder, dst, STUDY | dict(method='cmid, published weights', parameters={}, data_hash=None, data_licence=None, provenance={}, health={}))
 
-# %% ../nbs/22_checkpoint.ipynb #e5defc43
+# %% ../nbs/22_checkpoint.ipynb #e630763f
 def from_cmid(
     src, # folder that `export_backbone` wrote
     dst, # .pth to write
@@ -344,7 +353,7 @@ def from_cmid(
     "A backbone folder to the published layout"
     encoder, _ = load_backbone(src)
     weights = {f'{PREFIX}mask_token': encoder.mask_token.data} | {f'{PREFIX}model.{k}': v for k,v in to_published(encoder.model.state_dict()).items()}
-    _whole(Path(dst), lambda f: torch.save({k: v.contiguous() for k,v in weights.items()}, f))
+    with whole(dst, _bytes(weights)) as f: torch.save({k: v.contiguous() for k,v in weights.items()}, f)
     return Path(dst)
 
 # %% ../nbs/22_checkpoint.ipynb #2875f5bf

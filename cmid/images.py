@@ -6,8 +6,8 @@
 __all__ = ['KINDS', 'LARGE', 'HEADER', 'JOB', 'FORMAT', 'OURS', 'find_images', 'open_image', 'stretched', 'resized', 'tile_start',
            'Prepared', 'audit_table', 'prepare', 'contact_sheet', 'class_figure', 'prepare_dataset', 'cmid_prepare']
 
-# %% ../nbs/02_images.ipynb #9970dfd8
-import csv, errno, hashlib, io, json, logging, multiprocessing, os, shutil, signal, struct, sys, threading, types, warnings
+# %% ../nbs/02_images.ipynb #d4f8fa4b
+import csv, hashlib, io, json, logging, multiprocessing, os, shutil, signal, struct, sys, threading, types, warnings
 from array import array
 from bisect import bisect_left
 from collections import Counter, deque
@@ -29,7 +29,7 @@ from tqdm import tqdm
 try: import fcntl
 except ImportError: fcntl = None  # Windows: no lock
 
-from .params import CmidError, cli, write_json
+from .params import CmidError, cli, write_json, write_whole, writing
 
 # %% ../nbs/02_images.ipynb #382db5cb
 KINDS = '.png', '.jpg', '.jpeg', '.tif', '.tiff'
@@ -675,7 +675,7 @@ def _fingerprints(cfg, names, lists):
         for line in _lines(v): whole.update(line.encode() + b'\n')
     return images.hexdigest(), whole.hexdigest(), newest
 
-# %% ../nbs/02_images.ipynb #e8e11230
+# %% ../nbs/02_images.ipynb #b7523388
 OURS = 'manifest.json', 'items.csv', 'skipped.csv', 'labels.npy', 'split-*.npy', 'images-*', 'state.json', 'survey.jsonl', 'items.jsonl', 'lock'
 
 def _is_ours(folder):
@@ -706,7 +706,7 @@ def _begin_or_resume(part, mark):
 def _enough_room(part, need):
     "CmidError when the disk cannot hold what is still to be written"
     there = sum(getattr(o.stat(), 'st_blocks', 0) * 512 for o in part.glob('images-*')); free = shutil.disk_usage(part).free
-    if need - there > free: raise CmidError(f"{part.parent}: {(need - there) / 2**20:,.0f} MB are needed, {free / 2**20:,.0f} MB are free")
+    if need - there > free: raise CmidError(f"{part}: the disk is full ({(need - there) / 2**20:,.1f} MB needed, {free / 2**20:,.1f} MB free); make room and run again")
 
 def _publish(part, out):
     "The finished folder takes the place of an older one"
@@ -722,7 +722,7 @@ def _retire(old):
     try: old.rmdir()
     except OSError: raise CmidError(f"{old}: holds files that prepare did not write: move them and remove it") from None
 
-# %% ../nbs/02_images.ipynb #8f1f2d4b
+# %% ../nbs/02_images.ipynb #32a8b770
 def _write(cfg, t, lay, g, names, part, listed, others, mark, total):
     "Labels, splits, audit and manifest of a folder whose shards are done"
     shape, used, (by_file, words_of, words, notes) = (cfg.channels, cfg.side, cfg.side), np.unique(g.file), listed
@@ -732,7 +732,7 @@ def _write(cfg, t, lay, g, names, part, listed, others, mark, total):
     labels, splits = None if classes is None else of_file[g.file].astype('i8'), {k: _items_of(v, g.file) for k,v in by_file.items()}
     audit = [*_findings(cfg, t, g, others, notes), *_duplicates(g, names, by_file), *_overlaps(by_file, names), *_label_findings(classes, labels, splits)]
     for k,v in {**({} if labels is None else {'labels': labels}), **{f'split-{k}': v for k,v in sorted(splits.items())}}.items():
-        np.save(part/f'{k}.npy', v, allow_pickle=False); g.hash.update(f"{k}\0".encode() + v.astype('<i8').tobytes())
+        np.save(f := io.BytesIO(), v, allow_pickle=False); write_whole(part/f'{k}.npy', f.getvalue()); g.hash.update(f"{k}\0".encode() + v.astype('<i8').tobytes())
     g.hash.update(json.dumps(classes).encode())
     shards = [_close_shard(part/f'images-{a // lay.rows:05}.part', g.keep[a:a+lay.rows], shape) for a in range(0, total, lay.rows)]
     mean, std = _moments(g.sums, g.squares, g.n * cfg.side**2)
@@ -780,7 +780,7 @@ def _passes(cfg, names, part, run):
     _journalled(_make, _jobs(cfg, t, lay, names, part, total), lay.job, total, part/'items.jsonl', strict, 'preparing')
     return t, lay, total
 
-# %% ../nbs/02_images.ipynb #cccb4954
+# %% ../nbs/02_images.ipynb #91a8c521
 def prepare(
     folder, # of PNG, JPEG, TIFF or GeoTIFF, with everything below it; never written to
     out, # folder to write; while it is worked on it is called OUT.partial
@@ -805,17 +805,13 @@ def prepare(
     if _finished(out, mark, newest): return Prepared(out)
     if _finished(half := out.with_name(out.name + '.partial'), mark, newest): _publish(half, out); return Prepared(out)
     listed = _read_lists(names, lists or {}); list(_overlaps(listed[0], names))
-    part = half; lock = _begin_or_resume(part, images)
+    part = half
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    try:
+    with writing(part), closing(_begin_or_resume(part, images)):
         with _processes(workers or (1 if len(names) <= 64 and not tile else cores)) as run: t, lay, total = _passes(cfg, names, part, run)
         g = _gather(cfg, t, lay, names, part, total)
         if not g.n: raise _nothing(cfg, g.notes.get('skipped', [0, ["no pixel has a value"]])[1])
         _write(cfg, t, lay, g, names, part, listed, others, mark, total)
-    except OSError as e:
-        if e.errno != errno.ENOSPC: raise
-        raise CmidError(f"{part}: the disk is full; make room and run again, it goes on where it was") from None
-    finally: lock.close()
     _publish(part, out)
     return Prepared(out)
 
