@@ -208,7 +208,7 @@ def test_strangers_files_are_left_alone(tmp_path):
 def test_disk_too_small(tmp_path, monkeypatch):
     pictures(tmp_path/'in', 2); usage = type('Usage', (), dict(total=0, used=0, free=1000))
     monkeypatch.setattr('shutil.disk_usage', lambda p: usage)
-    with pytest.raises(CmidError, match='MB are needed'): prepare(tmp_path/'in', tmp_path/'out', side=32)
+    with pytest.raises(CmidError, match='the disk is full .* MB needed'): prepare(tmp_path/'in', tmp_path/'out', side=32)
 
 # --- lists and labels
 
