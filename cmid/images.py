@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'LARGE', 'HEADER', 'JOB', 'FORMAT', 'OURS', 'find_images', 'open_image', 'stretched', 'resized', 'tile_start',
-           'Prepared', 'audit_table', 'prepare', 'contact_sheet', 'class_figure', 'prepare_dataset', 'cmid_prepare']
+           'Unusable', 'Prepared', 'audit_table', 'prepare', 'contact_sheet', 'class_figure', 'prepare_dataset',
+           'cmid_prepare']
 
 # %% ../nbs/02_images.ipynb #d4f8fa4b
 import csv, hashlib, io, json, logging, multiprocessing, os, shutil, signal, struct, sys, threading, types, warnings
@@ -328,7 +329,10 @@ def _tally(table, key, name):
     entry = table.setdefault(key, [0, []]); entry[0] += 1
     if len(entry[1]) < 5: entry[1].append(name)
 
-# %% ../nbs/02_images.ipynb #c3b43493
+# %% ../nbs/02_images.ipynb #3c01a91d
+class Unusable(CmidError):
+    "A folder of which nothing can be used as it was asked for"
+
 def _choose_bands(cfg, t, names):
     "Set `cfg.channels`, and the reason of every file that has not these bands"
     seen = Counter(t.bands[t.bands > 0].tolist())
@@ -336,6 +340,7 @@ def _choose_bands(cfg, t, names):
     most = max(seen, key=lambda b: (seen[b], b))
     cfg.channels = len(cfg.bands) if cfg.bands else most
     need = max(cfg.bands) + 1 if cfg.bands else most
+    if need > max(seen): raise Unusable(f"{cfg.folder}: bands {cfg.bands} were asked for, but no image has more than {max(seen)}: choose from 0 to {max(seen) - 1}")
     fits = t.bands >= need if cfg.bands else (t.bands == most) | (t.grey if most == 3 else False)
     if not cfg.bands and most == 3:
         for i in np.flatnonzero(t.grey): _tally(t.notes, 'grey made RGB', names[i])
@@ -575,7 +580,7 @@ def _findings(cfg, t, g, others, notes):
         text = dict(missing=f"lines of {split} that name no file of the folder", repeated=f"lines of {split} that name a file again", unread=f"files of {split} that could not be used").get(kind)
         yield _finding(kind if text or kind == 'skipped' else 'note', 'warning' if text or kind == 'skipped' else 'note', n, text or f"files {kind}", some)
 
-# %% ../nbs/02_images.ipynb #176aeb52
+# %% ../nbs/02_images.ipynb #20346de1
 FORMAT = 1  # of the folder, raised when older versions cannot read it
 
 class Prepared:
@@ -584,23 +589,41 @@ class Prepared:
         folder, # that `prepare` wrote; CmidError when it is none, or not whole
     ):
         self.folder = Path(folder)
-        try: self.manifest = m = json.loads((self.folder/'manifest.json').read_text())
-        except (OSError, ValueError): raise CmidError(f"{folder}: no prepared folder (it has no readable manifest.json): run cmid_prepare") from None
-        if m.get('format') != FORMAT: raise CmidError(f"{folder}/manifest.json: format {m.get('format')}, this version reads {FORMAT}")
+        try: self.manifest = json.loads((self.folder/'manifest.json').read_text())
+        except (OSError, ValueError, RecursionError): raise CmidError(f"{folder}: no prepared folder (it has no readable manifest.json): remove what is there and run cmid_prepare") from None
+        try: self._open(self.manifest); self._check()
+        except CmidError: raise
+        except (OSError, ValueError, TypeError, LookupError, AttributeError) as e: raise CmidError(f"{folder}: is not as prepare wrote it ({' '.join(f'{type(e).__name__} {e}'.split())[:160]}): remove it and prepare it again") from None
+
+    def _open(self, m):
+        if m['format'] != FORMAT: raise CmidError(f"{self.folder}/manifest.json: format {m['format']}, this version reads {FORMAT}: upgrade cmid, or remove the folder and prepare it again")
         self.side, self.bands, self.mean, self.std, self.hash, self.classes, self.audit = (m[k] for k in 'side bands mean std hash classes audit'.split())
         self._ends = np.cumsum([o['count'] for o in m['shards']]); self._maps, self._lines = {}, None
         for o in m['shards']:
             path = self.folder/o['file']; size = HEADER + o['count'] * self.bands * self.side**2
-            if not path.exists() or path.stat().st_size != size: raise CmidError(f"{path}: missing or cut short ({size:,} bytes are due): prepare it again")
+            if not path.exists() or path.stat().st_size != size: raise CmidError(f"{path}: missing or cut short ({size:,} bytes are due): remove {self.folder} and prepare it again")
         load = lambda name: np.load(self.folder/name, allow_pickle=False)
         self.labels = load('labels.npy') if self.classes else None
         self.splits = {k: load(f'split-{k}.npy') for k in m['splits']}
+
+    def _check(self):
+        "Numbers that point beyond the images or the classes are met here, not in the middle of a training"
+        fits = lambda v, low, high: v.ndim == 1 and v.dtype.kind == 'i' and (not v.size or low <= v.min() and v.max() < high)
+        if self.side < 1 or not len(self.mean) == len(self.std) == self.bands: raise ValueError("side, bands, mean and std do not agree")
+        if self.classes and not (len(self.labels) == len(self) and fits(self.labels, -1, len(self.classes))): raise ValueError("labels.npy fits neither images nor classes")
+        for k,v in self.splits.items():
+            if not fits(v, 0, len(self)): raise ValueError(f"split-{k}.npy names images that are not there")
 
     def __len__(self): return int(self._ends[-1])
     def __getstate__(self): return {**self.__dict__, '_maps': {}}
 
     def _map(self, k):
-        if k not in self._maps: self._maps[k] = np.load(self.folder/self.manifest['shards'][k]['file'], mmap_mode='r')
+        if k not in self._maps:
+            shard = self.manifest['shards'][k]; path = self.folder/shard['file']
+            try: x = np.load(path, mmap_mode='r')
+            except (OSError, ValueError): x = np.zeros(0)
+            if x.dtype != np.uint8 or x.shape != (shard['count'], self.bands, self.side, self.side): raise CmidError(f"{path}: damaged: remove {self.folder} and prepare it again")
+            self._maps[k] = x
         return self._maps[k]
 
     def __getitem__(self,
@@ -619,6 +642,12 @@ class Prepared:
         for k in np.unique(shard): at = shard == k; out[at] = self._map(int(k))[row[at]]
         return out
 
+    def _line_starts(self):
+        try: ends = np.flatnonzero(np.memmap(self.folder/'items.csv', np.uint8, 'r') == 10) + 1
+        except (OSError, ValueError): ends = []
+        if len(ends) != len(self) + 1: raise CmidError(f"{self.folder/'items.csv'}: missing or cut short: remove {self.folder} and prepare it again")
+        return np.append(0, ends)
+
     @property
     def images(self): "The same as the object itself: `p.images[i]` is `p[i]`"; return self
 
@@ -626,7 +655,7 @@ class Prepared:
         i:int, # number of an image
     ) -> str: # file relative to the source folder, with `[rows, columns]` for a tile
         "Where an image came from"
-        if self._lines is None: self._lines = np.append(0, np.flatnonzero(np.memmap(self.folder/'items.csv', np.uint8, 'r') == 10) + 1)
+        if self._lines is None: self._lines = self._line_starts()
         with open(self.folder/'items.csv', 'rb') as f: f.seek(self._lines[range(1, len(self) + 1)[i]]); line = f.readline().decode('utf-8', 'surrogateescape')
         row = next(csv.reader([line])); return row[1] + row[7]
 
@@ -645,14 +674,14 @@ def audit_table(
     show = lambda o: f"{o['level']:8}{o['text']}: {o['count']:,}" + (f" ({'; '.join(o['examples'])}{'; ...' if o['count'] > len(o['examples']) else ''})" if o['examples'] else '')
     return '\n'.join(head + [show(o) for o in sorted(m['audit'], key=lambda o: o['level'] != 'warning')])
 
-# %% ../nbs/02_images.ipynb #2fee09df
+# %% ../nbs/02_images.ipynb #478efa55
 def _checked(folder, out, a):
     "The arguments of `prepare`, or CmidError with the name of the wrong one"
     def need(ok, text):
         if not ok: raise CmidError(f"prepare: {text}")
     whole = lambda v, low: isinstance(v, int) and not isinstance(v, bool) and v >= low
-    need(whole(a['side'], 1), f"side must be a whole number of pixels, got {a['side']}"); need(whole(a['tile'], 0), f"tile must be 0 or a number of pixels, got {a['tile']}")
-    need(whole(a['workers'], 0), f"workers must be 0 (all cores) or more, got {a['workers']}"); need(a['shard_mb'] > 0, f"shard_mb must be above 0, got {a['shard_mb']}")
+    need(whole(a['side'], 32) and a['side'] % 32 == 0, f"side must be a multiple of 32 pixels, got {a['side']}"); need(whole(a['tile'], 0), f"tile must be 0 or a number of pixels, got {a['tile']}")
+    need(whole(a['workers'], 0), f"workers must be 0 (all cores) or more, got {a['workers']}"); need(0 < a['shard_mb'] < 2**40, f"shard_mb must be above 0, and a number, got {a['shard_mb']}")
     b = a['bands']
     need(b is None or len(b) and len(set(b)) == len(b) and all(whole(o, 0) for o in b), f"bands must be different numbers from 0, got {b}")
     need(len(a['stretch']) == 2 and 0 <= a['stretch'][0] < a['stretch'][1] <= 100, f"stretch must be two rising percentiles, got {a['stretch']}")
@@ -675,13 +704,13 @@ def _fingerprints(cfg, names, lists):
         for line in _lines(v): whole.update(line.encode() + b'\n')
     return images.hexdigest(), whole.hexdigest(), newest
 
-# %% ../nbs/02_images.ipynb #b7523388
+# %% ../nbs/02_images.ipynb #171ff618
 OURS = 'manifest.json', 'items.csv', 'skipped.csv', 'labels.npy', 'split-*.npy', 'images-*', 'state.json', 'survey.jsonl', 'items.jsonl', 'lock'
 
 def _is_ours(folder):
     "Was this folder written by `prepare`?"
     try: return 'fingerprint' in json.loads((folder/'manifest.json').read_text())
-    except (OSError, ValueError, TypeError): return False
+    except (OSError, ValueError, TypeError, RecursionError): return False
 
 def _clear(folder, patterns=OURS):
     "Remove what `prepare` wrote, and nothing else"
@@ -750,27 +779,33 @@ def _told(folder, out):
     near = os.path.relpath(folder, Path(out).parent.parent)
     return os.path.basename(os.path.normpath(folder)) if near.startswith('..') else near.replace(os.sep, '/')
 
-# %% ../nbs/02_images.ipynb #077dbb96
+# %% ../nbs/02_images.ipynb #4101b48c
 def _finished(folder, mark, newest):
     "Was this folder written for the same images, lists and parameters, and after their last change?"
     try: return json.loads((folder/'manifest.json').read_text())['fingerprint'] == mark and (folder/'manifest.json').stat().st_mtime_ns > newest
-    except (OSError, ValueError, KeyError): return False
+    except (OSError, ValueError, KeyError, TypeError, RecursionError): return False
 
 def _refuse(rows):
     "For `on_error='raise'`: the first row without pixels ends it"
     for o in rows:
-        if 'name' in o: raise CmidError(f"{o['name']}: {o['reason']}")
+        if 'name' in o: raise Unusable(f"{o['name']}: {o['reason']}")
     return rows
+
+@contextmanager
+def _nothing_kept(part):
+    "What is refused cannot be gone on with: leave nothing of it"
+    try: yield
+    except Unusable: _clear(part); any(part.iterdir()) or part.rmdir(); raise
 
 def _nothing(cfg, why):
     "The error of a folder of which nothing is left"
-    return CmidError(f"{cfg.folder}: not one image can be used ({len(why)} skipped; first: {why[0]})")
+    return Unusable(f"{cfg.folder}: not one image can be used ({len(why)} skipped; first: {why[0]})")
 
 def _passes(cfg, names, part, run):
     "Both passes; what the headers say, the layout, and the number of items"
     t = SimpleNamespace(mixed={}); t.__dict__.update(_survey(cfg, names, part, run).__dict__); _choose_bands(cfg, t, names)
     why = [f"{names[i]}: {o}" for i,o in islice(sorted(t.reasons.items()), 100)]
-    if why and cfg.on_error == 'raise': raise CmidError(why[0])
+    if why and cfg.on_error == 'raise': raise Unusable(why[0])
     files = np.setdiff1d(np.arange(len(names)), list(t.reasons)).astype('i4')
     if not len(files): raise _nothing(cfg, why)
     _choose_stretch(cfg, t, files, names, run)
@@ -780,7 +815,7 @@ def _passes(cfg, names, part, run):
     _journalled(_make, _jobs(cfg, t, lay, names, part, total), lay.job, total, part/'items.jsonl', strict, 'preparing')
     return t, lay, total
 
-# %% ../nbs/02_images.ipynb #91a8c521
+# %% ../nbs/02_images.ipynb #1194d021
 def prepare(
     folder, # of PNG, JPEG, TIFF or GeoTIFF, with everything below it; never written to
     out, # folder to write; while it is worked on it is called OUT.partial
@@ -805,9 +840,10 @@ def prepare(
     if _finished(out, mark, newest): return Prepared(out)
     if _finished(half := out.with_name(out.name + '.partial'), mark, newest): _publish(half, out); return Prepared(out)
     listed = _read_lists(names, lists or {}); list(_overlaps(listed[0], names))
+    if labelled: _label_files(cfg, names, range(len(names)), listed[0], listed[2], listed[1])   # what could be wrong with labels is known now
     part = half
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    with writing(part), closing(_begin_or_resume(part, images)):
+    with writing(part), closing(_begin_or_resume(part, images)), _nothing_kept(part):
         with _processes(workers or (1 if len(names) <= 64 and not tile else cores)) as run: t, lay, total = _passes(cfg, names, part, run)
         g = _gather(cfg, t, lay, names, part, total)
         if not g.n: raise _nothing(cfg, g.notes.get('skipped', [0, ["no pixel has a value"]])[1])
