@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['UNDECAYED', 'LOSSES', 'Batches', 'peak_lr', 'lr_at', 'parameter_groups', 'precision_of', 'CMIDCallback', 'Journal',
-           'Checkpoints', 'build', 'normalisation', 'learner', 'run', 'corpus', 'view_figure', 'Curves', 'export',
-           'export_baseline', 'summary']
+           'clock', 'Checkpoints', 'plainly', 'stoppable', 'build', 'normalisation', 'learner', 'run', 'fitting_batch',
+           'deterministic_cost', 'corpus', 'view_figure', 'Curves', 'export', 'export_baseline', 'summary']
 
-# %% ../nbs/23_pretrain.ipynb #103f559c
-import hashlib, json, math, queue, threading, time, warnings
+# %% ../nbs/23_pretrain.ipynb #8c172004
+import gc, hashlib, json, math, queue, signal, threading, time, warnings
+from contextlib import contextmanager
 from pathlib import Path
 import numpy as np, torch
 with warnings.catch_warnings(): # fastai 2.8 scripts a function when it is imported, which torch calls deprecated
@@ -21,13 +22,13 @@ with warnings.catch_warnings(): # fastai 2.8 scripts a function when it is impor
 from timm.optim import Adan, param_groups_weight_decay
 from . import backbones, checkpoint, teacher
 from .distillation import temperature_at
-from .health import feature_health, prototype_use
+from .health import Watch, alarms
 from .masking import fill_mean
 from .model import CMID
-from .params import CmidError, Pretrain, device, near, seed_everything
+from .params import CmidError, Health, Pretrain, device, near, seed_everything
 from .views import RGB_MEAN, RGB_STD, TwoViews, step_generator
 
-# %% ../nbs/23_pretrain.ipynb #e71edd6e
+# %% ../nbs/23_pretrain.ipynb #bbd559be
 class Batches:
     "Batches of uint8 images, in an order that seed and epoch decide."
     def __init__(self,
@@ -40,7 +41,7 @@ class Batches:
         pin:bool=False, # in memory that a GPU copies from without waiting
     ):
         self.images, self.index, self.batch, self.seed, self.ahead, self.pin = images, np.asarray(index), batch, seed, ahead, pin
-        self.count = min(epoch_images or len(self.index), len(self.index)); self.epoch = 0
+        self.count = min(epoch_images or len(self.index), len(self.index)); self.epoch = self.first = 0   # the next epoch, and its first step
         if self.count < batch: raise CmidError(f"params.yaml: pretrain.batch: {batch} is more than the {self.count} images of an epoch; lower it")
 
     def __len__(self): return self.count // self.batch
@@ -56,14 +57,14 @@ class Batches:
         t = torch.from_numpy(self.images[rows]); return (t.pin_memory() if self.pin else t), torch.from_numpy(rows)
 
     def __iter__(self):
-        filled, stop = queue.Queue(self.ahead), threading.Event()
+        filled, stop, order = queue.Queue(self.ahead), threading.Event(), self.order(self.epoch)[self.first:]
         def put(o):
             while not stop.is_set():
                 try: return filled.put(o, timeout=.1)
                 except queue.Full: pass
         def work():
             try:
-                for rows in self.order(self.epoch):
+                for rows in order:
                     if stop.is_set(): return
                     put(self._read(rows))
                 put(None)
@@ -106,24 +107,25 @@ def parameter_groups(
     spared = [n for n, _ in model.named_parameters() if n.split('.')[-1] in UNDECAYED]
     return param_groups_weight_decay(model, weight_decay, no_weight_decay_list=spared)
 
-# %% ../nbs/23_pretrain.ipynb #d25a79ec
+# %% ../nbs/23_pretrain.ipynb #a3c9ce43
 def precision_of(
     name:str, # auto | float32 | bfloat16 | float16
     on:torch.device,
+    section:str='pretrain', # of params.yaml that says so
 ) -> torch.dtype: # of the matrix work
     "The precision of the run. Raises `CmidError` where the device does not have it."
     if name == 'auto':
         if on.type != 'cuda': return torch.float32
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if name == 'float16' and on.type == 'cpu': raise CmidError("params.yaml: pretrain.precision: float16 needs a GPU; use float32, bfloat16 or auto")
+    if name == 'float16' and on.type == 'cpu': raise CmidError(f"params.yaml: {section}.precision: float16 needs a GPU; use float32, bfloat16 or auto")
     return getattr(torch, name)
 
-# %% ../nbs/23_pretrain.ipynb #351e58f6
+# %% ../nbs/23_pretrain.ipynb #5a0c046b
 class CMIDCallback(Callback):
     "Views, schedules, mixed precision, moving average and queue of CMID."
     order = 10
     def __init__(self, settings:Pretrain, views:TwoViews, seed:int, dtype=torch.float32, processes:int=1):
-        self.settings, self.views, self.seed, self.dtype, self.done = settings, views, seed, dtype, 0
+        self.settings, self.views, self.seed, self.dtype, self.done, self.on = settings, views, seed, dtype, 0, None
         self.peak, self.rule = peak_lr(settings, processes)
 
     def before_fit(self):
@@ -132,7 +134,10 @@ class CMIDCallback(Callback):
         self.scaler, self.skipped = torch.amp.GradScaler(self.on.type, enabled=self.dtype == torch.float16), 0; self.overflow = False
         if getattr(self, 'resumed', None): self.scaler.load_state_dict(self.resumed)
 
-    def before_epoch(self): self.learn.dls.train.epoch = self.learn.epoch; self.sums = []
+    def before_epoch(self):
+        "Lists of this epoch: losses and gradient norms, a tensor a step; an epoch that was stopped in its middle goes on with its own."
+        self.learn.dls.train.epoch, self.learn.dls.train.first = self.learn.epoch, self.done - self.learn.epoch * self.epoch_steps
+        if self.learn.dls.train.first <= 0: self.learn.dls.train.first, self.sums, self.norms = 0, [], []
 
     def before_batch(self):
         s, epoch = self.settings, self.done // self.epoch_steps
@@ -154,8 +159,14 @@ class CMIDCallback(Callback):
     def after_loss(self): self.sums.append(torch.stack([o.detach() for o in self.learn.pred]))
     def before_backward(self): self.learn.loss_grad = self.scaler.scale(self.learn.loss_grad)
     def before_step(self):
+        self.norms.append(self._gradient_norm())
         if self.settings.fidelity == 'published' and self.done: self.learn.model.average(self.momentum)
         if self.scaler.is_enabled(): self._scaled_step(); raise CancelStepException()
+
+    def _gradient_norm(self):
+        "Of all gradients together, a tensor; float16 has them scaled."
+        norm = torch.nn.utils.get_total_norm([o.grad for o in self.learn.model.parameters() if o.grad is not None])
+        return norm / self.scaler.get_scale() if self.scaler.is_enabled() else norm
 
     def _scaled_step(self):
         "float16 only: leave out a step whose gradients overflowed; whether they did, the host must ask."
@@ -167,94 +178,149 @@ class CMIDCallback(Callback):
         if self.settings.fidelity == 'corrected' and not self.overflow: self.learn.model.average(self.momentum)
         self.learn.model.enqueue(); self.done += 1
 
-# %% ../nbs/23_pretrain.ipynb #796c4c05
+# %% ../nbs/23_pretrain.ipynb #0d56f96c
 LOSSES = 'total', 'reconstruction', 'contrast', 'distillation'
 
 class Journal(Callback):
-    "Curves, health, a line an epoch."
+    "Curves, health and alarms, a line an epoch."
     order = 20
     def __init__(self,
-        watched=None, # uint8 (N, C, S, S): images whose features are watched, or None
+        watch:Watch|None=None, # what is looked at every epoch
         say=print, # takes a line
         points:int=10, # of the curve, an epoch
     ):
-        self.watched, self.say, self.points, self.curve, self.epochs, self.schedule = watched, say, points, [], [], []   # the last: of this epoch, empty while epochs are skipped
+        self.watch, self.say, self.points, self.curve, self.epochs, self.schedule, self.warnings = watch, say, points, [], [], [], {}   # schedule: of this epoch, empty while epochs are skipped
 
-    def before_epoch(self): self.schedule, self.begun = [], time.perf_counter()
+    def before_fit(self): self.warnings = self._alarms()[1]
+
+    def before_epoch(self):
+        if self.learn.dls.train.first == 0: self.schedule = []
+        self.begun, self.kept = time.perf_counter(), len(self.schedule)
+
     def after_batch(self): a = self.learn.cmid; self.schedule.append((a.rate, a.momentum, a.tau))
+
+    def finished(self): "Was this epoch trained to its end just now? (not, where a run that goes on skips it)"; return bool(self.schedule) and self.learn.cmid.done == (self.learn.epoch + 1) * self.learn.cmid.epoch_steps
+
+    def losses(self):
+        "Losses and gradient norms of this epoch so far, float (steps, 5), on the host. Raises `CmidError` where one is not finite."
+        a = self.learn.cmid; found = torch.cat([torch.stack(a.sums), torch.stack(a.norms)[:, None]], 1).float().cpu().numpy()
+        bad = ~np.isfinite(found[:, 1:] if not a.scaler.is_enabled() else found[:, 1:-1])                     # float16: a step whose gradients overflowed was left out
+        if bad.any(): self._not_finite(*[int(o[0]) for o in np.nonzero(bad)], a.done - len(found))
+        return found
 
     def after_epoch(self):
         a = self.learn.cmid
-        if not self.schedule: return
-        losses = torch.stack(a.sums).float().cpu().numpy(); seconds = time.perf_counter() - self.begun
-        first = a.done - len(losses)
-        for part in np.array_split(np.arange(len(losses)), min(self.points, len(losses))):
-            self.curve.append(dict(step=int(first + part[-1] + 1)) | dict(zip(LOSSES, map(float, losses[part].mean(0)))) | dict(zip(('lr', 'momentum', 'teacher_temperature'), self.schedule[part[-1]])))
-        if not np.isfinite(losses).all(): self._not_finite(losses, first)
-        mean = dict(zip(LOSSES, map(float, losses.mean(0)))); speed = len(losses) * a.settings.batch / seconds
-        self.epochs.append(dict(epoch=self.learn.epoch + 1, step=a.done) | mean | {'images_per_s': speed} | self._health())
-        self._line(mean, speed, seconds)
+        if not self.finished(): return
+        found = self.losses(); seconds = time.perf_counter() - self.begun; steps = len(found) - self.kept
+        for part in np.array_split(np.arange(len(found)), min(self.points, len(found))):
+            self.curve.append(dict(step=int(a.done - len(found) + part[-1] + 1)) | dict(zip((*LOSSES, 'gradient_norm'), map(float, found[part].mean(0)))) | dict(zip(('lr', 'momentum', 'teacher_temperature'), self.schedule[part[-1]])))
+        mean = dict(zip(LOSSES, map(float, found.mean(0)))); speed = steps * a.settings.batch / seconds
+        self.epochs.append(dict(epoch=self.learn.epoch + 1, step=a.done) | mean | dict(gradient_norm=float(found[:, -1].mean()), gradient_norm_max=float(found[:, -1].max()), images_per_s=speed) | self._health())
+        self._line(mean, speed, seconds * len(found) / steps); self._judge()
 
     def _line(self, mean, speed, seconds):
         left, e = (self.learn.cmid.settings.epochs - self.learn.epoch - 1) * seconds, self.epochs[-1]
         health = f"  std {e['student_std']:.4f} rank {e['student_rank']:.0f}" if 'student_std' in e else ''
-        self.say(f"epoch {self.learn.epoch + 1}/{self.learn.cmid.settings.epochs}  " + '  '.join(f'{k} {v:.4f}' for k, v in mean.items()) + f"{health}  {speed:.0f} images/s  {_clock(left)} left")
+        health += f"  kNN {100 * e['knn']:.1f} %" if 'knn' in e else ''
+        self.say(f"epoch {self.learn.epoch + 1}/{self.learn.cmid.settings.epochs}  " + '  '.join(f'{k} {v:.4f}' for k, v in mean.items()) + f"{health}  {speed:.0f} images/s  {clock(left)} left")
 
-    def _not_finite(self, losses, first):
-        step, part = [int(o[0]) for o in np.nonzero(~np.isfinite(losses[:, 1:]))]
-        raise CmidError(f"{LOSSES[part + 1]} loss is not finite at step {first + step + 1} (learning rate {self.schedule[step][0]:.3g}); lower pretrain.lr; the last checkpoint is kept")
+    def _not_finite(self, step, part, first):
+        name = (*(f'{o} loss' for o in LOSSES[1:]), 'norm of the gradient')[part]
+        raise CmidError(f"{name} is not finite at step {first + step + 1} (learning rate {self.schedule[step][0]:.3g}); lower pretrain.lr; {self._kept()}")
+
+    def _kept(self):
+        keeper = getattr(self.learn, 'checkpoints', None); found = keeper and checkpoint.checkpoints(keeper.folder)
+        return f"the last good checkpoint is {found[-1]}" if found else "no checkpoint was written before"
 
     def _health(self):
-        "Health of student and teacher features and of the teacher's prototypes on the watched images."
-        if self.watched is None: return {}
-        m, a = self.learn.model, self.learn.cmid; modes = [(o, o.training) for o in m.modules()]; m.eval(); out = {}
-        with torch.no_grad():
-            x = a.views.normalise(self.watched.to(a.on).float() / 255)
-            for name, branch in (('student', m.student), ('teacher', m.teacher)):
-                maps = torch.cat([branch.encoder(o)[-1] for o in x.split(64)])
-                out |= {f'{name}_{k}': v for k, v in feature_health(maps.mean((2, 3))).items()}
-            if m.weights[2]: out |= {f'prototypes_{k}': v for k, v in prototype_use(m.teacher.head(maps.flatten(2))).items()}
-        for o, mode in modes: o.training = mode
-        return {k: v.item() for k, v in out.items()}
+        "What `watch` sees, and the age of the queue's oldest key in steps."
+        if self.watch is None: return {}
+        m, a = self.learn.model, self.learn.cmid; aged = {} if m.queue is None or not m.weights[1] else dict(queue_age=min(a.done, m.queue.keys.shape[1] // (2 * a.settings.batch)))
+        return self.watch(m, a.views.normalise, a.tau) | aged
 
-# %% ../nbs/23_pretrain.ipynb #bf57aa8f
-def _clock(seconds):
-    "Seconds as h, min or s."
+    def _alarms(self):
+        if self.watch is None: return None, {}
+        s = self.learn.cmid.settings
+        return alarms(self.epochs, self.watch.limits, self.learn.model.student.encoder.feature_channels[-1], s.prototypes, s.warmup_epochs)
+
+    def _judge(self):
+        "Say what idles, once; raise `CmidError` where the run has collapsed."
+        fallen, now = self._alarms()
+        for k in now.keys() - self.warnings.keys(): self.say(f"warning: {now[k]}")
+        self.warnings = now
+        if fallen: raise CmidError(f"{fallen}; lower pretrain.lr or raise pretrain.batch, and look at the losses that are on; {self._kept()}")
+
+# %% ../nbs/23_pretrain.ipynb #7ce45f89
+def clock(
+    seconds:float,
+) -> str: # h, min or s
+    "A duration, roughly."
     return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
 
-# %% ../nbs/23_pretrain.ipynb #d74752e6
+# %% ../nbs/23_pretrain.ipynb #4f6ecf26
 class Checkpoints(Callback):
-    "Write the whole state every so many epochs, to a folder of these parameters' own."
+    "Write the whole state every so many epochs, and when the run is asked to stop, to a folder of these parameters' own."
     order = 30
     def __init__(self, folder, parameters:dict, every:int=1, commit:str|None=None):
-        self.parameters, self.every, self.commit, self.commits = parameters, every, commit, []
+        self.parameters, self.every, self.commit, self.commits, self.asked = parameters, every, commit, [], False
         self.folder = Path(folder)/hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()[:8]
 
     def others(self):
         "Folders of runs with other parameters."
         return [o for o in sorted(self.folder.parent.glob('*/')) if o != self.folder and checkpoint.checkpoints(o)]
 
+    def after_batch(self): # in the middle of an epoch; at its end the curve comes first
+        if self.asked and self.learn.cmid.done % self.learn.cmid.epoch_steps: self.learn.journal.losses(); self._stop()
+
     def after_epoch(self):
         done = self.learn.epoch + 1
-        if self.learn.journal.schedule and (done % self.every == 0 or done == self.learn.cmid.settings.epochs): self.write(done)
+        if not self.learn.journal.finished(): return
+        if done % self.every == 0 or done == self.learn.cmid.settings.epochs or self.asked: self.write(done)
+        if self.asked and done < self.learn.cmid.settings.epochs: self._stop(written=True)
+
+    def _stop(self, written=False):
+        if not written: self.write(self.learn.epoch)
+        raise KeyboardInterrupt(f"stopped at step {self.learn.cmid.done} of {self.learn.cmid.steps}; a checkpoint is kept: run the same command to go on")
 
     def write(self, done):
-        "Write the checkpoint of `done` epochs."
-        a, j = self.learn.cmid, self.learn.journal
+        "Write the checkpoint of `done` whole epochs, and of what has been seen of the next."
+        a, j = self.learn.cmid, self.learn.journal; part = a.done % a.epoch_steps
         if self.commit not in self.commits: self.commits.append(self.commit)
-        state = dict(commits=self.commits, model=self.learn.model.state_dict(), optimiser=self.learn.opt.opt.state_dict(), scaler=a.scaler.state_dict(), step=a.done, epoch=done, curve=j.curve, epochs=j.epochs)
-        checkpoint.save(self.folder/f'epoch-{done:05d}.ckpt', state, dict(parameters=self.parameters))
+        state = dict(commits=self.commits, model=self.learn.model.state_dict(), optimiser=self.learn.opt.opt.state_dict(), scaler=a.scaler.state_dict(), step=a.done, epoch=done, curve=j.curve, epochs=j.epochs,
+                     sums=a.sums if part else [], norms=a.norms if part else [], schedule=j.schedule if part else [])
+        checkpoint.save(self.folder/f'step-{a.done:09d}.ckpt', state, dict(parameters=self.parameters))
 
-    def restore(self, learn) -> int: # epochs done
+    def restore(self, learn) -> int: # whole epochs done
         "Go on from the newest good checkpoint of these parameters, if there is one."
         for o in self.others(): learn.journal.say(f"{o}: checkpoints of other parameters or other code, left alone")
         found = checkpoint.latest(self.folder, expect=self.parameters)
         if found is None: return 0
-        _, state, _ = found
+        _, state, _ = found; a, j = learn.cmid, learn.journal
         learn.model.load_state_dict(state['model']); learn.opt.opt.load_state_dict(state['optimiser'])
-        self.commits = state['commits']
-        learn.cmid.done, learn.journal.curve, learn.journal.epochs, learn.cmid.resumed = state['step'], state['curve'], state['epochs'], state['scaler']
+        self.commits, a.done, a.resumed, j.curve, j.epochs, j.schedule = (state[k] for k in ('commits', 'step', 'scaler', 'curve', 'epochs', 'schedule'))
+        on = next(learn.model.parameters()).device; a.sums, a.norms = ([o.to(on) for o in state[k]] for k in ('sums', 'norms'))
         return state['epoch']
+
+# %% ../nbs/23_pretrain.ipynb #6ad2656f
+@contextmanager
+def plainly():
+    "fastai puts a callback's name, and a line break, before what it raises: ours stay as they were."
+    try: yield
+    except CmidError as e: raise type(e)(str(e).rpartition('\n\t')[2]) from None
+
+@contextmanager
+def stoppable(
+    keeper:Checkpoints|None, # what is asked to stop; None: nothing changes
+):
+    "SIGINT and SIGTERM ask a run to stop after its step; the second one stops at once."
+    if keeper is None or threading.current_thread() is not threading.main_thread(): yield; return
+    def ask(number, frame):
+        if keeper.asked: raise KeyboardInterrupt
+        keeper.asked = True
+    keeper.asked = False; before = {o: signal.signal(o, ask) for o in (signal.SIGINT, signal.SIGTERM)}
+    try: yield
+    finally:
+        for o, was in before.items(): signal.signal(o, was)
 
 # %% ../nbs/23_pretrain.ipynb #87fa182d
 def build(
@@ -274,7 +340,7 @@ def normalisation(
     "The paper's statistics for RGB, the data's own for other bands (section IV-A)."
     return (list(RGB_MEAN), list(RGB_STD)) if images.bands == 3 else (list(images.mean), list(images.std))
 
-# %% ../nbs/23_pretrain.ipynb #bbaf9208
+# %% ../nbs/23_pretrain.ipynb #4a26d134
 def learner(
     images, # images.Prepared: uint8 rows, with bands, side, mean and std
     index, # which of them are the corpus
@@ -286,6 +352,8 @@ def learner(
     code:str='', # digest of the code that trains, checked on resume
     commit:str|None=None, # that trains, for the record
     say=print, # takes a line
+    health:Health|None=None, # params.yaml: health; None watches nothing
+    labelled=None, # images.Prepared with classes, for the kNN accuracy
 ) -> Learner: # ready for `run`
     "A fastai Learner for CMID: `learner(...)`, then `run(learn)`."
     on = on or device()
@@ -298,11 +366,11 @@ def learner(
     views = TwoViews(mean, std, model.stride, settings.mask_ratio, settings.crop_scale, settings.crop_aspect, settings.fidelity)
     batches = Batches(images, index, settings.batch, seed, settings.epoch_images, pin=on.type == 'cuda')
     optimiser = Adan(parameter_groups(model, settings.weight_decay), lr=peak_lr(settings)[0], betas=tuple(settings.betas))
-    watched = torch.from_numpy(images[np.sort(np.random.default_rng(seed).permutation(index)[:settings.health_images])])
+    watch = health and Watch(images, index, health, labelled, settings.mask_ratio, seed)
     learn = Learner(DataLoaders(batches, [], device=on), model, loss_func=lambda losses, _: losses.total, opt_func=lambda *_, **__: OptimWrapper(opt=optimiser),
-                    cbs=[CMIDCallback(settings, views, seed, dtype), Journal(watched, say)])
+                    cbs=[CMIDCallback(settings, views, seed, dtype), Journal(watch, say)])
     learn.remove_cbs([o for o in learn.cbs if isinstance(o, (Recorder, CastToTensor, ProgressCallback))])   # they read the loss at every step
-    learn.create_opt()
+    learn.create_opt(); learn.cmid.on = on
     if folder is not None:
         learn.add_cb(Checkpoints(folder, dict(settings=settings.model_dump(), backbone=backbone, variant=variant, seed=seed, data=data_hash, side=images.side, bands=images.bands, precision=str(dtype), code=code), settings.checkpoint_epochs, commit))
     _announce(learn, settings, batches, on, dtype, say)
@@ -315,7 +383,7 @@ def _announce(learn, settings, batches, on, dtype, say):
     if learn.model.queue is not None and settings.queue > batches.count:
         say(f"note: the queue of {settings.queue} keys is longer than the {batches.count} images: each is its own negative several times; lower pretrain.queue")
 
-# %% ../nbs/23_pretrain.ipynb #607b9cd7
+# %% ../nbs/23_pretrain.ipynb #f9949695
 def run(
     learn:Learner, # of `learner`
     until:int|None=None, # stop after this many epochs; None: all
@@ -324,9 +392,50 @@ def run(
     "Train, going on from the newest checkpoint where there is one."
     keeper = getattr(learn, 'checkpoints', None)
     done = keeper.restore(learn) if keeper else 0
-    if done: learn.journal.say(f"going on after epoch {done}")
-    learn.fit(until or learn.cmid.settings.epochs, start_epoch=done, cbs=Curves(curves) if curves else None)
-    return learn
+    if learn.cmid.done: learn.journal.say(f"going on after step {learn.cmid.done}, epoch {done}")
+    if learn.cmid.on.type == 'cuda' and torch.are_deterministic_algorithms_enabled(): learn.journal.say(f"deterministic: a step takes {deterministic_cost(learn):.2f} times as long as without")
+    try:
+        with stoppable(keeper), plainly(): learn.fit(until or learn.cmid.settings.epochs, start_epoch=done, cbs=Curves(curves) if curves else None)
+        return learn
+    except torch.OutOfMemoryError: pass                                          # its traceback holds the step's tensors: go on without it
+    fits = fitting_batch(learn)
+    raise CmidError(f"params.yaml: pretrain.batch: {learn.cmid.settings.batch} images of {learn.model.img_size} px do not fit into the memory of {learn.cmid.on}; {f'{fits} do' if fits else 'not even one does'}; lower it, or prepare.side")
+
+def fitting_batch(
+    learn:Learner, # that ran out of memory; of no use afterwards
+) -> int: # images, 0 where not even one fits
+    "The largest half, quarter, ... of the batch with which a step fits."
+    b = learn.cmid.settings.batch // 2; learn.xb = learn.pred = learn.loss = learn.loss_grad = None
+    while b:
+        gc.collect()
+        if learn.cmid.on.type == 'cuda': torch.cuda.empty_cache()
+        try: _trial_step(learn, b); learn.opt.opt.step(); return b
+        except torch.OutOfMemoryError: b //= 2
+    return 0
+
+def _trial_step(learn, b):
+    "Gradients of `b` empty images"
+    a, m = learn.cmid, learn.model; m.zero_grad(set_to_none=True)
+    views = a.views(torch.zeros(b, m.in_chans, m.img_size, m.img_size, dtype=torch.uint8, device=a.on), step_generator(0, 0, device=a.on))
+    with torch.autocast(a.on.type, a.dtype, enabled=a.dtype != torch.float32): loss = m(views, a.settings.teacher_temperature[0]).total
+    loss.backward()
+
+def deterministic_cost(
+    learn:Learner, # before it is run; as it was, afterwards
+    steps:int=5, # that are timed
+) -> float: # ratio
+    "How many times as long a step's gradients take where every operation must repeat exactly."
+    state, exact, seconds = {k: v.clone() for k, v in learn.model.state_dict().items()}, torch.are_deterministic_algorithms_enabled(), {}
+    wait = torch.cuda.synchronize if learn.cmid.on.type == 'cuda' else lambda: None
+    for on in (True, False):
+        torch.use_deterministic_algorithms(on); torch.backends.cudnn.deterministic = on
+        for i in range(steps + 1):
+            if i == 1: wait(); begun = time.perf_counter()                       # the first one warms up
+            _trial_step(learn, learn.cmid.settings.batch)
+        wait(); seconds[on] = time.perf_counter() - begun
+    torch.use_deterministic_algorithms(exact); torch.backends.cudnn.deterministic = exact
+    learn.model.load_state_dict(state); learn.model.zero_grad(set_to_none=True)
+    return seconds[True] / seconds[False]
 
 # %% ../nbs/23_pretrain.ipynb #23a48dd1
 def corpus(
@@ -378,7 +487,7 @@ class Curves(Callback):
                 if k not in ('epoch', 'step', *LOSSES): self.live.log_metric(k, v)
         self.live.end()
 
-# %% ../nbs/23_pretrain.ipynb #18e52bae
+# %% ../nbs/23_pretrain.ipynb #491acc8b
 def _card(images, mean, std, method, parameters, health, made, trained=True):
     "What a backbone's card says of these images."
     bands = ['red', 'green', 'blue'] if images.bands == 3 else [f'band {i + 1}' for i in range(images.bands)]
@@ -415,5 +524,5 @@ def export_baseline(
 def summary(
     learn:Learner, # trained
 ) -> dict: # numbers that repeat
-    "Losses and health of the last epoch."
-    return {k: v for k, v in learn.journal.epochs[-1].items() if k != 'images_per_s'}
+    "Losses and health of the last epoch, and what idled."
+    return {k: v for k, v in learn.journal.epochs[-1].items() if k != 'images_per_s'} | dict(warnings=list(learn.journal.warnings.values()))

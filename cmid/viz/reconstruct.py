@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['ROWS', 'load_decoder', 'reconstruct', 'reconstruction_skill', 'shown', 'reconstruction_figure']
 
-# %% ../../nbs/40_reconstruct.ipynb #d653490d
+# %% ../../nbs/40_reconstruct.ipynb #b9a3bd18
 from pathlib import Path
 import torch
 from ..checkpoint import load_extras
 from ..heads import PixelDecoder
 from ..masking import fill_mean, repeat_to
 from ..params import CmidError
+from ..reconstruction import masked_error
 
 # %% ../../nbs/40_reconstruct.ipynb #7aad5a1b
 def load_decoder(
@@ -38,16 +39,15 @@ def reconstruct(
     "What the student paints when it is shown the masked images (section III-C)."
     return decoder(encoder(fill_mean(images, masks), masks)[-1])
 
-# %% ../../nbs/40_reconstruct.ipynb #d718759f
+# %% ../../nbs/40_reconstruct.ipynb #33800d60
 def reconstruction_skill(
     images:torch.Tensor, # float (B, C, S, S), normalised
     masks:torch.Tensor, # bool (B, S/32, S/32), True = masked
     predictions:torch.Tensor, # float (B, C, S, S), normalised
 ) -> dict: # images; mae and mae_mean in standard deviations; skill; each: skill of every image
     "Mean absolute error over the masked pixels against that of the image's own mean; skill is None where the mean is already exact."
-    where = repeat_to(masks, images.shape[-2:]).unsqueeze(1).expand_as(images).double()
-    summed = lambda x: ((x - images).abs() * where).sum((1, 2, 3))
-    error, plain, count = summed(predictions), summed(fill_mean(images, masks)), where.sum().clamp_min(1)
+    error, plain = (masked_error(images, masks, o) for o in (predictions, fill_mean(images, masks)))
+    count = (repeat_to(masks, images.shape[-2:]).sum() * images.shape[1]).clamp_min(1)
     skill = lambda e, p: float(1 - e / p) if p > 0 else None
     return dict(images=len(images), mae=float(error.sum() / count), mae_mean=float(plain.sum() / count),
                 skill=skill(error.sum(), plain.sum()), each=[skill(*o) for o in zip(error, plain)])
