@@ -25,11 +25,16 @@ def supported_names():
     "Sorted timm names of every architecture that `create` may build"
     return sorted({n for family in FAMILIES for n in timm.list_models(module=family)})
 
-# %% ../nbs/10_backbones.ipynb #d7e28cca
+# %% ../nbs/10_backbones.ipynb #eda5b5d0
+def _known_tag(name):
+    try: return timm.get_pretrained_cfg(name) is not None
+    except RuntimeError: return False
+
 def check_name(name:str): # timm name, with or without a weight tag (`resnet50.a1_in1k`)
-    "Refuse an architecture that the contract does not cover; raises `CmidError` with near names"
-    arch, names = name.split('.')[0], supported_names()
-    if arch in names: return
+    "Refuse an architecture that the contract does not cover, or a tag that timm does not know; raises `CmidError` with near names"
+    (arch, _, tag), names = name.partition('.'), supported_names()
+    if arch in names and (not tag or _known_tag(name)): return
+    if arch in names: raise CmidError(f'backbone {name!r} has no weights {tag!r} in timm{near(name, timm.list_pretrained(arch + ".*"))}')
     if timm.is_model(arch): raise CmidError(f'backbone {name!r} is neither ResNet, Swin nor ViT: choose e.g. resnet50 or swin_tiny_patch4_window7_224')
     raise CmidError(f'backbone {name!r} is unknown to timm{near(arch, names) or ": choose e.g. resnet50 or swin_tiny_patch4_window7_224"}')
 

@@ -91,7 +91,12 @@ def _differences(then, now):
     a, b = _flat(then), _flat(now)
     return ', '.join(f'{k}: {a.get(k, "absent")} then, {b.get(k, "absent")} now' for k in sorted(a.keys() | b.keys()) if k not in a or k not in b or a[k] != b[k])
 
-# %% ../nbs/22_checkpoint.ipynb #00b9a03b
+# %% ../nbs/22_checkpoint.ipynb #d1d1a9b5
+def _ours(held):
+    "Has what was loaded the form that `save` gives?"
+    if not isinstance(held, dict) or not {'format', 'meta', 'state'} <= held.keys() or type(held['format']) is not int: return False
+    return isinstance(held['meta'], dict) and isinstance(held['meta'].get('parameters', {}), dict)
+
 def load(
     path, # a file that `save` wrote
     expect:dict|None=None, # the parameters that it must have been trained with
@@ -100,7 +105,7 @@ def load(
     path = Path(path)
     if path.is_file(): _check_zip(path)
     held = _tensors_only(path)
-    if not isinstance(held, dict) or not {'format', 'meta', 'state'} <= held.keys(): raise CmidError(f'{path}: is no training checkpoint of cmid')
+    if not _ours(held): raise CmidError(f'{path}: is no training checkpoint of cmid: remove it, or move it elsewhere')
     if held['format'] > FORMAT: raise CmidError(f'{path}: was written by a newer cmid (format {held["format"]}, this one reads {FORMAT}): upgrade cmid')
     differ = '' if expect is None else _differences(held['meta'].get('parameters', {}), expect)
     if differ: raise CmidError(f'{path}: was trained with other parameters ({differ}): restore them, or start over in another folder')
