@@ -54,7 +54,7 @@ def labelled_halves(
     shuffled = np.random.default_rng(seed).permutation(index)
     return [(o := np.sort(shuffled[k * n:(k + 1) * n]), images.labels[o]) for k in (0, 1)] if n else None
 
-# %% ../nbs/21_health.ipynb #a2b82938
+# %% ../nbs/21_health.ipynb #29e067b5
 class Watch:
     "Health of student and teacher on images that stay the same."
     def __init__(self,
@@ -82,6 +82,7 @@ class Watch:
         x = lambda images: [normalise(o.to(on).float() / 255) for o in images.split(64)]
         maps = {k: torch.cat([getattr(model, k).encoder(o)[-1] for o in x(self.images)]) for k in ('student', 'teacher')}
         out = {f'{name}_{k}': v for name, o in maps.items() for k, v in feature_health(o.mean((2, 3))).items()}
+        if model.weights[1]: out['projection_std'] = feature_health(model.student.projector(maps['student']))['std']
         if model.weights[0]: out['reconstruction_skill'] = self._skill(model, x(self.images))
         if model.weights[2]: out |= {f'prototypes_{k}': v for k, v in prototype_use(model.teacher.head(maps['teacher'].flatten(2)), model.prototype_loss.centre, temperature).items()}
         if self.halves: out['knn'] = self._knn([(torch.cat([model.student.encoder(o)[-1].mean((2, 3)) for o in x(i)]), y.to(on)) for i, y in self.halves])
@@ -98,7 +99,7 @@ class Watch:
         (x, y), (q, truth) = halves
         return (knn_predict(x, y, q, int(torch.maximum(y.max(), truth.max())) + 1, self.limits.neighbours) == truth).float().mean()
 
-# %% ../nbs/21_health.ipynb #1dea7663
+# %% ../nbs/21_health.ipynb #dd3a404c
 UNUSED, SOLVED = .05, .1 # share of prototypes in use below which a branch idles; share of log(P) below which one prototype for all is called collapsed
 
 def _since(epochs, wrong):
@@ -110,27 +111,29 @@ def alarms(
     epochs:list, # of epochs.json
     limits:Health, # params.yaml: health
     channels:int, # C of the features
+    projected:int, # D of the projections
     prototypes:int, # P
     warmup:int=0, # epochs that do not count
 ) -> tuple: # what has collapsed, or None; {branch: how it idles}
     "What is wrong with a run, in words."
-    epochs, even, whole, last = [o for o in epochs if o['epoch'] > warmup], channels**-.5, math.log(prototypes), epochs[-1] if epochs else {}
-    def held(wrong): since, n = _since(epochs, wrong); return since if n >= limits.patience else None
-    falls = [f"collapsed: {k} feature std {last[f'{k}_std']:.2g} since epoch {e} (healthy: about {even:.2g})" for k in ('student', 'teacher')
-             if (e := held(lambda o: o.get(f'{k}_std', 1) < limits.collapse * even))]
-    if limits.collapse and (e := held(lambda o: o.get('prototypes_perplexity', 9) < 1.5 and o['distillation'] < SOLVED * whole)):
-        falls.append(f"collapsed: every place picks the same prototype since epoch {e} (local loss {last['distillation']:.2g}; perplexity {last['prototypes_perplexity']:.2g} of {prototypes})")
+    whole, last = math.log(prototypes), epochs[-1] if epochs else {}; warm = [o for o in epochs if o['epoch'] > warmup]
+    def held(wrong, epochs=warm): since, n = _since(epochs, wrong); return since if n >= limits.patience else None
+    falls = [f"collapsed: {name} std {last[k]:.2g} since epoch {e} (healthy: about {n**-.5:.2g})" for k, name, n in (('student_std', 'student feature', channels), ('teacher_std', 'teacher feature', channels), ('projection_std', 'projection', projected))
+             if (e := held(lambda o: o.get(k, 1) < limits.collapse * n**-.5, epochs))]
+    falls += [f"collapsed: {k} features point into {last[f'{k}_rank']:.2g} directions since epoch {e} (effective rank)" for k in ('student', 'teacher') if (e := held(lambda o: o.get(f'{k}_rank', 9) < 2, epochs))]
+    if e := held(lambda o: o.get('prototypes_perplexity', 9) < 1.5 and o['distillation'] < SOLVED * whole, epochs):
+        falls.append(f"collapsed: every place picks the same prototype since epoch {e} (local loss {last['distillation']:.2g})")
     idle = {}
     if e := held(lambda o: 'prototypes_used' in o and abs(o['distillation'] / whole - 1) < limits.idle): idle['distillation'] = f"the local branch idles: its loss {last['distillation']:.4g} is within {100 * limits.idle:g} % of log({prototypes}) = {whole:.4g} since epoch {e}"
     if e := held(lambda o: o.get('prototypes_used', 1) < UNUSED): idle['prototypes'] = f"the local branch hardly uses its prototypes: {100 * last['prototypes_used']:.2g} % of {prototypes} are anyone's first choice, below {100 * UNUSED:g} % since epoch {e}"
     if e := held(lambda o: o.get('reconstruction_skill', 1) <= 0): idle['reconstruction'] = f"the reconstruction is no better than a flat colour since epoch {e} (skill {last['reconstruction_skill']:.2g})"
-    return (falls or [None])[0], idle
+    return (falls or [None])[0] if limits.collapse else None, idle
 
-# %% ../nbs/21_health.ipynb #67acaf38
+# %% ../nbs/21_health.ipynb #c66c5252
 COLOURS = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000' # Okabe and Ito: told apart by colour-blind readers
 CURVES = {'total loss': ['total'], 'reconstruction': ['reconstruction'], 'contrast': ['contrast'], 'distillation': ['distillation'], 'learning rate': ['lr'],
           'teacher momentum': ['momentum'], 'teacher temperature': ['teacher_temperature'], 'gradient norm': ['gradient_norm'], 'images a second': ['images_per_s']}
-HEALTH = {'feature deviation': ['student_std', 'teacher_std'], 'mean cosine': ['student_cosine', 'teacher_cosine'], 'effective rank': ['student_rank', 'teacher_rank'],
+HEALTH = {'feature deviation': ['student_std', 'teacher_std'], 'projection deviation': ['projection_std'], 'mean cosine': ['student_cosine', 'teacher_cosine'], 'effective rank': ['student_rank', 'teacher_rank'],
           'prototypes used': ['prototypes_used'], 'prototype perplexity': ['prototypes_perplexity'], 'entropy of a place': ['prototypes_entropy'],
           'reconstruction skill': ['reconstruction_skill'], 'kNN accuracy': ['knn'], 'queue age (steps)': ['queue_age']}
 

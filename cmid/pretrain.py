@@ -7,7 +7,7 @@ __all__ = ['UNDECAYED', 'LOSSES', 'Batches', 'peak_lr', 'lr_at', 'parameter_grou
            'clock', 'Checkpoints', 'plainly', 'stoppable', 'build', 'normalisation', 'learner', 'run', 'fitting_batch',
            'deterministic_cost', 'corpus', 'view_figure', 'Curves', 'export', 'export_baseline', 'summary']
 
-# %% ../nbs/23_pretrain.ipynb #8c172004
+# %% ../nbs/23_pretrain.ipynb #4d0dffd4
 import gc, hashlib, json, math, queue, signal, threading, time, warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +25,7 @@ from .distillation import temperature_at
 from .health import Watch, alarms
 from .masking import fill_mean
 from .model import CMID
-from .params import CmidError, Health, Pretrain, device, near, seed_everything
+from .params import CmidError, Health, Pretrain, device, near, seed_everything, write_json
 from .views import RGB_MEAN, RGB_STD, TwoViews, step_generator
 
 # %% ../nbs/23_pretrain.ipynb #bbd559be
@@ -178,7 +178,7 @@ class CMIDCallback(Callback):
         if self.settings.fidelity == 'corrected' and not self.overflow: self.learn.model.average(self.momentum)
         self.learn.model.enqueue(); self.done += 1
 
-# %% ../nbs/23_pretrain.ipynb #0d56f96c
+# %% ../nbs/23_pretrain.ipynb #cbe0295e
 LOSSES = 'total', 'reconstruction', 'contrast', 'distillation'
 
 class Journal(Callback):
@@ -241,7 +241,7 @@ class Journal(Callback):
     def _alarms(self):
         if self.watch is None: return None, {}
         s = self.learn.cmid.settings
-        return alarms(self.epochs, self.watch.limits, self.learn.model.student.encoder.feature_channels[-1], s.prototypes, s.warmup_epochs)
+        return alarms(self.epochs, self.watch.limits, self.learn.model.student.encoder.feature_channels[-1], s.projector_dim, s.prototypes, s.warmup_epochs)
 
     def _judge(self):
         "Say what idles, once; raise `CmidError` where the run has collapsed."
@@ -257,7 +257,7 @@ def clock(
     "A duration, roughly."
     return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
 
-# %% ../nbs/23_pretrain.ipynb #4f6ecf26
+# %% ../nbs/23_pretrain.ipynb #38184a74
 class Checkpoints(Callback):
     "Write the whole state every so many epochs, and when the run is asked to stop, to a folder of these parameters' own."
     order = 30
@@ -266,8 +266,9 @@ class Checkpoints(Callback):
         self.folder = Path(folder)/hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()[:8]
 
     def others(self):
-        "Folders of runs with other parameters."
-        return [o for o in sorted(self.folder.parent.glob('*/')) if o != self.folder and checkpoint.checkpoints(o)]
+        "Folders of runs with other parameters or code, and what differs."
+        found = [o for o in sorted(self.folder.parent.glob('*/')) if o != self.folder and checkpoint.checkpoints(o)]
+        return {o: checkpoint._differences(json.loads((o/'parameters.json').read_text()), self.parameters) if (o/'parameters.json').exists() else 'not recorded' for o in found}
 
     def after_batch(self): # in the middle of an epoch; at its end the curve comes first
         if self.asked and self.learn.cmid.done % self.learn.cmid.epoch_steps: self.learn.journal.losses(); self._stop()
@@ -288,11 +289,11 @@ class Checkpoints(Callback):
         if self.commit not in self.commits: self.commits.append(self.commit)
         state = dict(commits=self.commits, model=self.learn.model.state_dict(), optimiser=self.learn.opt.opt.state_dict(), scaler=a.scaler.state_dict(), step=a.done, epoch=done, curve=j.curve, epochs=j.epochs,
                      sums=a.sums if part else [], norms=a.norms if part else [], schedule=j.schedule if part else [])
-        checkpoint.save(self.folder/f'step-{a.done:09d}.ckpt', state, dict(parameters=self.parameters))
+        checkpoint.save(self.folder/f'step-{a.done:09d}.ckpt', state, dict(parameters=self.parameters)); write_json(self.folder/'parameters.json', self.parameters)
 
     def restore(self, learn) -> int: # whole epochs done
         "Go on from the newest good checkpoint of these parameters, if there is one."
-        for o in self.others(): learn.journal.say(f"{o}: checkpoints of other parameters or other code, left alone")
+        for o, differ in self.others().items(): learn.journal.say(f"{o}: checkpoints of other parameters or code ({differ}), left alone; remove the folder when you no longer need them")
         found = checkpoint.latest(self.folder, expect=self.parameters)
         if found is None: return 0
         _, state, _ = found; a, j = learn.cmid, learn.journal

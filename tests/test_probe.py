@@ -8,7 +8,7 @@ import numpy as np, pytest, torch
 from PIL import Image
 from torch import nn
 
-from cmid import backbones, probe as module
+from cmid import backbones, knn, probe as module
 from cmid.images import prepare
 from cmid.params import CmidError, Probe
 from cmid.probe import accuracy_figure, class_figure, difference, features, fit_linear, knn_predict, probe, subsample, wilson
@@ -98,8 +98,8 @@ def test_knn_is_the_formula(k, T):
 
 def test_knn_in_chunks(monkeypatch):
     g = torch.Generator().manual_seed(0); x, q, y = torch.randn(50, 8, generator=g), torch.randn(33, 8, generator=g), torch.arange(50, dtype=torch.int32) % 3
-    whole = knn_predict(x, y, q, 3); monkeypatch.setattr(module, 'SIMILARITIES', 120); sizes, vote = [], module._vote
-    monkeypatch.setattr(module, '_vote', lambda cosines, *a: sizes.append(cosines.numel()) or vote(cosines, *a))
+    whole = knn_predict(x, y, q, 3); monkeypatch.setattr(knn, 'SIMILARITIES', 120); sizes, vote = [], knn._vote
+    monkeypatch.setattr(knn, '_vote', lambda cosines, *a: sizes.append(cosines.numel()) or vote(cosines, *a))
     assert torch.equal(knn_predict(x, y, q, 3), whole) and max(sizes) <= 120 and sum(sizes) == 50 * 33
 
 # --- labels
