@@ -47,7 +47,7 @@ def imported(
             found |= {base} | {f'{base}.{a.name}' for a in o.names}
     return {o.removeprefix('cmid').lstrip('.') for o in found if o.split('.')[0] == 'cmid'} - {''}
 
-# %% ../nbs/25_digest.ipynb #1993e9e3
+# %% ../nbs/25_digest.ipynb #7e42caa9
 UNCOUNTED = {'smoke'}  # temporary studies: no number of a real one comes from there
 
 def _file(package, name):
@@ -57,8 +57,8 @@ def _file(package, name):
 
 def _module_tree(path):
     try: return bare_tree(path.read_text(encoding='utf-8'))
-    except SyntaxError as e: raise CmidError(f"{path}:{e.lineno}: cannot be parsed ({e.msg}); mend it, or export the notebooks again") from None
-    except ValueError as e: raise CmidError(f"{path}: cannot be parsed ({e}); export the notebooks again") from None
+    except SyntaxError as e: raise CmidError(f"{path}:{e.lineno or 1}: cannot be parsed ({e.msg}); mend it, or export the notebooks again") from None
+    except ValueError as e: raise CmidError(f"{path}: cannot be parsed ({e}); mend it, or export the notebooks again") from None
 
 def reach(
     tree:ast.Module, # of a notebook
@@ -84,13 +84,13 @@ def digest(
     hashes = {k: hashlib.sha256(ast.dump(v).encode()).hexdigest()[:16] for k, v in parts.items()}
     return {'all': hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16]} | hashes
 
-# %% ../nbs/25_digest.ipynb #aa7c908f
+# %% ../nbs/25_digest.ipynb #80c3fd87
 @cli
 def cmid_digest():
     "Hash the code that each stage reaches, one file a stage."
     parser = argparse.ArgumentParser(prog='cmid_digest', description=cmid_digest.__doc__)
     parser.add_argument('out', nargs='?', default='digests', help='folder to write (digests)')
-    at = root(); out = at/parser.parse_args().out
+    a = parser.parse_args(); at = root()
     found = {o.stem: digest(o, at/'cmid') for o in sorted((at/'nbs/pipeline').glob('*.ipynb'))}     # all, before one is written
     if not found: raise CmidError(f"{at/'nbs/pipeline'}: holds no notebook; run inside a clone of the project, or set CMID_ROOT")
-    for k, v in found.items(): write_json(out/f'{k}.json', v)
+    for k, v in found.items(): write_json(at/a.out/f'{k}.json', v)

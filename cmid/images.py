@@ -49,12 +49,12 @@ def find_images(
         others.update(os.path.splitext(o)[1].lower() for o in files if not o.lower().endswith(KINDS))
     return sorted(names), others
 
-# %% ../nbs/02_images.ipynb #c38880cd
+# %% ../nbs/02_images.ipynb #9aad2671
 LARGE = 2**28  # bytes of pixels that are read at once
 
 def _kind(path):
     "'pillow', or the rasterio driver that reads this file"
-    if os.path.isdir(path): raise ValueError("a folder named like an image")
+    if os.path.isdir(path): raise ValueError("a folder named like an image" if os.access(path, os.R_OK | os.X_OK) else "a folder that may not be read")
     if os.path.exists(path) and not os.path.isfile(path): raise ValueError("no regular file")
     with open(path, 'rb') as f: head = f.read(32)
     if not head: raise ValueError("empty file (0 bytes)")
@@ -674,7 +674,7 @@ def audit_table(
     show = lambda o: f"{o['level']:8}{o['text']}: {o['count']:,}" + (f" ({'; '.join(o['examples'])}{'; ...' if o['count'] > len(o['examples']) else ''})" if o['examples'] else '')
     return '\n'.join(head + [show(o) for o in sorted(m['audit'], key=lambda o: o['level'] != 'warning')])
 
-# %% ../nbs/02_images.ipynb #478efa55
+# %% ../nbs/02_images.ipynb #54b3b51f
 def _checked(folder, out, a):
     "The arguments of `prepare`, or CmidError with the name of the wrong one"
     def need(ok, text):
@@ -688,6 +688,7 @@ def _checked(folder, out, a):
     for k,known in (('labelled', (None, 'folders', 'lists', 'none')), ('on_error', ('skip', 'raise'))): need(a[k] in known, f"{k} must be one of {known}, got {a[k]!r}")
     for k in a['lists'] or {}: need(k and not set(k) & set('/\\.,= '), f"lists: {k!r} is no name for a split")
     if not folder.is_dir(): raise CmidError(f"{folder}: {'no folder' if folder.exists() else 'there is no such folder'}")
+    if not os.access(folder, os.R_OK | os.X_OK): raise CmidError(f"{folder}: may not be read: change its permissions")
     if out.exists() and not _is_ours(out) and not (out.is_dir() and not any(out.iterdir())): raise CmidError(f"{out}: exists and is no prepared folder: name another one")
 
 def _fingerprints(cfg, names, lists):
