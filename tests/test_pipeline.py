@@ -9,6 +9,7 @@ from cmid.params import SECTIONS, Params
 ROOT = Path(__file__).parent.parent
 DVC = yaml.safe_load((ROOT/'dvc.yaml').read_text())['stages']
 BODY = {k: v.get('do', v) for k, v in DVC.items()}
+INITS = 'cmid-resnet18', 'random-resnet18'
 NOTEBOOKS = sorted(o.stem for o in (ROOT/'nbs/pipeline').glob('*.ipynb'))
 
 def defaults(stage): return {k: v['default'] for k, v in papermill.inspect_notebook(str(ROOT/f'nbs/pipeline/{stage}.ipynb')).items()}
@@ -95,7 +96,8 @@ def study(tmp_path_factory):
 
 def test_everything_runs_once(study):
     assert set(study.first) == {'digest', 'prepare@pool', 'prepare@scenes', 'pretrain@cmid-resnet18', 'baselines@random-resnet18',
-                                'probe@scenes-cmid-resnet18', 'probe@scenes-random-resnet18', 'reconstruct@cmid-resnet18', 'report'}
+                                'reconstruct@cmid-resnet18', 'report',
+                                *(f'{s}@scenes-{i}' for s in ('probe', 'classify', 'features') for i in INITS), *(f'{s}@{i}' for s in ('attention', 'correspondence') for i in INITS)}
     assert study.repro() == []
 
 def test_what_is_left(study):
