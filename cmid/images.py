@@ -63,14 +63,15 @@ def _kind(path):
     if head[:2] == b'\xff\xd8': return 'pillow'
     raise ValueError("no PNG, JPEG or TIFF inside")
 
-# %% ../nbs/02_images.ipynb #2f3ac134
+# %% ../nbs/02_images.ipynb #2982e1a6
 class _Picture:
     "8-bit PNG or JPEG through Pillow, decoded once"
     nodata = None
     def __init__(self, path):
         self.im = im = Image.open(path, formats=['PNG', 'JPEG', 'MPO'])
-        (w, h), self.turn, self.pixels = im.size, im.getexif().get(0x0112, 1), None
+        w, h = im.size
         if w*h > Image.MAX_IMAGE_PIXELS: raise ValueError(f"{w} x {h} pixels, more than {Image.MAX_IMAGE_PIXELS:,}: save it as a tiled GeoTIFF")
+        self.turn, self.pixels = im.getexif().get(0x0112, 1), None  # of a PNG this decodes everything, so the size is looked at first
         self.width, self.height = (h, w) if 5 <= self.turn <= 8 else (w, h)
         self.mode = 'L' if im.mode in ('1', 'L', 'LA') else 'RGB'
         self.bands, self.dtype, self.grey = len(self.mode), 'uint8', self.mode == 'L'
@@ -880,17 +881,18 @@ def class_figure(
     ax.set_yticks(y + .4 - bar/2, prepared.classes, fontsize=7); ax.set_xlabel('images', fontsize=8); ax.legend(fontsize=7, loc='upper left', bbox_to_anchor=(1, 1)); ax.invert_yaxis()
     return fig
 
-# %% ../nbs/02_images.ipynb #e0d7bc4f
+# %% ../nbs/02_images.ipynb #8a830ec3
 def prepare_dataset(
     p, # params.Params of the study
     name:str, # one of its datasets
 ) -> Prepared:
     "Read, audit and store one dataset of a study as `prepared/<name>`; raises `CmidError` naming the key whose folder is not there"
     d, q = p.dataset(name), p.prepare
-    if not p.path(d.folder).is_dir(): raise CmidError(f"params.yaml: datasets.{name}.folder: {d.folder} is no folder: run `cmid_sample data` for the sample data, or name your own")
+    for k in ('folder', 'lists'):
+        if not p.path(o := getattr(d, k)).is_dir(): raise CmidError(f"params.yaml: datasets.{name}.{k}: {o} is no folder: run `cmid_sample data` for the sample data, or name your own")
     return prepare(p.path(d.folder), p.root/'prepared'/name, side=q.side, lists=d.splits(p.root), tile=q.tile, bands=q.bands, stretch=q.stretch, workers=q.workers, shard_mb=q.shard_mb)
 
-# %% ../nbs/02_images.ipynb #ba911ca1
+# %% ../nbs/02_images.ipynb #4096346f
 @call_parse
 @cli
 def cmid_prepare(
@@ -907,9 +909,11 @@ def cmid_prepare(
     on_error:str='skip', # skip or raise
 ):
     "Prepare a folder of images: memory-mapped uint8 arrays, statistics, an audit."
-    for o in filter(None, lists.split(',')):
-        if '=' not in o: raise CmidError(f"--lists: {o!r} must be NAME=FILE")
+    named = [o.split('=', 1) for o in lists.split(',') if o]
+    for i,o in enumerate(named):
+        if len(o) < 2: raise CmidError(f"--lists: {o[0]!r} must be NAME=FILE")
+        if o[0] in dict(named[:i]): raise CmidError(f"--lists: {o[0]} is named twice: give each split one file")
     try: numbers, ends = [int(o) for o in bands.split(',') if o], [float(o) for o in stretch.split(',')]
     except ValueError: raise CmidError(f"--bands and --stretch take numbers with commas between them, got {bands!r} and {stretch!r}") from None
-    print(prepare(folder, out, side=side, lists=dict(o.split('=', 1) for o in lists.split(',') if o), tile=tile, bands=numbers or None, stretch=ends,
+    print(prepare(folder, out, side=side, lists=dict(named), tile=tile, bands=numbers or None, stretch=ends,
         workers=workers, shard_mb=shard_mb, labelled=labelled or None, on_error=on_error))

@@ -1,7 +1,7 @@
 "Checkpoints in whole processes: killed while writing, read from strangers, converted on the command line."
 import json, signal, subprocess, sys
 
-import pytest, safetensors.torch, timm.optim, torch
+import pytest, timm.optim, torch
 
 from cmid.backbones import create
 from cmid.checkpoint import PREFIX, STUDY, checkpoints, export_backbone, from_cmid, latest, load, load_backbone, save, to_cmid, to_published
@@ -86,35 +86,6 @@ torch.manual_seed(0); export_backbone(create('resnet18', img_size=64), sys.argv[
     for f in 'ab': assert python(code, tmp_path/f, json.dumps(FACTS | dict(provenance={}))).returncode == 0
     for p in (tmp_path/'a').iterdir(): assert p.read_bytes() == (tmp_path/'b'/p.name).read_bytes(), p.name
 
-@pytest.fixture(scope='module')
-def small(tmp_path_factory):
-    return export_backbone(create('resnet18', img_size=64), tmp_path_factory.mktemp('small')/'b', FACTS | dict(provenance={}))
-
-def spoilt(small, folder, name, change):
-    folder.mkdir()
-    for p in small.iterdir(): (folder/p.name).write_bytes(change(p.read_bytes()) if p.name == name else p.read_bytes())
-    return folder
-
-@pytest.mark.parametrize('name,change,says', [
-    ('card.json', lambda b: b[:-20], 'card.json: is no JSON'),
-    ('card.json', lambda b: b'[' * 100_000, 'card.json: is no JSON'),
-    ('card.json', lambda b: b.replace(b'"in_chans": 3', b'"in_chans": "3"'), 'card.json: in_chans'),
-    ('card.json', lambda b: b.replace(b'"format": 1', b'"format": 9'), 'newer cmid'),
-    ('card.json', lambda b: b.replace(b'"resnet18"', b'"../../etc"'), 'card.json: architecture'),
-    ('card.json', lambda b: b.replace(b'0.1359', b'-0.1359'), r'card.json: std\.0'),
-    ('model.safetensors', lambda b: b[:1000], 'model.safetensors: is cut short'),
-    ('model.safetensors', lambda b: safetensors.torch.save(safetensors.torch.load(b) | {'extra': torch.ones(1)}), 'extra does not belong'),
-    ('model.safetensors', lambda b: safetensors.torch.save({k: v.half() if k == 'bn1.bias' else v for k,v in safetensors.torch.load(b).items()}), 'bn1.bias is'),
-    ('extras.safetensors', lambda b: safetensors.torch.save({'mask_token': torch.ones(5)}), 'mask_token must hold 64')])
-def test_a_strangers_folder_is_refused_in_one_line(tmp_path, small, name, change, says):
-    with pytest.raises(CmidError, match=says) as e: load_backbone(spoilt(small, tmp_path/'bad', name, change))
-    assert '\n' not in str(e.value)
-
-def test_missing_files_are_named(tmp_path, small):
-    with pytest.raises(FileNotFoundError, match='nowhere/card.json'): load_backbone(tmp_path/'nowhere')
-    (spoilt(small, tmp_path/'part', '', None)/'model.safetensors').unlink()
-    with pytest.raises(FileNotFoundError, match='model.safetensors'): load_backbone(tmp_path/'part')
-
 def test_converts_both_ways_on_the_command_line(tmp_path):
     e = create(SWIN); torch.nn.init.normal_(e.mask_token)
     release = {f'{PREFIX}model.{k}': v for k,v in to_published(e.model.state_dict()).items()} | {f'{PREFIX}mask_token': e.mask_token.data}
@@ -126,13 +97,6 @@ def test_converts_both_ways_on_the_command_line(tmp_path):
     assert back.keys() == release.keys() and all(torch.equal(back[k], release[k]) for k in back)
     loaded, card = load_backbone(tmp_path/'b')
     assert card.mean == STUDY['mean'] and all(torch.equal(v, e.state_dict()[k]) for k,v in loaded.state_dict().items())
-
-def test_command_line_ends_in_one_line(tmp_path):
-    script = tmp_path/'cmid_convert.py'
-    for args, says in [((tmp_path/'none.pth', tmp_path/'b', '--backbone', 'resnet18'), 'none.pth: there is no such file'), ((tmp_path/'none.pth', tmp_path/'b'), '--backbone')]:
-        done = convert(script, *args)
-        assert done.returncode == 1 and says in done.stderr and done.stderr.count('\n') == 1, done.stderr
-    assert 'published .pth' in convert(script, '--help').stdout
 
 def test_resnet_keys_pass_as_they_are(tmp_path):
     e = create('resnet18')

@@ -135,35 +135,7 @@ def test_a_large_raster_is_reduced_while_it_is_read(tmp_path, monkeypatch):
     p = prepare(tmp_path/'in', tmp_path/'out', side=32, workers=1); want = np.asarray(Image.fromarray(ramp[0]).resize((32, 32), Image.Resampling.BICUBIC))
     assert reads == [(128, 128)] and np.abs(p[0].astype(int)[0] - want).max() <= 3
 
-# --- bad files
-
-def test_bad_files_are_named(tmp_path, monkeypatch):
-    d = tmp_path/'in'; good = pictures(d, 3); jpeg = picture(d/'ok.jpg', 7, size=(200, 200)).read_bytes(); raster = tiff(tmp_path/'whole.tif', RNG().random((3, 90, 90)).astype('float32'), compress='deflate').read_bytes()
-    (d/'zero.png').touch(); (d/'text.jpg').write_text('no image'); (d/'cut.png').write_bytes(good[0].read_bytes()[:2000]); (d/'cut.jpg').write_bytes(jpeg[:5000]); (d/'cut.tif').write_bytes(raster[:9000])
-    (d/'folder.png').mkdir(); (d/'round.png').symlink_to(d/'round.png'); (d/'gone.tif').symlink_to(d/'nowhere.tif'); (d/'circle').symlink_to(d, target_is_directory=True)
-    (d/'head.png').write_bytes(good[0].read_bytes()[:40]); picture(d/'bomb.png', size=(400, 400)); tiff(d/'complex.tif', np.ones((1, 8, 8), 'complex64')); os.mkfifo(d/'pipe.png')
-    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100_000)
-    p = prepare(d, tmp_path/'out', side=32); bad = skipped(p)
-    assert len(p) == 4 and set(bad) == {'zero.png', 'text.jpg', 'cut.png', 'cut.jpg', 'cut.tif', 'folder.png', 'round.png', 'gone.tif', 'head.png', 'bomb.png', 'complex.tif', 'pipe.png'}
-    assert bad['zero.png'] == 'empty file (0 bytes)' and 'no PNG' in bad['text.jpg'] and 'folder' in bad['folder.png'] and '400 x 400' in bad['bomb.png'] and 'complex' in bad['complex.tif'] and bad['pipe.png'] == 'no regular file'
-    assert all(v and '\n' not in v and str(tmp_path) not in v for v in bad.values())
-    assert [o['count'] for o in p.audit if o['kind'] == 'skipped'] == [12] and p.manifest['counts'] == dict(images=4, files=4, found=16, skipped=12)
-
-def test_unreadable_permission(tmp_path, monkeypatch):
-    pictures(tmp_path/'in', 2); import builtins; real = open
-    def refuse(path, *a, **kw):
-        if str(path).endswith('001.png'): raise PermissionError(13, 'Permission denied', str(path))
-        return real(path, *a, **kw)
-    monkeypatch.setattr(builtins, 'open', refuse)
-    p = prepare(tmp_path/'in', tmp_path/'out', side=32, workers=1)
-    assert len(p) == 1 and skipped(p) == {'001.png': 'Permission denied'}
-
-@pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid() == 0, reason='root may read everything')
-def test_unreadable_folder(tmp_path):
-    pictures(tmp_path/'in', 2); pictures(tmp_path/'in/shut', 1); (tmp_path/'in/shut').chmod(0)
-    try: p = prepare(tmp_path/'in', tmp_path/'out', side=32)
-    finally: (tmp_path/'in/shut').chmod(0o755)
-    assert 'shut' in skipped(p)
+# --- files that differ (bad input as such: test_bad_input.py)
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='file names are text elsewhere')
 def test_names_of_any_kind(tmp_path):
@@ -176,20 +148,6 @@ def test_mixed_band_counts_keep_the_most(tmp_path):
     for i,n in enumerate((4, 4, 13, 1)): tiff(tmp_path/'in'/f'{i}.tif', RNG(i).integers(0, 256, (n, 32, 32), dtype='uint8'))
     p = prepare(tmp_path/'in', tmp_path/'out', side=32)
     assert p.bands == 4 and skipped(p) == {'2.tif': 'band count 13, most files have 4', '3.tif': 'band count 1, most files have 4'} and 'mixed bands' in kinds(p)
-
-@pytest.mark.parametrize('arguments, told', [(dict(side=0), 'side'), (dict(tile=-1), 'tile'), (dict(stretch=(98, 2)), 'stretch'), (dict(bands=[0, 0]), 'bands'), (dict(bands=[7]), 'bands'),
-    (dict(workers=-1), 'workers'), (dict(shard_mb=0), 'shard_mb'), (dict(labelled='names'), 'labelled'), (dict(labelled='lists'), 'lists'), (dict(labelled='folders'), 'class folder'), (dict(on_error='x'), 'on_error'),
-    (dict(lists={'a/b': 'x'}), 'a/b'), (dict(lists=dict(train='no_such.txt')), 'no_such.txt')])
-def test_wrong_arguments(tmp_path, arguments, told):
-    pictures(tmp_path/'in', 2)
-    with pytest.raises(CmidError, match=told) as e: prepare(tmp_path/'in', tmp_path/'out', **{'side': 32, **arguments})
-    assert '\n' not in str(e.value) and not (tmp_path/'out').exists()
-
-def test_nothing_to_prepare(tmp_path):
-    (tmp_path/'empty').mkdir(); (tmp_path/'bad').mkdir(); (tmp_path/'bad/a.png').touch()
-    for name,told in (('none', 'no such folder'), ('empty', 'holds no PNG'), ('bad', 'a.png: empty file')):
-        with pytest.raises(CmidError, match=told) as e: prepare(tmp_path/name, tmp_path/'out', side=32)
-        assert name in str(e.value)
 
 def test_on_error_raise(tmp_path):
     pictures(tmp_path/'in', 4); prepare(tmp_path/'in', tmp_path/'fine', side=32, on_error='raise')
@@ -247,12 +205,6 @@ def test_one_image_in_several_families(tmp_path):
     lists = listed(tmp_path, train_20='ash_0.png\n', test_80='ash_1.png\nash_2.png\n', train_50='ash_0.png\nash_1.png\n', test_50='ash_2.png\n')
     p = prepare(tree(tmp_path/'in'), tmp_path/'out', side=32, lists=lists)
     assert len(p) == 9 and p.splits['train_50'].tolist() == [0, 1] and kinds(p).count('overlap') == 3
-
-@pytest.mark.parametrize('lines, told', [(dict(train='ash_0.png\nash_1.png', test='ash_1.png'), 'share 1 files .first: ash/ash_1.png'), (dict(train_20='ash_0.png', test_80='ash_0.png'), 'cannot train and test'),
-    (dict(train='nothing.png\n'), 'nothing.png'), (dict(train='\n\n'), 'empty'), (dict(train='ash_0.png a\nash_1.png\n'), 'no label'), (dict(train='ash_0.png a\n', test_x='ash_0.png b\n'), 'two labels')])
-def test_wrong_lists_cost_nothing(tmp_path, lines, told):
-    with pytest.raises(CmidError, match=told): prepare(tree(tmp_path/'in'), tmp_path/'out', side=32, lists=listed(tmp_path, **lines))
-    assert not (tmp_path/'out').exists() and not (tmp_path/'out.partial').exists()
 
 def test_a_listed_file_that_is_damaged(tmp_path):
     tree(tmp_path/'in'); (tmp_path/'in/ash/ash_1.png').write_bytes((tmp_path/'in/ash/ash_1.png').read_bytes()[:900])
