@@ -1,9 +1,11 @@
 "The report: whole, honest about what is missing, the same numbers as the results, and safe with any text."
-import json, shutil
+import io, json, re, shutil
+from base64 import b64decode
 from html.parser import HTMLParser
 from pathlib import Path
 
-import pytest, yaml
+import numpy as np, pytest, yaml
+from PIL import Image
 
 from cmid import report
 from cmid.params import CmidError, load_yaml, write_json, write_whole
@@ -34,20 +36,26 @@ class Page(HTMLParser):
     def all(self, tag): return [a for t, a in self.elements if t == tag]
 
 
-@pytest.fixture
-def study(tmp_path):
+@pytest.fixture(scope='module')
+def made(tmp_path_factory):
+    "Made-up results of a study; each test has a copy."
+    at = tmp_path_factory.mktemp('made')
     values = load_yaml(ROOT / 'params.yaml')
-    values['profile'] = 'sample'
+    values['profile'], values['profiles'] = 'sample', {'sample': values['profiles']['sample']}
     values['study'] = dict(backbones=['resnet18', 'resnet50'], methods=['cmid'], baselines=['random-resnet18', 'imagenet-resnet18'], inits=INITS, probes=['scenes'])
-    write_whole(tmp_path / 'params.yaml', yaml.safe_dump(values, sort_keys=False))
-    report.example_results(tmp_path)
-    return tmp_path
+    write_whole(at / 'params.yaml', yaml.safe_dump(values, sort_keys=False))
+    report.example_results(at)
+    return at
+
+
+@pytest.fixture
+def study(made, tmp_path): return shutil.copytree(made, tmp_path / 'study')
 
 
 @pytest.fixture
 def plain(monkeypatch):
     "Figures are made but not rendered, which is most of a report's time."
-    monkeypatch.setattr(report, '_png', lambda draw, colour: draw() and 'data:image/png;base64,')
+    monkeypatch.setattr(report, '_png', lambda draw, colour: draw() and 'data:image/png;base64,'); monkeypatch.setattr(report, '_light', lambda path: 'data:image/png;base64,')
 
 
 def page(study):
@@ -65,7 +73,7 @@ def test_one_file_that_fetches_nothing(study):
     assert 'Missing' not in p.text and 'cannot be' not in p.text
     assert p.all('img') and all(a.get('alt', '').strip() for a in p.all('img'))
     links = [v for _, a in p.elements for k, v in a.items() if k in ('src', 'srcset', 'href', 'action', 'data', 'poster')]
-    assert links and all(o.startswith(('data:image/png;base64,', '#')) for o in links)
+    assert links and all(o.startswith(('data:image/png;base64,', 'data:image/jpeg;base64,', '#')) for o in links)
     assert {o[1:] for o in links if o.startswith('#')} <= {a.get('id') for _, a in p.elements}
     assert not p.all('script') and not p.all('link') and 'url(' not in report.STYLE and '@import' not in report.STYLE
     assert not [k for _, a in p.elements for k in a if k.startswith('on')]
@@ -75,15 +83,23 @@ def test_one_file_that_fetches_nothing(study):
 
 def test_numbers_are_those_of_the_results(study, plain):
     shown = [float(a['value']) for a in page(study).all('data')]
-    metrics = {i: json.loads((study / 'results/probe/scenes' / i / 'metrics.json').read_text()) for i in INITS}
+    read = lambda stage, init, name='metrics': json.loads((study / 'results' / stage / init / f'{name}.json').read_text())
+    rivals = lambda init: INITS[1:3] if init == 'cmid-resnet18' else []
     due = []
-    for kind in ('linear', 'knn'):
-        for f in ('0.01', '0.1', '1.0'):
-            for i in INITS:
-                m = metrics[i][kind][f]; due += [m['accuracy'], m['low'], m['high']]
-                for b in INITS[1:3] if i == 'cmid-resnet18' else []:
-                    o = metrics[b][kind][f]; due += [m['accuracy'] - o['accuracy'], *difference(m['correct'], 500, o['correct'], 500)]
-    assert shown == due
+    for stage, kind, f in [('probe', k, f) for k in ('linear', 'knn') for f in ('0.01', '0.1', '1.0')] + [('classify', 'finetune', '1.0')]:
+        for i in INITS:
+            m = read(f'{stage}/scenes', i)[kind][f]; due += [m['accuracy'], m['low'], m['high']]
+            for b in rivals(i):
+                o = read(f'{stage}/scenes', b)[kind][f]; due += [m['accuracy'] - o['accuracy'], *difference(m['correct'], 500, o['correct'], 500)]
+    for i in INITS:
+        m, p = read('features/scenes', i), np.array(read('features/scenes', i, 'embedding')['purity']); due += [m['purity'], m['low'], m['high']]
+        for b in rivals(i):
+            d = p - read('features/scenes', b, 'embedding')['purity']; half = 1.959963984540054 * d.std(ddof=1) / 120**.5; due += [d.mean(), d.mean() - half, d.mean() + half]
+    for i in INITS:
+        m = read('correspondence', i); due += [m['accuracy'], m['low'], m['high']]
+        for b in rivals(i): # both intervals are .05 to either side
+            d = m['accuracy'] - read('correspondence', b)['accuracy']; due += [d, d - .005**.5, d + .005**.5]
+    assert np.allclose(shown, due, rtol=0, atol=1e-9) and len(shown) == len(due)
 
 
 def test_intervals_by_hand(study):
@@ -103,6 +119,7 @@ def test_words_say_no_more_than_the_numbers(study, plain):
     assert said['linear', 'imagenet-resnet18'].endswith('may be chance: the interval includes 0.') # 3 points on 500 images
     change(study / 'results/probe/scenes/cmid-resnet18/metrics.json', linear={'1.0': report._accuracy(.2, 500, train_images=2000)})
     worse = [o for o in report.headlines(study) if 'linear' in o and 'random' in o]
+    assert not [o for o in report.headlines(study) if o.startswith('Warning')]
     assert len(worse) == 1 and '20.0' in worse[0] and '\u221221.0 points' in worse[0] and worse[0].endswith('the baseline is better.')
     text = page(study).text
     assert all(o in text for o in report.headlines(study))
@@ -114,20 +131,21 @@ def test_an_architecture_without_baseline_is_compared_with_none(study, plain):
 
 
 def test_missing_stages_are_named(study, plain):
-    gone = 'probe/scenes/random-resnet18', 'pretrain/cmid-resnet50', 'baselines/imagenet-resnet18', 'prepare/pool', 'reconstruct/cmid-resnet18'
+    gone = ('probe/scenes/random-resnet18', 'classify/scenes/cmid-resnet18', 'features/scenes/cmid-resnet50', 'correspondence/random-resnet18', 'attention/cmid-resnet50', 'pretrain/cmid-resnet50', 'baselines/imagenet-resnet18',
+            'prepare/pool', 'reconstruct/cmid-resnet18')
     assert report.summary(study)['missing'] == 0
     for o in gone: shutil.rmtree(study / 'results' / o)
     text = page(study).text
-    assert all(f"Missing, its stage has not run: {o.replace('/', ' ')}." in text for o in gone) and text.count('Missing') == 5
-    assert report.summary(study)['missing'] == 5
+    assert all(f"Missing, its stage has not run: {o.replace('/', ' ')}." in text for o in gone) and text.count('Missing') == len(gone) == report.summary(study)['missing']
     shutil.rmtree(study / 'results')
     text = page(study).text
     assert 'There is nothing to compare yet.' in text and all(f'{stage} {" ".join(o)}' in text for stage, due in report.cells(study).items() for o in due)
-    assert report.summary(study) == dict(missing=sum(len(o) for o in report.cells(study).values()), probe={}, reconstruct={})
+    assert report.summary(study) == dict(missing=sum(len(o) for o in report.cells(study).values()), warnings=0, probe={}, classify={}, features={}, correspondence={}, reconstruct={})
 
 
 def test_parts_of_a_run_may_be_missing(study, plain):
-    for o in ('pretrain/cmid-resnet18/curve.json', 'pretrain/cmid-resnet18/epochs.json', 'reconstruct/cmid-resnet18/figure.png', 'probe/scenes/cmid-resnet18/run.json', 'prepare/pool/images.png'): (study / 'results' / o).unlink()
+    for o in ('pretrain/cmid-resnet18/curve.json', 'pretrain/cmid-resnet18/epochs.json', 'reconstruct/cmid-resnet18/figure.png', 'probe/scenes/cmid-resnet18/run.json', 'prepare/pool/images.png', 'classify/scenes/cmid-resnet18/confusion.png',
+              'features/scenes/cmid-resnet50/neighbours.png', 'attention/cmid-resnet18/figure.png', 'correspondence/cmid-resnet18/figure.png'): (study / 'results' / o).unlink()
     change(study / 'results/reconstruct/cmid-resnet18/metrics.json', skill=None)
     text = page(study).text
     assert 'Its curves are missing.' in text and 'they are flat' in text and 'unknown' in text
@@ -166,3 +184,46 @@ def test_it_repeats(study): assert report.html(study) == report.html(study)
 
 def test_examples_do_not_replace_results(study):
     with pytest.raises(CmidError, match='results already'): report.example_results(study)
+
+
+# what later stages brought
+
+def test_what_idled_is_said_first_and_in_its_place(study, plain):
+    "Where pretraining warned, the numbers are below what it could have come to."
+    change(study / 'results/pretrain/cmid-resnet18/metrics.json', warnings=['the local branch idles: its loss <b>6.1</b> is within 2 %', 'the reconstruction is no better than a flat colour'])
+    said = report.headlines(study)
+    assert said[0] == 'Warning, pretraining of cmid-resnet18: the local branch idles: its loss <b>6.1</b> is within 2 %.' and said[1].startswith('Warning') and not said[2].startswith('Warning')
+    p = page(study); assert p.text.count('the local branch idles: its loss <b>6.1</b> is within 2 %.') == 2 and report.summary(study)['warnings'] == 2
+    assert len([a for t, a in p.elements if a.get('class') == 'alarm']) == 4
+
+def test_other_images_are_not_compared(study, plain):
+    at = study / 'results/features/scenes/random-resnet18/embedding.json'; o = json.loads(at.read_text())
+    change(at, label=o['label'][1:] + [0])
+    rows = {o['init']: o for o in report.score_rows(study, 'features')}
+    assert [a['baseline'] for a in rows['cmid-resnet18']['against']] == ['imagenet-resnet18'] and not [o for o in report.headlines(study) if 'feature space' in o and 'random' in o]
+
+def test_no_classes_no_purity(study, plain):
+    for i in INITS:
+        at = study / 'results/features/scenes' / i
+        change(at / 'metrics.json', **dict.fromkeys(('purity', 'low', 'high', 'chance', 'purity_2d')), per_class={}, classes=0); change(at / 'embedding.json', label=None, purity=None, chance=None, classes=[])
+    text = page(study).text
+    assert 'The images have no classes' in text and not [o for o in report.headlines(study) if 'feature space' in o] and report.summary(study)['features'] == {}
+
+@pytest.mark.parametrize('stage, key', [('classify/scenes', 'finetune'), ('classify/scenes', 'confusion'), ('features/scenes', 'purity'), ('features/scenes', 'per_class'), ('correspondence', 'accuracy'), ('correspondence', 'error_px'), ('attention', 'mass_area')])
+def test_a_number_that_is_not_there_is_named(study, plain, stage, key):
+    at = study / 'results' / stage / 'cmid-resnet18/metrics.json'; m = json.loads(at.read_text()); del m[key]; write_json(at, m)
+    text = page(study).text
+    assert f'{stage}/cmid-resnet18/metrics.json: has no {key}' in text and '1,000 steps' in text
+
+def test_alternative_texts_have_the_numbers(study, plain):
+    alts = [a['alt'] for a in page(study).all('img')]
+    for due in ('Confusion of cmid-resnet18 on scenes: 390 of 500 test images are right; most often wrong: ', 't-SNE maps of scenes, an image a point, coloured by class, for cmid-resnet18 (purity 70\u202f%), random-resnet18 (purity 50\u202f%)',
+                'Images of scenes, each with its nearest by cmid-resnet18: 21 of 30 neighbours', 'over 64 images 52.0\u202f% are right, chance 22.0\u202f%', '60\u202f% of it lies on 48\u202f% of the area, an even map would need 62\u202f%'):
+        assert [o for o in alts if due in o], due
+
+def test_photographs_become_light(study):
+    at = study / 'results/attention/cmid-resnet18/figure.png'; noise = np.random.default_rng(0).integers(0, 255, (300, 400, 3), np.uint8)
+    Image.fromarray(np.kron(noise[::4, ::4], np.ones((4, 4, 1), np.uint8))).save(at); flat = study / 'flat.png'; Image.new('RGB', (400, 300), '#0072b2').save(flat)
+    src = re.search('src="([^"]+)"', report.image(at, 'x'))[1]
+    if len(b64decode(src.split(',')[1])) < at.stat().st_size: assert src.startswith('data:image/jpeg')
+    assert Image.open(io.BytesIO(b64decode(src.split(',')[1]))).size == (400, 300) and b64decode(re.search('base64,([^"]+)', report.image(flat, 'x'))[1]) == flat.read_bytes()
