@@ -46,7 +46,7 @@ def _short(text, n=200):
     "A text as one line that can be read."
     text = ' '.join(text.split()); return text if len(text) <= n else text[:n - 3] + '...'
 
-# %% ../nbs/00_params.ipynb #3dd6a45a
+# %% ../nbs/00_params.ipynb #125795a2
 FULL, LOCKED = {errno.ENOSPC, errno.EDQUOT}, {errno.EROFS}
 
 def _numbers(e):
@@ -72,7 +72,7 @@ def writing(
     except Exception as e:
         numbers = {*_numbers(e)}; at = path or getattr(e, 'filename', None) or Path.cwd()
         if numbers & LOCKED: raise CmidError(f"{at}: this disk is read-only; name a folder elsewhere") from None
-        if numbers & FULL: raise CmidError(f"{at}: the disk is full ({_room(path, need)}); make room and run again, what was there before is unchanged") from None
+        if numbers & FULL: raise CmidError(f"{at}: the disk is full ({_room(at, need)}); make room and run again, what was there before is unchanged") from None
         raise
 
 # %% ../nbs/00_params.ipynb #413e7217
