@@ -581,7 +581,7 @@ def _findings(cfg, t, g, others, notes):
         text = dict(missing=f"lines of {split} that name no file of the folder", repeated=f"lines of {split} that name a file again", unread=f"files of {split} that could not be used").get(kind)
         yield _finding(kind if text or kind == 'skipped' else 'note', 'warning' if text or kind == 'skipped' else 'note', n, text or f"files {kind}", some)
 
-# %% ../nbs/02_images.ipynb #20346de1
+# %% ../nbs/02_images.ipynb #a63b9d44
 FORMAT = 1  # of the folder, raised when older versions cannot read it
 
 class Prepared:
@@ -594,7 +594,7 @@ class Prepared:
         except (OSError, ValueError, RecursionError): raise CmidError(f"{folder}: no prepared folder (it has no readable manifest.json): remove what is there and run cmid_prepare") from None
         try: self._open(self.manifest); self._check()
         except CmidError: raise
-        except (OSError, ValueError, TypeError, LookupError, AttributeError) as e: raise CmidError(f"{folder}: is not as prepare wrote it ({' '.join(f'{type(e).__name__} {e}'.split())[:160]}): remove it and prepare it again") from None
+        except Exception as e: raise CmidError(f"{folder}: is not as prepare wrote it ({' '.join(f'{type(e).__name__} {e}'.split())[:160]}): remove it and prepare it again") from None
 
     def _open(self, m):
         if m['format'] != FORMAT: raise CmidError(f"{self.folder}/manifest.json: format {m['format']}, this version reads {FORMAT}: upgrade cmid, or remove the folder and prepare it again")
@@ -610,6 +610,7 @@ class Prepared:
     def _check(self):
         "Numbers that point beyond the images or the classes are met here, not in the middle of a training"
         fits = lambda v, low, high: v.ndim == 1 and v.dtype.kind == 'i' and (not v.size or low <= v.min() and v.max() < high)
+        audit_table(self.manifest)
         if self.side < 1 or not len(self.mean) == len(self.std) == self.bands: raise ValueError("side, bands, mean and std do not agree")
         if self.classes and not (len(self.labels) == len(self) and fits(self.labels, -1, len(self.classes))): raise ValueError("labels.npy fits neither images nor classes")
         for k,v in self.splits.items():
@@ -622,7 +623,7 @@ class Prepared:
         if k not in self._maps:
             shard = self.manifest['shards'][k]; path = self.folder/shard['file']
             try: x = np.load(path, mmap_mode='r')
-            except (OSError, ValueError): x = np.zeros(0)
+            except Exception: x = np.zeros(0)  # a header that was altered can be anything, and numpy says so in many words
             if x.dtype != np.uint8 or x.shape != (shard['count'], self.bands, self.side, self.side): raise CmidError(f"{path}: damaged: remove {self.folder} and prepare it again")
             self._maps[k] = x
         return self._maps[k]
@@ -658,7 +659,9 @@ class Prepared:
         "Where an image came from"
         if self._lines is None: self._lines = self._line_starts()
         with open(self.folder/'items.csv', 'rb') as f: f.seek(self._lines[range(1, len(self) + 1)[i]]); line = f.readline().decode('utf-8', 'surrogateescape')
-        row = next(csv.reader([line])); return row[1] + row[7]
+        row = next(csv.reader([line]), [])
+        if len(row) != 8: raise CmidError(f"{self.folder/'items.csv'}: damaged at line {i + 2}: remove {self.folder} and prepare it again")
+        return row[1] + row[7]
 
     def __str__(self): return audit_table(self.manifest)
 
@@ -706,7 +709,7 @@ def _fingerprints(cfg, names, lists):
         for line in _lines(v): whole.update(line.encode() + b'\n')
     return images.hexdigest(), whole.hexdigest(), newest
 
-# %% ../nbs/02_images.ipynb #171ff618
+# %% ../nbs/02_images.ipynb #6259fcc7
 OURS = 'manifest.json', 'items.csv', 'skipped.csv', 'labels.npy', 'split-*.npy', 'images-*', 'state.json', 'survey.jsonl', 'items.jsonl', 'lock'
 
 def _is_ours(folder):
@@ -731,7 +734,8 @@ def _begin_or_resume(part, mark):
     try: known = json.loads(state.read_text())['mark']
     except (OSError, ValueError, KeyError): known = None
     if known not in (None, mark): print(f"{part.name}: begun with other images or parameters, thrown away", file=sys.stderr)
-    _clear(part, OURS[:5] if known == mark else OURS[:-1]); write_json(state, dict(mark=mark))
+    try: _clear(part, OURS[:5] if known == mark else OURS[:-1]); write_json(state, dict(mark=mark))
+    except BaseException: lock.close(); raise
     return lock
 
 def _enough_room(part, need):

@@ -2,7 +2,7 @@
 
 Files that are spoilt among good ones (`FILES`) do not stop a run unless they are told to: they are skipped and named.
 Whole processes are used where a user would see something that a function does not show: stages, dropped rights, hostile files."""
-import contextlib, functools, hashlib, io, json, os, pickle, shutil, struct, subprocess, sys, tempfile, tracemalloc, warnings, zlib
+import contextlib, functools, hashlib, io, json, os, pickle, random, shutil, struct, subprocess, sys, tempfile, tracemalloc, warnings, zlib
 from copy import deepcopy
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np, pytest, rasterio, safetensors.torch, torch, yaml
 from PIL import Image
 
 from cmid.backbones import create
-from cmid.checkpoint import STUDY, export_backbone, latest, load, load_backbone, save
+from cmid.checkpoint import STUDY, export_backbone, latest, load, load_backbone, read_card, save
 from cmid.images import Prepared, prepare, prepare_dataset
 from cmid.params import CmidError, Params, check_all, device, load_yaml, merge
 from cmid.pretrain import Batches, build, precision_of
@@ -552,6 +552,27 @@ def test_a_parameter_is_data_in_a_notebook(tmp_path):
     cells = json.loads(notebook('dataset = 1')); cells['cells'].append(cells['cells'][0] | dict(id='b', metadata={}, source=[f"import json; open({str(tmp_path/'got.json')!r}, 'w').write(json.dumps(dataset))"]))
     (tmp_path/'a.ipynb').write_text(json.dumps(cells)); run_notebook(tmp_path/'a.ipynb', tmp_path/'out.ipynb', dict(dataset=hostile))
     assert json.loads((tmp_path/'got.json').read_text()) == hostile and not (tmp_path/'ran').exists()
+
+# --- bytes altered or cut off at random: one line, or no harm
+
+def altered(b, draw, head=None):
+    n, b = min(len(b), head or len(b)), bytearray(b)
+    if draw.random() < .25: return bytes(b[:draw.randrange(n)])
+    for _ in range(draw.choice([1, 3, 10])): b[draw.randrange(n)] = draw.choice([draw.randrange(256), *b'9"-[', 0])
+    return bytes(b)
+
+def whole(d): p = Prepared(d/'prepared/scenes'); return p[:], p.source(0), str(p)
+
+@pytest.mark.parametrize('part, name, head, meet', [
+    ('prepared', 'scenes/manifest.json', None, whole), ('prepared', 'scenes/images-00000.npy', 128, whole), ('prepared', 'scenes/labels.npy', None, whole), ('prepared', 'scenes/items.csv', None, whole),
+    ('models', 'random-resnet18/card.json', None, lambda d: read_card(d/'models/random-resnet18')), ('ckpt', 'epoch-1.ckpt', None, lambda d: latest(d/'ckpt', dict(lr=.1, head=dict(dim=8, depth=2))))], ids=lambda o: o.split('/')[-1] if isinstance(o, str) else '')
+def test_altered_at_random(part, name, head, meet, tmp_path, capsys):
+    draw, refused = random.Random(name), 0
+    for i in range(60):
+        take(part, d := tmp_path/str(i), name, lambda b: altered(b, draw, head))
+        try: meet(d)
+        except (CmidError, OSError) as e: refused += 1; assert '\n' not in str(e) and str(e)
+    assert refused > 10
 
 # --- whole processes, as a user starts them
 
