@@ -218,7 +218,7 @@ def test_a_number_that_is_not_there_is_named(study, plain, stage, key):
 def test_alternative_texts_have_the_numbers(study, plain):
     alts = [a['alt'] for a in page(study).all('img')]
     for due in ('Confusion of cmid-resnet18 on scenes: 390 of 500 test images are right; most often wrong: ', 't-SNE maps of scenes, an image a point, coloured by class, for cmid-resnet18 (purity 70\u202f%), random-resnet18 (purity 50\u202f%)',
-                'Images of scenes, each with its nearest by cmid-resnet18: 21 of 30 neighbours', 'over 64 images 52.0\u202f% are right, chance 22.0\u202f%', '60\u202f% of it lies on 48\u202f% of the area, an even map would need 62\u202f%'):
+                'Images of scenes, each with its nearest by cmid-resnet18: 21 of 30 neighbours', 'over 64 images 52.0\u202f% are right, chance 22.0\u202f%', '60\u202f% of it lies on 48\u202f% of the area, where an even map would need 62\u202f%'):
         assert [o for o in alts if due in o], due
 
 def test_photographs_become_light(study):
