@@ -152,3 +152,11 @@ def test_misspelt_stage_and_parameter(study):
     for given, says in ((['prob'], 'no such stage'), (['probe', '-p', 'datset', 'scenes'], "did you mean 'dataset'")):
         done = subprocess.run([str(Path(sys.executable).parent/'cmid_stage'), *given], cwd=study.at, capture_output=True, text=True)
         assert done.returncode == 1 and says in done.stderr and 'Traceback' not in done.stderr
+
+def test_a_run_that_collapses_fails_in_one_line_and_leaves_the_old_model(study):
+    before = (study.at/'models/cmid-resnet18/model.safetensors').read_bytes()
+    study.edit('params.yaml', 'pretrain: {epochs: 2,', 'pretrain: {lr: 30.0, epochs: 2,'); study.repro('pretrain', fails=True)
+    assert re.search(r'cmid_stage: (collapsed: .* \(healthy: about|.* is not finite at step \d+ \(learning rate 30\))', study.said), study.said[-2000:]
+    assert 'Traceback' not in study.said and 'checkpoints of other parameters or code (' in study.said
+    study.edit('params.yaml', 'pretrain: {lr: 30.0, epochs: 2,', 'pretrain: {epochs: 2,')
+    study.repro(); assert (study.at/'models/cmid-resnet18/model.safetensors').read_bytes() == before
