@@ -3,8 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONDONTWRITEBYTECODE := 1
+EXPLAINED := CVE-2025-69872 # findings that stay, with their reasons in nbs/safety.ipynb
 
-.PHONY: help repro test notebooks readme lock clean
+.PHONY: help repro test notebooks readme lock audit clean
 help: ## these targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
 
@@ -30,7 +31,7 @@ test: .venv/installed ## export and clean leave no diff, notebooks run, tests pa
 
 notebooks: .venv/installed ## execute the library notebooks in place, outputs and all
 	nbdev_export
-	for o in nbs/[0-9]*.ipynb nbs/index.ipynb; do jupyter nbconvert --to notebook --execute --inplace --log-level WARN $$o || exit 1; done
+	for o in nbs/*.ipynb; do jupyter nbconvert --to notebook --execute --inplace --log-level WARN $$o || exit 1; done
 	nbdev_clean
 	$(MAKE) --no-print-directory readme
 
@@ -39,6 +40,11 @@ readme: .venv/installed ## render README.md from nbs/index.ipynb
 
 lock: ## write requirements.lock anew (needs uv)
 	$(PYTHON) -c 'from configparser import ConfigParser; c = ConfigParser(delimiters=["="]); c.read("settings.ini"); s = c["DEFAULT"]; print("\n".join(s["requirements"].split() + s["dev_requirements"].split()))' | uv pip compile --universal --python-version 3.10 --no-annotate --no-header --quiet --output-file requirements.lock -
+
+audit: .venv/installed ## compare requirements.lock with the public database of weaknesses (needs the network)
+	$(BIN)/python -m venv .venv/audit
+	.venv/audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
+	.venv/audit/bin/pip-audit --strict --progress-spinner off --no-deps --disable-pip --requirement requirements.lock $(EXPLAINED:%=--ignore-vuln %)
 
 clean: ## remove what stages wrote (not data, not .venv, not DVC's cache)
 	rm -rf prepared checkpoints models reports digests

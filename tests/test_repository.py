@@ -124,6 +124,34 @@ def test_imports_lower_numbers_only(path):
     used = {MODULES[m] for c in cells(path) for o in imported(''.join(c['source'])) for m in (o, o.rpartition('.')[0]) if m in MODULES}
     assert not [o.name for o in used if o.name > path.name]
 
+# Safety: the claims of nbs/safety.ipynb
+
+def keyword(call, name): return next((o.value.value for o in call.keywords if o.arg == name and isinstance(o.value, ast.Constant)), None)
+
+def is_unsafe(call):
+    "Whether a call could run what a stranger wrote, or write where it should not."
+    name = ast.unparse(call.func); last = name.rpartition('.')[2]
+    return (name in ('eval', 'exec', 'os.system', 'os.popen', 'torch.jit.load', 'torch.hub.load', 'joblib.load') or name.startswith(('pickle.', 'marshal.', 'shelve.', 'dill.', 'cloudpickle.'))
+        or name == 'torch.load' and keyword(call, 'weights_only') is not True or keyword(call, 'shell') is True or keyword(call, 'allow_pickle') is True
+        or name in ('yaml.load', 'yaml.load_all') and ast.unparse(call.args[1] if len(call.args) > 1 else call) != '_Loader' or name in ('yaml.unsafe_load', 'yaml.full_load')
+        or last in ('extract', 'extractall', 'unpack_archive'))
+
+def unsafe(source): return [ast.unparse(o) for o in ast.walk(ast.parse(python(source))) if isinstance(o, ast.Call) and is_unsafe(o)]
+
+def test_unsafe_calls_are_found():
+    for o in ('eval(x)', 'pickle.loads(x)', 'torch.load(p)', 'torch.load(p, weights_only=False)', 'np.load(p, allow_pickle=True)', 'subprocess.run(x, shell=True)', 'yaml.load(x)', 'yaml.load(x, yaml.Loader)', 'z.extractall(d)', 'shutil.unpack_archive(p)', 'os.system(x)'): assert unsafe(o) == [o]
+    assert not unsafe("torch.load(p, map_location='cpu', weights_only=True); np.load(p); yaml.safe_load(x); yaml.load(x, _Loader); model.eval(); z.testzip(); load_file(p)")
+
+def test_nothing_runs_what_a_stranger_wrote():
+    import cmid.params
+    sources = {o: o.read_text(encoding='utf-8') for o in (ROOT/'cmid').rglob('*.py')} | {o: '\n'.join(''.join(c['source']) for c in cells(o)) for o in STAGES}
+    assert len(sources) > 30 and not {o.name: found for o, text in sources.items() if (found := unsafe(text))}
+    assert issubclass(cmid.params._Loader, yaml.SafeLoader) and not [o for o in cmid.params._Loader.yaml_constructors if o and 'python' in o]
+
+def test_what_is_ignored_is_explained():
+    ignored = re.search(r'^EXPLAINED :=([^#\n]*)', (ROOT/'Makefile').read_text(), flags=re.M)[1].split()
+    assert ignored and all(o in text(ROOT/'nbs/safety.ipynb') for o in ignored)
+
 # Package
 
 SCRIPTS = dict(o.split('=') for o in INI['console_scripts'].split())
