@@ -48,6 +48,10 @@ def made(tmp_path_factory):
     return at
 
 
+@pytest.fixture(scope='module')
+def whole(made): "The page with all its figures."; return report.html(made)
+
+
 @pytest.fixture
 def study(made, tmp_path): return shutil.copytree(made, tmp_path / 'study')
 
@@ -58,8 +62,10 @@ def plain(monkeypatch):
     monkeypatch.setattr(report, '_png', lambda draw, colour: draw() and 'data:image/png;base64,'); monkeypatch.setattr(report, '_light', lambda path: 'data:image/png;base64,')
 
 
-def page(study):
-    p = Page(report.html(study))
+def page(study): return checked(report.html(study))
+
+def checked(html):
+    p = Page(html)
     assert not p.crossed and not p.open, (p.crossed, p.open)
     return p
 
@@ -68,8 +74,8 @@ def change(path, **more):
     write_json(path, json.loads(path.read_text()) | more)
 
 
-def test_one_file_that_fetches_nothing(study):
-    p = page(study)
+def test_one_file_that_fetches_nothing(whole):
+    p = checked(whole)
     assert 'Missing' not in p.text and 'cannot be' not in p.text
     assert p.all('img') and all(a.get('alt', '').strip() for a in p.all('img'))
     links = [v for _, a in p.elements for k, v in a.items() if k in ('src', 'srcset', 'href', 'action', 'data', 'poster')]
@@ -179,7 +185,7 @@ def test_text_from_results_stays_text(study, plain):
     assert p.text.count(evil) >= 6 and '<b onclick=x>' in p.text
 
 
-def test_it_repeats(study): assert report.html(study) == report.html(study)
+def test_it_repeats(made, whole): assert report.html(made) == whole
 
 
 def test_examples_do_not_replace_results(study):
