@@ -7,9 +7,10 @@ __all__ = ['NOTATION', 'CURVES', 'Classifier', 'drop_path_of', 'rand_augment', '
            'FineTuning', 'logits', 'learner', 'fine_tune', 'class_table', 'classify', 'curves_figure',
            'confusion_figure']
 
-# %% ../nbs/31_classify.ipynb #baf1c83f
+# %% ../nbs/31_classify.ipynb #d40b231f
 import copy, math, os, random, re, time, warnings
 from contextlib import contextmanager
+from functools import partial
 import numpy as np, timm, torch
 import torch.nn.functional as F
 from PIL import Image
@@ -23,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from .checkpoint import load_backbone, read_card
 from .health import panels_figure
 from .params import Classify, CmidError, device, seed_everything
-from .pretrain import clock, lr_at, parameter_groups, plainly, precision_of # first: it imports fastai without its warning
+from .pretrain import clock, lr_at, parameter_groups, plainly, precision_of, too_large # first: it imports fastai without its warning
 from .probe import features, labelled_splits, scored, subsample
 from .views import crop, random_boxes, step_generator
 from fastai.callback.core import Callback
@@ -220,7 +221,7 @@ def learner(
     learn.remove_cbs([o for o in learn.cbs if isinstance(o, (Recorder, CastToTensor, ProgressCallback))]); learn.create_opt()   # they read the loss at every step
     return learn
 
-# %% ../nbs/31_classify.ipynb #bd5d9718
+# %% ../nbs/31_classify.ipynb #ac03c915
 def fine_tune(
     folder, # models/<init>
     images, # `Prepared`, with labels
@@ -240,11 +241,20 @@ def fine_tune(
     _announce(learn, images, settings, say)
     try:
         with plainly(): learn.fit(settings.epochs)
-    except torch.OutOfMemoryError: raise CmidError(f"params.yaml: classify.batch: {settings.batch} images of {images.side} px do not fit into the memory of {learn.fine_tuning.on}; lower it, or prepare.side") from None
+        short = False
+    except torch.OutOfMemoryError: short = True                                        # its traceback holds the step's tensors: go on without it
+    if short: raise too_large('classify', settings.batch, images.side, learn.fine_tuning.on, partial(_trial_step, learn, images))
     if learn.fine_tuning.best: learn.model.load_state_dict(learn.fine_tuning.best[2])
     return learn
 
-# %% ../nbs/31_classify.ipynb #3fdd9f81
+# %% ../nbs/31_classify.ipynb #5174a416
+def _trial_step(learn, images, b):
+    "A step on `b` empty images"
+    m, a = learn.model, learn.fine_tuning; learn.xb = learn.yb = learn.pred = learn.loss = learn.loss_grad = None; m.zero_grad(set_to_none=True)
+    dtype = precision_of(a.settings.precision, a.on, 'classify')
+    with torch.autocast(a.on.type, dtype, enabled=dtype != torch.float32): out = m(torch.zeros(b, images.bands, images.side, images.side, device=a.on))
+    out.float().sum().backward(); learn.opt.opt.step()
+
 def _announce(learn, images, settings, say):
     "What the run is about to do, and what it cannot"
     order = learn.dls.train.sampler; n = len(order.index)

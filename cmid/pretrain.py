@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNDECAYED', 'LOSSES', 'Batches', 'peak_lr', 'lr_at', 'parameter_groups', 'precision_of', 'CMIDCallback', 'Journal',
-           'clock', 'Checkpoints', 'plainly', 'stoppable', 'build', 'normalisation', 'learner', 'run', 'fitting_batch',
+           'clock', 'Checkpoints', 'plainly', 'stoppable', 'build', 'normalisation', 'learner', 'run', 'too_large',
            'deterministic_cost', 'corpus', 'view_figure', 'Curves', 'export', 'export_baseline', 'summary']
 
 # %% ../nbs/23_pretrain.ipynb #4d0dffd4
@@ -384,7 +384,7 @@ def _announce(learn, settings, batches, on, dtype, say):
     if learn.model.queue is not None and settings.queue > batches.count:
         say(f"note: the queue of {settings.queue} keys is longer than the {batches.count} images: each is its own negative several times; lower pretrain.queue")
 
-# %% ../nbs/23_pretrain.ipynb #f9949695
+# %% ../nbs/23_pretrain.ipynb #09f34a93
 def run(
     learn:Learner, # of `learner`
     until:int|None=None, # stop after this many epochs; None: all
@@ -399,20 +399,24 @@ def run(
         with stoppable(keeper), plainly(): learn.fit(until or learn.cmid.settings.epochs, start_epoch=done, cbs=Curves(curves) if curves else None)
         return learn
     except torch.OutOfMemoryError: pass                                          # its traceback holds the step's tensors: go on without it
-    fits = fitting_batch(learn)
-    raise CmidError(f"params.yaml: pretrain.batch: {learn.cmid.settings.batch} images of {learn.model.img_size} px do not fit into the memory of {learn.cmid.on}; {f'{fits} do' if fits else 'not even one does'}; lower it, or prepare.side")
+    learn.xb = learn.pred = learn.loss = learn.loss_grad = None
+    raise too_large('pretrain', learn.cmid.settings.batch, learn.model.img_size, learn.cmid.on, lambda b: (_trial_step(learn, b), learn.opt.opt.step()))
 
-def fitting_batch(
-    learn:Learner, # that ran out of memory; of no use afterwards
-) -> int: # images, 0 where not even one fits
-    "The largest half, quarter, ... of the batch with which a step fits."
-    b = learn.cmid.settings.batch // 2; learn.xb = learn.pred = learn.loss = learn.loss_grad = None
+def too_large(
+    section:str, # of params.yaml that has the batch
+    batch:int, # images that did not fit
+    side:int, # px
+    on:torch.device,
+    trial, # makes a step with a number of images; nothing of the run may hold memory any more
+) -> CmidError: # to be raised
+    "Says that a batch does not fit into memory, and which half, quarter, ... of it does."
+    b = batch // 2
     while b:
         gc.collect()
-        if learn.cmid.on.type == 'cuda': torch.cuda.empty_cache()
-        try: _trial_step(learn, b); learn.opt.opt.step(); return b
-        except torch.OutOfMemoryError: b //= 2
-    return 0
+        if on.type == 'cuda': torch.cuda.empty_cache()
+        try: trial(b); break
+        except (torch.OutOfMemoryError, ValueError): b //= 2                     # batch norm refuses a single value
+    return CmidError(f"params.yaml: {section}.batch: {batch} images of {side} px do not fit into the memory of {on}; {f'{b} do' if b else 'not even one does'}; lower it, or prepare.side")
 
 def _trial_step(learn, b):
     "Gradients of `b` empty images"

@@ -223,9 +223,12 @@ def test_a_loss_that_is_not_finite_is_named(models):
     assert '\n' not in str(e.value)
 
 def test_out_of_memory_is_named(models, monkeypatch):
-    def full(*a): raise torch.OutOfMemoryError('CUDA out of memory')
-    monkeypatch.setattr(Classifier, 'forward', full); data = noise(8)
-    with pytest.raises(CmidError, match='^params.yaml: classify.batch: 4 images of 32 px do not fit into the memory of cpu; lower it'): fine_tune(models(), data, data.splits['train'], PLAIN, on=CPU, say=quiet)
+    whole = Classifier.forward
+    def narrow(self, x):
+        if len(x) > 2: raise torch.OutOfMemoryError('CUDA out of memory')
+        return whole(self, x)
+    monkeypatch.setattr(Classifier, 'forward', narrow); data = noise(8)
+    with pytest.raises(CmidError, match='^params.yaml: classify.batch: 4 images of 32 px do not fit into the memory of cpu; 2 do; lower it'): fine_tune(models(), data, data.splits['train'], PLAIN, on=CPU, say=quiet)
 
 def test_what_is_wrong_is_named(scenes, models):
     go = lambda data, folder=models(), **o: classify(folder, data, changed(QUICK, **o), on=CPU, say=quiet)
