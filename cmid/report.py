@@ -72,7 +72,7 @@ def leftovers(
     found = {o.parent.relative_to(root) for stage in cells(root) for o in (Path(root)/'results'/stage).rglob('run.json')}
     return sorted(o.as_posix() for o in found - due)
 
-# %% ../nbs/49_report.ipynb #658bccf5
+# %% ../nbs/49_report.ipynb #1943f602
 RISE = {'random': (.30, .36, .41), 'imagenet': (.38, .50, .58)} # accuracy at few, some and all labels; anything else: .35, .49, .612
 
 def _accuracy(share, n, **more):
@@ -104,7 +104,7 @@ def _example_features(init, n=120, classes=6, k=10):
 def _example_correspondence(init):
     "Metrics as the correspondence stage writes them."
     a = dict(random=.31, imagenet=.38).get(init.split('-')[0], .52)
-    return dict(images=64, places=16, cells=610, accuracy=a, low=a - .05, high=a + .05, chance=.22, position=.35, exact=a / 3, exact_chance=1 / 16, error_px=30., error_px_chance=52., branch='student')
+    return dict(images=64, places=16, cells=610, accuracy=a, low=a - .05, high=a + .05, chance=.22, position=.35, moved=a - .06, moved_chance=.2, exact=a / 3, exact_chance=1 / 16, error_px=30., error_px_chance=52., branch='student')
 
 def _example_attention(init):
     "Metrics as the attention stage writes them."
@@ -213,7 +213,7 @@ def score_rows(
     against = lambda k, o: [dict(baseline=b, score=_pick(found[at], key), **d) for b in _rivals(k[-1], baselines) if (at := (*k[:-1], b)) in found and (d := apart(o, found[at]))]
     return [o.metrics | dict(dataset=k[0] if len(k) > 1 else None, init=k[-1], score=_pick(o, key), **{f: _pick(o, f) for f in ('images', 'low', 'high', 'chance', 'branch')}, against=against(k, o)) for k, o in found.items()]
 
-# %% ../nbs/49_report.ipynb #146b7518
+# %% ../nbs/49_report.ipynb #37c3bbc1
 def percent(x, digits=1): "`.612` as 61.2 %"; return f'{100 * x:.{digits}f}\u202f%'
 def points(x): "`.2` as +20.0, with a true minus sign"; return f'{100 * x:+.1f}'.replace('-', '\u2212')
 def share(x): "`.1` as 10 %"; return f'{100 * x:g}\u202f%'
@@ -239,9 +239,9 @@ def _differs(o):
     "The end of a comparison"
     return f"the difference of {points(o['difference'])} points [{points(o['low'])}, {points(o['high'])}] {verdict(o['low'], o['high'])}."
 
-def _scored(row):
+def _scored(row, more=''):
     "A score with its interval and chance"
-    return f"{percent(row['score'])} ({100 * row['low']:.1f} to {100 * row['high']:.1f}; chance {100 * row['chance']:.1f})"
+    return f"{percent(row['score'])} ({100 * row['low']:.1f} to {100 * row['high']:.1f}; chance {100 * row['chance']:.1f}{more})"
 
 def purified(row:dict, o:dict) -> str:
     "One comparison of feature spaces, of `score_rows`, in words."
@@ -249,7 +249,8 @@ def purified(row:dict, o:dict) -> str:
 
 def found_again(row:dict, o:dict) -> str:
     "One comparison of matched places, of `score_rows`, in words."
-    return f"{row['init']}, places found again in another view of {row['images']} images: {_scored(row)} are right, against {percent(o['score'])} for {o['baseline']}: {_differs(o)}"
+    alone = f", by the position in the view alone {100 * row['position']:.1f}" if 'position' in row else ''
+    return f"{row['init']}, places found again in another view of {row['images']} images: {_scored(row, alone)} are right, against {percent(o['score'])} for {o['baseline']}: {_differs(o)}"
 
 # %% ../nbs/49_report.ipynb #d9ba3514
 def painted(
@@ -467,7 +468,7 @@ def spaces(root):
         datasets.append(dict(name=name, rows=mine, found=found, map=_map(name, found, mine)))
     return table(SPACES, root, datasets=datasets, image=image, shown=shown, strips=_strips) if runs else None
 
-# %% ../nbs/49_report.ipynb #0d08d3c1
+# %% ../nbs/49_report.ipynb #865e4856
 MATCHED = '''
 <p>A place of one view of an image is matched, by its feature alone, to the most similar place of another view. Where each went is known, so matches can be counted: right is within one cell.</p>
 <div class="scroll" tabindex="0" role="region" aria-label="accuracy of matches"><table>
@@ -480,9 +481,10 @@ MATCHED = '''
 def correspondences(root):
     "How often a place is found again."
     rows, found = score_rows(root, 'correspondence'), results(root, 'correspondence'); folders = {k: o.folder for (k,), o in found.items()}
-    _need(found.values(), 'position', 'exact', 'exact_chance', 'error_px', 'error_px_chance')
+    _need(found.values(), 'position', 'moved', 'moved_chance', 'exact', 'exact_chance', 'error_px', 'error_px_chance')
     alt = lambda o: f"Best matches of {o['init']}, as lines between two views of an image, right or wrong, and between two images of a class; over {o['images']} images {percent(o['score'])} are right, chance {percent(o['chance'])}."
-    words = lambda o: f"{percent(o['exact'])} find the very cell (chance {100 * o['exact_chance']:.1f}), off by {o['error_px']:.0f} px on average (at random {o['error_px_chance']:.0f}); {o['branch']}"
+    moved = lambda o: '' if o['moved'] is None else f"of places that moved in the view {percent(o['moved'])} (chance {100 * o['moved_chance']:.1f}); "
+    words = lambda o: f"{moved(o)}the very cell {percent(o['exact'])} (chance {100 * o['exact_chance']:.1f}); off by {o['error_px']:.0f} px on average (at random {o['error_px_chance']:.0f}); {o['branch']}"
     return table(MATCHED, root, rows=rows, folders=folders, image=image, shown=shown, alt=alt, words=words) if rows else None
 
 LOOKS = '''
@@ -598,7 +600,7 @@ def provenance_table(root):
     rows = record_rows(root); told = [folded(f"{o['stage']} {o['which']}", {k: o[k] or {} if k in ('versions', 'parameters') else number(o[k]) for k in ('data', 'device', 'versions', 'parameters')}) for o in rows]
     return render(RECORDS, rows=rows, told=told) if rows else None
 
-# %% ../nbs/49_report.ipynb #85740a0d
+# %% ../nbs/49_report.ipynb #f3494aea
 PAGES = [ # title, stages that it needs, function of the root
     ('Frozen features', ('probe',), probes),
     ('Fine-tuning', ('classify',), fine_tuning),
@@ -613,7 +615,7 @@ PAGES = [ # title, stages that it needs, function of the root
 
 STYLE = '''
 :root { color-scheme: light dark; --ink: #24292f; --quiet: #57606a; --page: #fff; --panel: #f5f7f9; --line: #d5dbe1; --blue: #0072b2; --good: #116329; --bad: #a40e26; --plate: #fff }
-@media (prefers-color-scheme: dark) { :root { --ink: #d5dae0; --quiet: #98a2ad; --page: #14181d; --panel: #1d232a; --line: #38414b; --blue: #56b4e9; --good: #5cc87a; --bad: #ff8b80; --plate: #e9ecef } }
+@media (prefers-color-scheme: dark) { :root { --ink: #d5dae0; --quiet: #98a2ad; --page: #14181d; --panel: #1d232a; --line: #38414b; --blue: #56b4e9; --good: #5cc87a; --bad: #ff8b80; --plate: #e9ecef } .plate { filter: brightness(.9) } }
 * { box-sizing: border-box }
 html { -webkit-text-size-adjust: 100%; scroll-behavior: smooth }
 body { margin: 0 auto; max-width: 64rem; padding: 1rem clamp(1rem, 4vw, 2.5rem) 4rem; background: var(--page); color: var(--ink); font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; font-variant-numeric: tabular-nums; overflow-wrap: break-word }
