@@ -19,6 +19,13 @@ def mounted(folder, options):
     got = subprocess.run(['mount', '-t', 'tmpfs', '-o', options, 'tmpfs', str(folder)], capture_output=True, text=True) if shutil.which('mount') and sys.platform == 'linux' else None
     if got is None or got.returncode: pytest.skip("no small disk can be mounted here (needs Linux and root): " + (got.stderr.strip() if got else sys.platform))
 
+@pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid() == 0 or not shutil.which('unshare'), reason='root mounts by itself; others need unshare')
+def test_in_a_namespace_of_ones_own():
+    "Who is not root may mount where nobody else sees it; all of this file again, there."
+    inside = lambda *args: subprocess.run(['unshare', '-rm', *args], capture_output=True, text=True)
+    if inside('true').returncode: pytest.skip('this system gives no namespaces to users who are not root')
+    done = inside(sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', __file__); assert done.returncode == 0 and 'no small disk' not in done.stdout, done.stdout[-3000:]
+
 @pytest.fixture
 def disk(tmp_path):
     mounted(tmp_path/'disk', 'size=8m'); yield tmp_path/'disk'
@@ -79,8 +86,7 @@ def pictures(tmp_path_factory):
     for i in range(100): Image.fromarray(np.random.default_rng(i).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(at/f'{i:03}.png')
     return at
 
-@pytest.mark.parametrize('leave', [0, 3000, 40_000, 400_000, 1_300_000])
-@pytest.mark.parametrize('workers', [1, 2])
+@pytest.mark.parametrize('leave,workers', [(0, 1), (3000, 1), (40_000, 2), (400_000, 1), (1_300_000, 1)])
 def test_prepare(disk, pictures, leave, workers):
     make = lambda side: prepare(pictures, disk/'prepared/x', side=side, workers=workers, shard_mb=.5)
     make(32); before = files(disk/'prepared'); fill(disk, leave)
