@@ -201,8 +201,10 @@ def probe(
         out['linear'][str(f)] = scored(predicted, truth, train_images=len(i), C=fit.C, held_out=fit.held_out, converged=fit.converged)
     return out | dict(recall_at=str(f), recall=_recall(predicted, truth, names)), predicted
 
-# %% ../nbs/30_probe.ipynb #7d1cefff
+# %% ../nbs/30_probe.ipynb #6c89b794
 MARKERS = 'osD^vPX'
+
+def _across(names): "How many names fit side by side"; return 2 if max(map(len, names)) <= 24 else 1
 
 def _curves(ax, results, kind):
     "A line with intervals for each init, set off a little so that intervals stay apart"
@@ -221,10 +223,10 @@ def accuracy_figure(
     from matplotlib.figure import Figure
     fig = Figure(figsize=(4.4, 5.4 + .13 * len(results)), dpi=80, layout='constrained'); axes = fig.subplots(2, 1, sharex=True, sharey=True)
     for ax, kind in zip(axes, ('knn', 'linear')): _curves(ax, results, kind)
-    axes[1].set_xlabel('share of the training labels'); fig.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=2, fontsize=9, frameon=False)
+    axes[1].set_xlabel('share of the training labels'); fig.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=_across(results), fontsize=9, frameon=False)
     return fig
 
-# %% ../nbs/30_probe.ipynb #1a5b1146
+# %% ../nbs/30_probe.ipynb #728d57df
 def class_figure(
     results:dict, # init -> what `probe` gives
 ): # matplotlib Figure, as wide as a phone
@@ -236,5 +238,5 @@ def class_figure(
     table = np.array([[share(o, k) for k in names] for o in results.values()])
     ax.hlines(y, table.min(0), table.max(0), color='#bbb', lw=2, zorder=1)
     for i, (name, row) in enumerate(zip(results, table)): ax.scatter(row, y, color=COLOURS[i % 7], marker=MARKERS[i % 7], s=28, label=name, zorder=2)
-    ax.set_yticks(y, names); ax.set(xlim=(-3, 103), xlabel='recall (%)'); ax.grid(axis='x', alpha=.25); fig.legend(loc='outside lower center', ncols=2, fontsize=9, frameon=False)
+    ax.set_yticks(y, names); ax.set(xlim=(-3, 103), xlabel='recall (%)'); ax.grid(axis='x', alpha=.25); fig.legend(loc='outside lower center', ncols=_across(results), fontsize=9, frameon=False)
     return fig

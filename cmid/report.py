@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['RISE', 'PICTURES', 'KINDS', 'SCORED', 'NAMES', 'JINJA', 'MARKS', 'INK', 'QUALITY', 'ROW', 'ACCURACIES', 'NOTE',
            'TUNED', 'SPACES', 'MATCHED', 'LOOKS', 'PRETRAINED', 'DATASETS', 'TABLE', 'RECORD', 'RECORDS', 'PAGES',
-           'STYLE', 'PAGE', 'cells', 'Result', 'read_json', 'results', 'missing', 'leftovers', 'example_results',
-           'accuracy_rows', 'probe_rows', 'score_rows', 'percent', 'points', 'share', 'verdict', 'sentence', 'purified',
-           'found_again', 'painted', 'warned', 'headlines', 'summary', 'number', 'mark', 'soft', 'render', 'picture',
-           'image', 'table', 'probes', 'shown', 'fine_tuning', 'spaces', 'correspondences', 'looked', 'attentions',
-           'pretraining', 'reconstructions', 'datasets', 'folded', 'parameters', 'record_rows', 'provenance_table',
-           'html']
+           'STYLE', 'FIRST', 'PAGE', 'cells', 'Result', 'read_json', 'results', 'missing', 'leftovers',
+           'example_results', 'accuracy_rows', 'probe_rows', 'score_rows', 'percent', 'points', 'share', 'verdict',
+           'sentence', 'purified', 'found_again', 'painted', 'warned', 'headlines', 'summary', 'number', 'mark', 'soft',
+           'render', 'picture', 'image', 'table', 'probes', 'shown', 'fine_tuning', 'spaces', 'correspondences',
+           'looked', 'attentions', 'pretraining', 'reconstructions', 'datasets', 'folded', 'parameters', 'record_rows',
+           'provenance_table', 'html']
 
 # %% ../nbs/49_report.ipynb #74f3e811
 import base64, functools, io, json, math
@@ -432,7 +432,7 @@ def fine_tuning(root):
     _need(results(root, 'classify').values(), 'per_class', 'confusion', 'epoch', 'chosen_on')
     return _accuracies(root, 'classify', 'Marks and intervals as of frozen features.', lambda name, found: render(TUNED, name=name, found=found, image=image, shown=shown, ended=_ended(found), confused=_confused))
 
-# %% ../nbs/49_report.ipynb #2945d88c
+# %% ../nbs/49_report.ipynb #81c5716d
 SPACES = '''
 {% for d in datasets %}
 <h3>{{ d.name }}</h3>
@@ -442,10 +442,11 @@ SPACES = '''
 {{ head('purity') }}<tbody>{% for o in d.rows %}{{ row(o, o.score) }}{% endfor %}</tbody></table></div>
 {% else %}<p>The images have no classes: there is a map, and no purity.</p>{% endif %}
 {{ d.map }}
-<p class="quiet">t-SNE keeps neighbours, not distances: the empty space between islands means nothing. {% if d.rows %}On the map alone, purity is {% for k, o in d.found.items() %}{{ o.metrics.purity_2d | percent }} for {{ k }}{{ '' if loop.last else ', ' }}{% endfor %}. {% endif %}Features are of {% for k, o in d.found.items() %}{{ k }}: {{ o.metrics.branch }}{{ '' if loop.last else ', ' }}{% endfor %}.</p>
+<p class="quiet">t-SNE keeps neighbours, not distances: the empty space between islands means nothing. Features are of: {% for b, names in d.branches.items() %}{{ b }} ({{ names | join(', ') }}){{ '.' if loop.last else '; ' }}{% endfor %}</p>
 <div class="pair">{% for k, o in d.found.items() %}{{ shown(k, image(o.folder/'neighbours.png', strips(d.name, k, o.metrics))) }}{% endfor %}</div>
-{% if d.rows %}<details><summary>Purity of each class</summary><div class="scroll" tabindex="0" role="region" aria-label="purity of each class"><table><thead><tr><th scope="col">class</th>{% for k in d.found %}<th scope="col" class="n">{{ k | soft }}, %</th>{% endfor %}</tr></thead>
-<tbody>{% for c in d.rows[0].per_class %}<tr><th scope="row">{{ c | soft }}</th>{% for o in d.found.values() %}<td class="n">{{ '%.1f' | format(100 * o.metrics.per_class[c]) if c in o.metrics.per_class else '' }}</td>{% endfor %}</tr>{% endfor %}</tbody></table></div></details>{% endif %}
+{% if d.rows %}<details><summary>Purity of each class, and on the map</summary><div class="scroll" tabindex="0" role="region" aria-label="purity of each class"><table><thead><tr><th scope="col">class</th>{% for k in d.found %}<th scope="col" class="n">{{ k | soft }}, %</th>{% endfor %}</tr></thead>
+<tbody><tr><th scope="row">all, on the map</th>{% for o in d.found.values() %}<td class="n">{{ '%.1f' | format(100 * o.metrics.purity_2d) }}</td>{% endfor %}</tr>
+{% for c in d.rows[0].per_class %}<tr><th scope="row">{{ c | soft }}</th>{% for o in d.found.values() %}<td class="n">{{ '%.1f' | format(100 * o.metrics.per_class[c]) if c in o.metrics.per_class else '' }}</td>{% endfor %}</tr>{% endfor %}</tbody></table></div></details>{% endif %}
 {% endfor %}
 <p class="quiet">Intervals are by the standard error over images; differences are taken image for image, on the same images. In the strips, left: an image; then its nearest. A solid frame and a tick: of the same class; a broken frame and a cross: of another.</p>
 '''
@@ -462,10 +463,11 @@ def _map(name, found, rows):
 
 def spaces(root):
     "Maps and purity of feature spaces."
-    rows, runs = score_rows(root, 'features'), results(root, 'features'); datasets = []; _need(runs.values(), 'neighbours', 'purity_2d', 'per_class')
+    rows, runs = score_rows(root, 'features'), results(root, 'features'); datasets = []; _need(runs.values(), 'neighbours', 'purity_2d', 'per_class', 'branch')
     for name in dict.fromkeys(d for d, _ in runs):
         found, mine = {i: o for (d, i), o in runs.items() if d == name}, [o for o in rows if o['dataset'] == name]
-        datasets.append(dict(name=name, rows=mine, found=found, map=_map(name, found, mine)))
+        branches = {b: [k for k, o in found.items() if o.metrics['branch'] == b] for b in dict.fromkeys(o.metrics['branch'] for o in found.values())}
+        datasets.append(dict(name=name, rows=mine, found=found, branches=branches, map=_map(name, found, mine)))
     return table(SPACES, root, datasets=datasets, image=image, shown=shown, strips=_strips) if runs else None
 
 # %% ../nbs/49_report.ipynb #865e4856
@@ -600,7 +602,7 @@ def provenance_table(root):
     rows = record_rows(root); told = [folded(f"{o['stage']} {o['which']}", {k: o[k] or {} if k in ('versions', 'parameters') else number(o[k]) for k in ('data', 'device', 'versions', 'parameters')}) for o in rows]
     return render(RECORDS, rows=rows, told=told) if rows else None
 
-# %% ../nbs/49_report.ipynb #f3494aea
+# %% ../nbs/49_report.ipynb #d662cb19
 PAGES = [ # title, stages that it needs, function of the root
     ('Frozen features', ('probe',), probes),
     ('Fine-tuning', ('classify',), fine_tuning),
@@ -622,7 +624,7 @@ body { margin: 0 auto; max-width: 64rem; padding: 1rem clamp(1rem, 4vw, 2.5rem) 
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 1rem 0 .3rem } h2 { font-size: 1.3rem; margin: 2.8rem 0 .6rem; padding-top: .8rem; border-top: 1px solid var(--line) } h3 { font-size: 1.05rem; margin: 1.8rem 0 .3rem }
 p, li { max-width: 44rem } p { margin: .4rem 0 .9rem } small, .quiet, caption, nav { color: var(--quiet) } .quiet { font-weight: normal } p.quiet, small { font-size: .85rem }
 nav { font-size: .9rem } a { color: var(--blue) } nav a { margin-right: .9rem; white-space: nowrap; line-height: 2 }
-.short { background: var(--panel); border-left: 4px solid var(--blue); border-radius: 0 .5rem .5rem 0; padding: .7rem 1rem; margin: 1.2rem 0; max-width: 47rem } .short ul { margin: 0; padding: 0; list-style: none } .short li + li { margin-top: .7rem }
+.short { background: var(--panel); border-left: 4px solid var(--blue); border-radius: 0 .5rem .5rem 0; padding: .7rem 1rem; margin: 1.2rem 0; max-width: 47rem } .short ul { margin: 0; padding: 0; list-style: none } .short li + li { margin-top: .7rem } .short details { border: 0; padding: .5rem 0 0 }
 .alarm { border-left: 4px solid var(--bad); background: var(--panel); border-radius: 0 .5rem .5rem 0; padding: .5rem .9rem } .short .alarm { border-left: 0; padding: 0 } .alarm b { color: var(--bad) }
 .note { border: 1px dashed var(--line); border-radius: .5rem; padding: .5rem .9rem; color: var(--quiet) }
 .scroll { overflow-x: auto; margin: .7rem 0 1.1rem } table { border-collapse: collapse; font-size: .9rem; width: 100% } caption { text-align: left; padding-bottom: .35rem; font-size: .85rem } caption b { color: var(--ink); font-size: .95rem }
@@ -639,6 +641,8 @@ figure { margin: .9rem 0 0 } figcaption { font-size: .85rem; color: var(--quiet)
 @media (max-width: 34rem) { .wide { display: none } .short { font-size: .93rem; line-height: 1.45 } th, td { padding-right: .45rem } tbody th { overflow-wrap: break-word; min-width: 5.6rem } table { font-size: .86rem } }
 '''
 
+FIRST = 8 # findings that stand open; the others are folded
+
 PAGE = '''<!doctype html>
 <html lang="en-GB">
 <head>
@@ -652,7 +656,9 @@ PAGE = '''<!doctype html>
 <p class="quiet">Profile {{ profile }}. Self-supervised pretraining for remote sensing, against the same network without it.</p>
 <nav aria-label="sections">{% for o in parts %}<a href="#{{ o.id }}">{{ o.title }}</a>{% endfor %}</nav></header>
 <main>
-<section class="short" aria-label="in short"><ul>{% for o in said %}<li{{ Markup(' class="alarm"') if o.startswith('Warning') }}>{{ o | mark }}<b>{{ o.partition(':')[0] }}</b>{{ o[o.partition(':')[0] | length:] }}</li>{% else %}<li>There is nothing to compare yet.</li>{% endfor %}</ul></section>
+{% macro finding(o) %}<li{{ Markup(' class="alarm"') if o.startswith('Warning') }}>{{ o | mark }}<b>{{ o.partition(':')[0] }}</b>{{ o[o.partition(':')[0] | length:] }}</li>{% endmacro %}
+<section class="short" aria-label="in short"><ul>{% for o in said[:first] %}{{ finding(o) }}{% else %}<li>There is nothing to compare yet.</li>{% endfor %}</ul>
+{% if said[first:] %}<details><summary>{{ said[first:] | length }} more</summary><ul>{% for o in said[first:] %}{{ finding(o) }}{% endfor %}</ul></details>{% endif %}</section>
 {% for o in parts %}
 <section id="{{ o.id }}"><h2>{{ o.title }}</h2>
 {{ o.body }}
@@ -665,7 +671,7 @@ PAGE = '''<!doctype html>
 </html>
 '''
 
-# %% ../nbs/49_report.ipynb #341fa629
+# %% ../nbs/49_report.ipynb #43ea8e6e
 def _safely(f, root):
     "A section, or one line on what is wrong with its results"
     try: return f(root) or Markup('')
@@ -683,4 +689,4 @@ def html(
     parts = [dict(id=title.lower().replace(' ', '-'), title=title, body=_safely(f, Path(root)), missing=[f'{s} {o}' for s in stages for o in gone[s]]) for title, stages, f in PAGES]
     try: said = headlines(root)
     except CmidError as e: said = [f'This cannot be summed up: {_near(e, Path(root))}']
-    return str(render(PAGE, profile=Params(root).run.profile, style=Markup(STYLE), parts=[o for o in parts if o['body'] or o['missing']], said=said, Markup=Markup, left=leftovers(root)))
+    return str(render(PAGE, profile=Params(root).run.profile, style=Markup(STYLE), parts=[o for o in parts if o['body'] or o['missing']], said=said, first=FIRST, Markup=Markup, left=leftovers(root)))
