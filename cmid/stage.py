@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['MENDED', 'Stage', 'known_parameters', 'run_notebook', 'cmid_stage']
 
-# %% ../nbs/26_stage.ipynb #8b50d2cc
+# %% ../nbs/26_stage.ipynb #0667fd8c
 import argparse, io, logging, os, resource, signal, sys, tempfile, threading, time, warnings
+from collections import Counter
 from functools import partial
 from pathlib import Path
 import psutil
@@ -112,12 +113,13 @@ def known_parameters(
     if not found: raise CmidError(f"{notebook}: no cell is tagged 'parameters'")
     return found
 
-# %% ../nbs/26_stage.ipynb #f42ed095
+# %% ../nbs/26_stage.ipynb #41bf5e4a
 MENDED = 'CmidError', 'Damaged', 'Unusable', 'FileNotFoundError', 'FileExistsError', 'PermissionError', 'NotADirectoryError', 'IsADirectoryError'  # errors of a notebook that end in one line
 
 def _one_line(e, name):
     "Raise, for what went wrong in a notebook, what `cli` says in one line; a fault of ours passes"
     if e.ename in MENDED: raise CmidError(e.evalue) from None
+    if e.ename == 'OutOfMemoryError': raise CmidError(f"{name}: the memory of the GPU is full; lower {name}.batch in params.yaml, or end what else is on it") from None
     if e.ename == 'KeyboardInterrupt': raise KeyboardInterrupt(e.evalue or f'{name}: stopped') from None
     with writing(): raise OSError(e.evalue) if e.ename == 'OSError' else e
 
@@ -176,7 +178,7 @@ def _stoppable(run, name):
     finally: [signal.signal(*o) for o in before.items()]
     if failed: raise KeyboardInterrupt(f'{name}: stopped') if stop.times > 1 or isinstance(failed[0], _Stopped) else failed[0]
 
-# %% ../nbs/26_stage.ipynb #8111b02b
+# %% ../nbs/26_stage.ipynb #0db93c82
 @cli
 def cmid_stage():
     "Run one stage of the pipeline through papermill."
@@ -185,6 +187,8 @@ def cmid_stage():
     parser.add_argument('-p', nargs=2, action='append', default=[], metavar=('NAME', 'VALUE'), dest='given', help='which cell of the study, such as -p dataset scenes; text; may be repeated')
     parser.add_argument('--smoke', action='store_true', help='in a temporary folder, on generated imagery, in seconds')
     a = parser.parse_args(); at = root(); os.chdir(at)
+    for k, n in Counter(k for k, _ in a.given).items():
+        if n > 1: raise CmidError(f"-p {k}: is given {n} times; give it once")
     identity = '-'.join([plain_name(a.stage, 'stage'), *(plain_name(v, f'-p {k}') for k, v in a.given)])
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
