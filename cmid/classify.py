@@ -221,7 +221,7 @@ def learner(
     learn.remove_cbs([o for o in learn.cbs if isinstance(o, (Recorder, CastToTensor, ProgressCallback))]); learn.create_opt()   # they read the loss at every step
     return learn
 
-# %% ../nbs/31_classify.ipynb #ac03c915
+# %% ../nbs/31_classify.ipynb #14501059
 def fine_tune(
     folder, # models/<init>
     images, # `Prepared`, with labels
@@ -236,7 +236,7 @@ def fine_tune(
     encoder, card = load_backbone(folder, drop_path_of(settings, read_card(folder).architecture))
     if encoder.in_chans != images.bands: raise CmidError(f"{images.folder}: images have {images.bands} bands, {folder} was made for {encoder.in_chans}; take the same bands (prepare.bands), or pretrain on these")
     if (counts > 0).sum() < 2: raise CmidError(f"{images.folder}: the {len(index)} training images are all of one class: nothing can be told apart")
-    held = subsample(images.labels, index, settings.validation, seed) if settings.validation and counts[counts > 0].min() > 1 else []
+    held = _held_out(images.labels, index, settings.validation, seed) if settings.validation and counts[counts > 0].min() > 1 else []
     learn = learner(Classifier(encoder, len(images.classes)), images, np.setdiff1d(index, held), settings, card.mean, card.std, seed, on, held, say)
     _announce(learn, images, settings, say)
     try:
@@ -247,7 +247,7 @@ def fine_tune(
     if learn.fine_tuning.best: learn.model.load_state_dict(learn.fine_tuning.best[2])
     return learn
 
-# %% ../nbs/31_classify.ipynb #5174a416
+# %% ../nbs/31_classify.ipynb #7125e348
 def _trial_step(learn, images, b):
     "A step on `b` empty images"
     m, a = learn.model, learn.fine_tuning; learn.xb = learn.yb = learn.pred = learn.loss = learn.loss_grad = None; m.zero_grad(set_to_none=True)
@@ -255,10 +255,15 @@ def _trial_step(learn, images, b):
     with torch.autocast(a.on.type, dtype, enabled=dtype != torch.float32): out = m(torch.zeros(b, images.bands, images.side, images.side, device=a.on))
     out.float().sum().backward(); learn.opt.opt.step()
 
+def _held_out(labels, index, share, seed):
+    "A stratified share of the images, one of each class at least, and never the last one of a class"
+    held = subsample(labels, index, share, seed); left = np.setdiff1d(np.unique(labels[index]), labels[np.setdiff1d(index, held)])
+    return np.setdiff1d(held, [held[labels[held] == c][-1] for c in left])
+
 def _announce(learn, images, settings, say):
     "What the run is about to do, and what it cannot"
     order = learn.dls.train.sampler; n = len(order.index)
-    say(f"{n} images an epoch, {len(order)} steps of {n // len(order)} to {math.ceil(n / len(order))}, {settings.epochs} epochs, lr {settings.lr:g} (params.yaml: classify.lr)")
+    say(f"{n} images an epoch, {len(order)} steps of {settings.batch if n > settings.batch else n} at most, {settings.epochs} epochs, lr {settings.lr:g} (params.yaml: classify.lr)")
     if n < settings.batch: say(f"note: classify.batch is {settings.batch}: all {n} images are one batch")
     if settings.randaugment and images.bands != 3: say(f"note: RandAugment is for RGB, and left out for {images.bands} bands")
     if settings.validation and not len(learn.fine_tuning.held): say("note: a class has one training image, so nothing is held out: the last epoch counts")

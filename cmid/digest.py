@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['UNCOUNTED', 'bare_tree', 'notebook_tree', 'imported', 'reach', 'digest', 'cmid_digest']
 
-# %% ../nbs/25_digest.ipynb #33df0119
+# %% ../nbs/25_digest.ipynb #af9660d6
 import argparse, ast, hashlib, json
 from pathlib import Path
-from .params import CmidError, cli, root, write_json
+from .params import CmidError, Params, check_all, cli, device, root, write_json
 
 # %% ../nbs/25_digest.ipynb #f1189e8a
 def _is_text(o): return isinstance(o, ast.Expr) and isinstance(o.value, ast.Constant) and isinstance(o.value.value, str)
@@ -84,13 +84,15 @@ def digest(
     hashes = {k: hashlib.sha256(ast.dump(v).encode()).hexdigest()[:16] for k, v in parts.items()}
     return {'all': hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16]} | hashes
 
-# %% ../nbs/25_digest.ipynb #80c3fd87
+# %% ../nbs/25_digest.ipynb #e5861b60
 @cli
 def cmid_digest():
-    "Hash the code that each stage reaches, one file a stage."
+    "Hash the code that each stage reaches, one file a stage; refuse parameters that a stage would refuse."
     parser = argparse.ArgumentParser(prog='cmid_digest', description=cmid_digest.__doc__)
     parser.add_argument('out', nargs='?', default='digests', help='folder to write (digests)')
     a = parser.parse_args(); at = root()
     found = {o.stem: digest(o, at/'cmid') for o in sorted((at/'nbs/pipeline').glob('*.ipynb'))}     # all, before one is written
     if not found: raise CmidError(f"{at/'nbs/pipeline'}: holds no notebook; run inside a clone of the project, or set CMID_ROOT")
+    p = check_all(Params(at))                                                                       # before DVC removes what a stage wrote last
+    if p.run.device not in ('auto', 'cpu'): device(p.run.device)
     for k, v in found.items(): write_json(at/a.out/f'{k}.json', v)

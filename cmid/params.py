@@ -105,7 +105,7 @@ def _ordered(name, pair, low, high, equal=True):
     "Refuse a pair that does not rise within [low, high]."
     if not (low <= pair[0] <= pair[1] <= high and (equal or pair[0] < pair[1])): raise ValueError(f"{name}: must rise within {low} and {high}, got {pair}")
 
-# %% ../nbs/00_params.ipynb #385860d5
+# %% ../nbs/00_params.ipynb #68920b6c
 class Dataset(Section):
     "Where the images of one dataset lie, and the folder of text files that list its splits."
     folder: Annotated[str, Field(min_length=1)]
@@ -123,7 +123,7 @@ class Study(Section):
     methods: Annotated[list[Literal['cmid', 'byol']], Field(min_length=1)]
     baselines: Names
     inits: Names
-    probes: Names
+    probes: list[str]
 
     @model_validator(mode='after')
     def _known(self):

@@ -120,18 +120,18 @@ def precision_of(
     if name == 'float16' and on.type == 'cpu': raise CmidError(f"params.yaml: {section}.precision: float16 needs a GPU; use float32, bfloat16 or auto")
     return getattr(torch, name)
 
-# %% ../nbs/23_pretrain.ipynb #5a0c046b
+# %% ../nbs/23_pretrain.ipynb #f2fd3dbd
 class CMIDCallback(Callback):
     "Views, schedules, mixed precision, moving average and queue of CMID."
     order = 10
     def __init__(self, settings:Pretrain, views:TwoViews, seed:int, dtype=torch.float32, processes:int=1):
-        self.settings, self.views, self.seed, self.dtype, self.done, self.on = settings, views, seed, dtype, 0, None
+        self.settings, self.views, self.seed, self.dtype, self.done, self.skipped, self.on = settings, views, seed, dtype, 0, 0, None
         self.peak, self.rule = peak_lr(settings, processes)
 
     def before_fit(self):
         self.epoch_steps = len(self.learn.dls.train); self.steps = self.epoch_steps * self.settings.epochs
         self.on = next(self.learn.model.parameters()).device
-        self.scaler, self.skipped = torch.amp.GradScaler(self.on.type, enabled=self.dtype == torch.float16), 0; self.overflow = False
+        self.scaler, self.overflow = torch.amp.GradScaler(self.on.type, enabled=self.dtype == torch.float16), False
         if getattr(self, 'resumed', None): self.scaler.load_state_dict(self.resumed)
 
     def before_epoch(self):
@@ -178,7 +178,7 @@ class CMIDCallback(Callback):
         if self.settings.fidelity == 'corrected' and not self.overflow: self.learn.model.average(self.momentum)
         self.learn.model.enqueue(); self.done += 1
 
-# %% ../nbs/23_pretrain.ipynb #cbe0295e
+# %% ../nbs/23_pretrain.ipynb #30871bb2
 LOSSES = 'total', 'reconstruction', 'contrast', 'distillation'
 
 class Journal(Callback):
@@ -191,7 +191,10 @@ class Journal(Callback):
     ):
         self.watch, self.say, self.points, self.curve, self.epochs, self.schedule, self.warnings = watch, say, points, [], [], [], {}   # schedule: of this epoch, empty while epochs are skipped
 
-    def before_fit(self): self.warnings = self._alarms()[1]
+    def before_fit(self):
+        "A run that goes on is judged by what is asked of it now."
+        fallen, self.warnings = self._alarms()
+        if fallen: self._stop(*fallen)
 
     def before_epoch(self):
         if self.learn.dls.train.first == 0: self.schedule = []
@@ -206,6 +209,7 @@ class Journal(Callback):
         a = self.learn.cmid; found = torch.cat([torch.stack(a.sums), torch.stack(a.norms)[:, None]], 1).float().cpu().numpy()
         bad = ~np.isfinite(found[:, 1:] if not a.scaler.is_enabled() else found[:, 1:-1])                     # float16: a step whose gradients overflowed was left out
         if bad.any(): self._not_finite(*[int(o[0]) for o in np.nonzero(bad)], a.done - len(found))
+        if not torch.stack([o.isfinite().all() for o in self.learn.model.parameters()]).all(): self._not_finite(len(found) - 1, len(LOSSES), a.done - len(found))
         return found
 
     def after_epoch(self):
@@ -213,9 +217,9 @@ class Journal(Callback):
         if not self.finished(): return
         found = self.losses(); seconds = time.perf_counter() - self.begun; steps = len(found) - self.kept
         for part in np.array_split(np.arange(len(found)), min(self.points, len(found))):
-            self.curve.append(dict(step=int(a.done - len(found) + part[-1] + 1)) | dict(zip((*LOSSES, 'gradient_norm'), map(float, found[part].mean(0)))) | dict(zip(('lr', 'momentum', 'teacher_temperature'), self.schedule[part[-1]])))
+            self.curve.append(dict(step=int(a.done - len(found) + part[-1] + 1)) | dict(zip(LOSSES, map(float, found[part].mean(0)))) | _norms(found[part, -1])[0] | dict(zip(('lr', 'momentum', 'teacher_temperature'), self.schedule[part[-1]])))
         mean = dict(zip(LOSSES, map(float, found.mean(0)))); speed = steps * a.settings.batch / seconds
-        self.epochs.append(dict(epoch=self.learn.epoch + 1, step=a.done) | mean | dict(gradient_norm=float(found[:, -1].mean()), gradient_norm_max=float(found[:, -1].max()), images_per_s=speed) | self._health())
+        self.epochs.append(dict(epoch=self.learn.epoch + 1, step=a.done) | mean | _norms(found[:, -1])[0] | _norms(found[:, -1])[1] | dict(images_per_s=speed) | self._health())
         self._line(mean, speed, seconds * len(found) / steps); self._judge()
 
     def _line(self, mean, speed, seconds):
@@ -225,12 +229,14 @@ class Journal(Callback):
         self.say(f"epoch {self.learn.epoch + 1}/{self.learn.cmid.settings.epochs}  " + '  '.join(f'{k} {v:.4f}' for k, v in mean.items()) + f"{health}  {speed:.0f} images/s  {clock(left)} left")
 
     def _not_finite(self, step, part, first):
-        name = (*(f'{o} loss' for o in LOSSES[1:]), 'norm of the gradient')[part]
+        name = (*(f'{o} loss' for o in LOSSES[1:]), 'norm of the gradient', 'a weight')[part]
         raise CmidError(f"{name} is not finite at step {first + step + 1} (learning rate {self.schedule[step][0]:.3g}); lower pretrain.lr; {self._kept()}")
 
-    def _kept(self):
-        keeper = getattr(self.learn, 'checkpoints', None); found = keeper and checkpoint.checkpoints(keeper.folder)
-        return f"the last good checkpoint is {found[-1]}" if found else "no checkpoint was written before"
+    def _kept(self, before=None):
+        "The newest checkpoint, all of whose weights are finite, from before an epoch began"
+        keeper = getattr(self.learn, 'checkpoints', None); found = checkpoint.checkpoints(keeper.folder) if keeper else []
+        found = [o for o in found if before is None or int(o.stem.split('-')[1]) <= (before - 1) * self.learn.cmid.epoch_steps]
+        return f"the last good checkpoint is {found[-1]}" if found else "no checkpoint from before is there"
 
     def _health(self):
         "What `watch` sees, and the age of the queue's oldest key in steps."
@@ -248,16 +254,22 @@ class Journal(Callback):
         fallen, now = self._alarms()
         for k in now.keys() - self.warnings.keys(): self.say(f"warning: {now[k]}")
         self.warnings = now
-        if fallen: raise CmidError(f"{fallen}; lower pretrain.lr or raise pretrain.batch, and look at the losses that are on; {self._kept()}")
+        if fallen: self._stop(*fallen)
 
-# %% ../nbs/23_pretrain.ipynb #7ce45f89
+    def _stop(self, since, said): raise CmidError(f"{said}; lower pretrain.lr or raise pretrain.batch, and look at the losses that are on; {self._kept(since)}")
+
+# %% ../nbs/23_pretrain.ipynb #7a8cb2ee
+def _norms(x):
+    "Mean and largest of the finite ones (float16 leaves out steps whose gradients overflow); empty where there is none"
+    x = x[np.isfinite(x)]; return (dict(gradient_norm=float(x.mean())), dict(gradient_norm_max=float(x.max()))) if len(x) else ({}, {})
+
 def clock(
     seconds:float,
 ) -> str: # h, min or s
     "A duration, roughly."
     return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
 
-# %% ../nbs/23_pretrain.ipynb #38184a74
+# %% ../nbs/23_pretrain.ipynb #b1edb2b4
 class Checkpoints(Callback):
     "Write the whole state every so many epochs, and when the run is asked to stop, to a folder of these parameters' own."
     order = 30
@@ -288,7 +300,7 @@ class Checkpoints(Callback):
         a, j = self.learn.cmid, self.learn.journal; part = a.done % a.epoch_steps
         if self.commit not in self.commits: self.commits.append(self.commit)
         state = dict(commits=self.commits, model=self.learn.model.state_dict(), optimiser=self.learn.opt.opt.state_dict(), scaler=a.scaler.state_dict(), step=a.done, epoch=done, curve=j.curve, epochs=j.epochs,
-                     sums=a.sums if part else [], norms=a.norms if part else [], schedule=j.schedule if part else [])
+                     skipped=a.skipped, watched=j.watch and j.watch.limits.model_dump(), sums=a.sums if part else [], norms=a.norms if part else [], schedule=j.schedule if part else [])
         checkpoint.save(self.folder/f'step-{a.done:09d}.ckpt', state, dict(parameters=self.parameters)); write_json(self.folder/'parameters.json', self.parameters)
 
     def restore(self, learn) -> int: # whole epochs done
@@ -297,8 +309,9 @@ class Checkpoints(Callback):
         found = checkpoint.latest(self.folder, expect=self.parameters)
         if found is None: return 0
         _, state, _ = found; a, j = learn.cmid, learn.journal
+        if (now := j.watch and j.watch.limits.model_dump()) != state['watched']: j.say(f"note: health was {state['watched']} so far and is {now} from here on; what was measured stays")
         learn.model.load_state_dict(state['model']); learn.opt.opt.load_state_dict(state['optimiser'])
-        self.commits, a.done, a.resumed, j.curve, j.epochs, j.schedule = (state[k] for k in ('commits', 'step', 'scaler', 'curve', 'epochs', 'schedule'))
+        self.commits, a.done, a.skipped, a.resumed, j.curve, j.epochs, j.schedule = (state[k] for k in ('commits', 'step', 'skipped', 'scaler', 'curve', 'epochs', 'schedule'))
         on = next(learn.model.parameters()).device; a.sums, a.norms = ([o.to(on) for o in state[k]] for k in ('sums', 'norms'))
         return state['epoch']
 
@@ -341,7 +354,7 @@ def normalisation(
     "The paper's statistics for RGB, the data's own for other bands (section IV-A)."
     return (list(RGB_MEAN), list(RGB_STD)) if images.bands == 3 else (list(images.mean), list(images.std))
 
-# %% ../nbs/23_pretrain.ipynb #4a26d134
+# %% ../nbs/23_pretrain.ipynb #7e489b4b
 def learner(
     images, # images.Prepared: uint8 rows, with bands, side, mean and std
     index, # which of them are the corpus
@@ -367,24 +380,24 @@ def learner(
     views = TwoViews(mean, std, model.stride, settings.mask_ratio, settings.crop_scale, settings.crop_aspect, settings.fidelity)
     batches = Batches(images, index, settings.batch, seed, settings.epoch_images, pin=on.type == 'cuda')
     optimiser = Adan(parameter_groups(model, settings.weight_decay), lr=peak_lr(settings)[0], betas=tuple(settings.betas))
-    watch = health and Watch(images, index, health, labelled, settings.mask_ratio, seed)
+    watch = health and Watch(images, index, health, labelled, settings.mask_ratio, seed, settings.batch)
     learn = Learner(DataLoaders(batches, [], device=on), model, loss_func=lambda losses, _: losses.total, opt_func=lambda *_, **__: OptimWrapper(opt=optimiser),
                     cbs=[CMIDCallback(settings, views, seed, dtype), Journal(watch, say)])
     learn.remove_cbs([o for o in learn.cbs if isinstance(o, (Recorder, CastToTensor, ProgressCallback))])   # they read the loss at every step
     learn.create_opt(); learn.cmid.on = on
     if folder is not None:
-        learn.add_cb(Checkpoints(folder, dict(settings=settings.model_dump(), backbone=backbone, variant=variant, seed=seed, data=data_hash, side=images.side, bands=images.bands, precision=str(dtype), code=code), settings.checkpoint_epochs, commit))
+        learn.add_cb(Checkpoints(folder, dict(settings=settings.model_dump(exclude={'checkpoint_epochs'}), backbone=backbone, variant=variant, seed=seed, data=data_hash, side=images.side, bands=images.bands, precision=str(dtype), code=code), settings.checkpoint_epochs, commit))
     _announce(learn, settings, batches, on, dtype, say)
     return learn
 
 def _announce(learn, settings, batches, on, dtype, say):
     "What the run is about to do, before it does it."
     say(f"{batches.count} images an epoch, {len(batches)} steps of {settings.batch}, {settings.epochs} epochs on {on}, {str(dtype).split('.')[-1]}")
-    say(learn.cmid.rule)
+    for o in [learn.cmid.rule, *(learn.journal.watch.notes if learn.journal.watch else ())]: say(o)
     if learn.model.queue is not None and settings.queue > batches.count:
         say(f"note: the queue of {settings.queue} keys is longer than the {batches.count} images: each is its own negative several times; lower pretrain.queue")
 
-# %% ../nbs/23_pretrain.ipynb #09f34a93
+# %% ../nbs/23_pretrain.ipynb #add41449
 def run(
     learn:Learner, # of `learner`
     until:int|None=None, # stop after this many epochs; None: all
@@ -394,8 +407,8 @@ def run(
     keeper = getattr(learn, 'checkpoints', None)
     done = keeper.restore(learn) if keeper else 0
     if learn.cmid.done: learn.journal.say(f"going on after step {learn.cmid.done}, epoch {done}")
-    if learn.cmid.on.type == 'cuda' and torch.are_deterministic_algorithms_enabled(): learn.journal.say(f"deterministic: a step takes {deterministic_cost(learn):.2f} times as long as without")
     try:
+        if learn.cmid.on.type == 'cuda' and torch.are_deterministic_algorithms_enabled(): learn.journal.say(f"deterministic: a step takes {deterministic_cost(learn):.2f} times as long as without")
         with stoppable(keeper), plainly(): learn.fit(until or learn.cmid.settings.epochs, start_epoch=done, cbs=Curves(curves) if curves else None)
         return learn
     except torch.OutOfMemoryError: pass                                          # its traceback holds the step's tensors: go on without it
@@ -492,7 +505,7 @@ class Curves(Callback):
                 if k not in ('epoch', 'step', *LOSSES): self.live.log_metric(k, v)
         self.live.end()
 
-# %% ../nbs/23_pretrain.ipynb #491acc8b
+# %% ../nbs/23_pretrain.ipynb #ffe9fd18
 def _card(images, mean, std, method, parameters, health, made, trained=True):
     "What a backbone's card says of these images."
     bands = ['red', 'green', 'blue'] if images.bands == 3 else [f'band {i + 1}' for i in range(images.bands)]
@@ -530,4 +543,4 @@ def summary(
     learn:Learner, # trained
 ) -> dict: # numbers that repeat
     "Losses and health of the last epoch, and what idled."
-    return {k: v for k, v in learn.journal.epochs[-1].items() if k != 'images_per_s'} | dict(warnings=list(learn.journal.warnings.values()))
+    return {k: v for k, v in learn.journal.epochs[-1].items() if k != 'images_per_s'} | (dict(skipped=learn.cmid.skipped) if learn.cmid.skipped else {}) | dict(warnings=list(learn.journal.warnings.values()))

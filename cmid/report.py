@@ -213,7 +213,7 @@ def score_rows(
     against = lambda k, o: [dict(baseline=b, score=_pick(found[at], key), **d) for b in _rivals(k[-1], baselines) if (at := (*k[:-1], b)) in found and (d := apart(o, found[at]))]
     return [o.metrics | dict(dataset=k[0] if len(k) > 1 else None, init=k[-1], score=_pick(o, key), **{f: _pick(o, f) for f in ('images', 'low', 'high', 'chance', 'branch')}, against=against(k, o)) for k, o in found.items()]
 
-# %% ../nbs/49_report.ipynb #37c3bbc1
+# %% ../nbs/49_report.ipynb #e9942e02
 def percent(x, digits=1): "`.612` as 61.2 %"; return f'{100 * x:.{digits}f}\u202f%'
 def points(x): "`.2` as +20.0, with a true minus sign"; return f'{100 * x:+.1f}'.replace('-', '\u2212')
 def share(x): "`.1` as 10 %"; return f'{100 * x:g}\u202f%'
@@ -225,6 +225,7 @@ def verdict(
     high:float,
 ) -> str: # ends a sentence
     "Whether chance would explain a difference with this interval."
+    if low == high: return 'says nothing: too few images to tell'
     if low <= 0 <= high: return 'may be chance: the interval includes 0'
     return 'is not explained by chance' if low > 0 else 'is not explained by chance: the baseline is better'
 
@@ -470,13 +471,13 @@ def spaces(root):
         datasets.append(dict(name=name, rows=mine, found=found, branches=branches, map=_map(name, found, mine)))
     return table(SPACES, root, datasets=datasets, image=image, shown=shown, strips=_strips) if runs else None
 
-# %% ../nbs/49_report.ipynb #865e4856
+# %% ../nbs/49_report.ipynb #3ce61ed2
 MATCHED = '''
 <p>A place of one view of an image is matched, by its feature alone, to the most similar place of another view. Where each went is known, so matches can be counted: right is within one cell.</p>
 <div class="scroll" tabindex="0" role="region" aria-label="accuracy of matches"><table>
-<caption><b>matches</b>: share that is right, over {{ rows[0].images | number }} images, with its 95 % interval (bootstrap over images), differences in points; chance is {{ rows[0].chance | percent }}</caption>
+<caption><b>matches</b>: share that is right, over {{ rows[0].images | number }} images, with its 95 % interval (bootstrap over images), differences in points</caption>
 {{ head('right') }}<tbody>{% for o in rows %}{{ row(o, o.score) }}{% endfor %}</tbody></table></div>
-<p class="quiet">Knowing nothing but where in its view a place is would score {{ rows[0].position | percent }}. The two intervals make that of the difference as Newcombe's do, as if of different images: careful here, where they are the same.</p>
+<p class="quiet">Networks with cells of another size are asked another question: compare those of one grid. The two intervals make that of the difference as Newcombe's do, as if of different images: careful here, where they are the same.</p>
 <div class="pair">{% for o in rows %}{{ shown(o.init, image(folders[o.init]/'figure.png', alt(o)), words(o)) }}{% endfor %}</div>
 '''
 
@@ -486,7 +487,7 @@ def correspondences(root):
     _need(found.values(), 'position', 'moved', 'moved_chance', 'exact', 'exact_chance', 'error_px', 'error_px_chance')
     alt = lambda o: f"Best matches of {o['init']}, as lines between two views of an image, right or wrong, and between two images of a class; over {o['images']} images {percent(o['score'])} are right, chance {percent(o['chance'])}."
     moved = lambda o: '' if o['moved'] is None else f"of places that moved in the view {percent(o['moved'])} (chance {100 * o['moved_chance']:.1f}); "
-    words = lambda o: f"{moved(o)}the very cell {percent(o['exact'])} (chance {100 * o['exact_chance']:.1f}); off by {o['error_px']:.0f} px on average (at random {o['error_px_chance']:.0f}); {o['branch']}"
+    words = lambda o: f"{o['places']} cells a view: chance {percent(o['chance'])}, by the position in the view alone {percent(o['position'])}; {moved(o)}the very cell {percent(o['exact'])} (chance {100 * o['exact_chance']:.1f}); off by {o['error_px']:.0f} px on average (at random {o['error_px_chance']:.0f}); {o['branch']}"
     return table(MATCHED, root, rows=rows, folders=folders, image=image, shown=shown, alt=alt, words=words) if rows else None
 
 LOOKS = '''
@@ -602,7 +603,7 @@ def provenance_table(root):
     rows = record_rows(root); told = [folded(f"{o['stage']} {o['which']}", {k: o[k] or {} if k in ('versions', 'parameters') else number(o[k]) for k in ('data', 'device', 'versions', 'parameters')}) for o in rows]
     return render(RECORDS, rows=rows, told=told) if rows else None
 
-# %% ../nbs/49_report.ipynb #d662cb19
+# %% ../nbs/49_report.ipynb #8ca718e2
 PAGES = [ # title, stages that it needs, function of the root
     ('Frozen features', ('probe',), probes),
     ('Fine-tuning', ('classify',), fine_tuning),
@@ -653,6 +654,7 @@ PAGE = '''<!doctype html>
 </head>
 <body>
 <header><h1>Contrastive Mask Image Distillation: the study</h1>
+{% if profile == 'smoke' %}<p class="alarm">Profile smoke: made in seconds to see that everything runs. Its numbers mean nothing.</p>{% endif %}
 <p class="quiet">Profile {{ profile }}. Self-supervised pretraining for remote sensing, against the same network without it.</p>
 <nav aria-label="sections">{% for o in parts %}<a href="#{{ o.id }}">{{ o.title }}</a>{% endfor %}</nav></header>
 <main>
@@ -671,15 +673,15 @@ PAGE = '''<!doctype html>
 </html>
 '''
 
-# %% ../nbs/49_report.ipynb #43ea8e6e
+# %% ../nbs/49_report.ipynb #90e21d3e
 def _safely(f, root):
     "A section, or one line on what is wrong with its results"
     try: return f(root) or Markup('')
-    except CmidError as e: return render('<p class="note">This cannot be shown: {{ e }}</p>', e=_near(e, root))
+    except Exception as e: return render('<p class="note">This cannot be shown: {{ e }}</p>', e=_near(e, root))   # one damaged file costs its section, not the page
 
 def _near(e, root):
-    "An error's line, its files named from the root"
-    return str(e).removeprefix(f'{root}/')
+    "An error's line, its files named from the root; of another error than ours, its kind"
+    return str(e).removeprefix(f'{root}/') if isinstance(e, CmidError) else f'its results are damaged ({type(e).__name__}: {e}); run its stages again'
 
 def html(
     root, # the study's
@@ -688,5 +690,5 @@ def html(
     gone = missing(root)
     parts = [dict(id=title.lower().replace(' ', '-'), title=title, body=_safely(f, Path(root)), missing=[f'{s} {o}' for s in stages for o in gone[s]]) for title, stages, f in PAGES]
     try: said = headlines(root)
-    except CmidError as e: said = [f'This cannot be summed up: {_near(e, Path(root))}']
+    except Exception as e: said = [f'This cannot be summed up: {_near(e, Path(root))}']
     return str(render(PAGE, profile=Params(root).run.profile, style=Markup(STYLE), parts=[o for o in parts if o['body'] or o['missing']], said=said, first=FIRST, Markup=Markup, left=leftovers(root)))

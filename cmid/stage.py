@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['MENDED', 'Stage', 'known_parameters', 'run_notebook', 'cmid_stage']
 
-# %% ../nbs/26_stage.ipynb #0667fd8c
+# %% ../nbs/26_stage.ipynb #f3c84803
 import argparse, io, logging, os, resource, signal, sys, tempfile, threading, time, warnings
 from collections import Counter
 from functools import partial
 from pathlib import Path
-import psutil
+import matplotlib, psutil
 import cmid
 from .digest import digest
 from .params import CmidError, Params, check_all, cli, device, near, plain_name, provenance, root, seed_everything, write_json, write_whole, writing
@@ -45,7 +45,7 @@ def _hold(folder, name, wait=10.):
         raise CmidError(f"{name}: is running already" + (f" as process {pid}: wait for it, or stop it with: kill -INT {pid}" if pid else ": wait for it, or stop it"))
     _held[folder] = fd
 
-# %% ../nbs/26_stage.ipynb #5be1db65
+# %% ../nbs/26_stage.ipynb #1319c940
 def _smoke(upstream):
     "A temporary study; imported only where it is asked for."
     from cmid.smoke import smoke_study
@@ -61,6 +61,7 @@ class Stage:
         **identity, # which cell of the study, in the order of the results' folders
     ):
         warnings.filterwarnings('ignore', category=FutureWarning); self.begun = time.perf_counter()
+        matplotlib.rcParams['text.parse_math'] = False                            # names of classes and files are names, dollars and all
         self.name, self.identity = name, {k: plain_name(v, k) for k, v in identity.items()}
         self.params = check_all(Params(_smoke(upstream) if smoke else root())); self.root = self.params.root
         self.settings = getattr(self.params, section) if section else None
@@ -143,7 +144,7 @@ def run_notebook(
         except DeadKernelError: raise CmidError(f"{name}: its process was killed (out of memory?); run again, it goes on where it was") from None
         except OSError: Path(out).unlink(missing_ok=True); raise # the copy was cut short
 
-# %% ../nbs/26_stage.ipynb #3146abde
+# %% ../nbs/26_stage.ipynb #fc30cca9
 class _Stopped(Exception): pass
 
 def _is_kernel(process):
@@ -156,7 +157,7 @@ class _Stop:
 
     def __call__(self, *_):
         self.times += 1
-        if self.times == 1: print("stopping after this step; press Ctrl-C again to kill", file=sys.stderr, flush=True)
+        if self.times == 1: print("stopping (a training ends its step); press Ctrl-C again to kill", file=sys.stderr, flush=True)
         number = signal.SIGKILL if self.times > 1 else signal.SIGINT
         if self.times > 1 or self.busy: [o.send_signal(number) for o in psutil.Process().children() if _is_kernel(o)]
 

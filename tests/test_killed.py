@@ -32,9 +32,9 @@ def train(folder, begun):
     "One run of pretraining, which goes on where the last one stopped."
     from cmid.pretrain import learner, run
     torch.set_num_threads(1); seed_everything(0); images = Images()
-    settings = Params(ROOT, 'smoke').pretrain.model_copy(update=dict(epochs=EPOCHS, checkpoint_epochs=1, health_images=8))
+    settings = Params(ROOT, 'smoke').pretrain.model_copy(update=dict(epochs=EPOCHS, checkpoint_epochs=1))
     with open(Path(folder)/'said.txt', 'a') as f:
-        learn = learner(images, np.arange(IMAGES), settings, BACKBONE, 'cmid', 0, torch.device('cpu'), folder, images.hash, 'code', say=lambda o: print(o, file=f, flush=True))
+        learn = learner(images, np.arange(IMAGES), settings, BACKBONE, "cmid", 0, torch.device("cpu"), folder, images.hash, "code", say=lambda o: print(o, file=f, flush=True), health=Params(ROOT, "smoke").health)
         begun.set(); run(learn)
 
 def same(a, b, at='', but=('images_per_s', 'seconds', 'commits')):

@@ -76,10 +76,10 @@ class Study:
         git = lambda *a: subprocess.run(['git', '-c', 'user.name=cmid', '-c', 'user.email=cmid@example.com', *a], cwd=at, check=True, capture_output=True)
         git('init', '-q'); git('add', '-A'); git('commit', '-qm', 'study')
 
-    def repro(self, *more, fails=False):
+    def repro(self, *more, fails=False, command=('repro',)):
         "Names of the stages that ran."
         env = os.environ | dict(PYTHONPATH=str(self.at), PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']]), CMID_ROOT=str(self.at), OMP_NUM_THREADS='1')
-        done = subprocess.run(['dvc', 'repro', *more], cwd=self.at, env=env, capture_output=True, text=True)
+        done = subprocess.run(['dvc', *command, *more], cwd=self.at, env=env, capture_output=True, text=True)
         assert (done.returncode != 0) == fails, done.stdout[-3000:] + done.stderr[-3000:]
         self.said = done.stdout + done.stderr
         return re.findall(r"Running stage '([^']+)'", self.said)
@@ -158,5 +158,25 @@ def test_a_run_that_collapses_fails_in_one_line_and_leaves_the_old_model(study):
     study.edit('params.yaml', 'pretrain: {epochs: 2,', 'pretrain: {lr: 30.0, epochs: 2,'); study.repro('pretrain', fails=True)
     assert re.search(r'cmid_stage: (collapsed: .* \(healthy: about|.* is not finite at step \d+ \(learning rate 30\))', study.said), study.said[-2000:]
     assert 'Traceback' not in study.said and 'checkpoints of other parameters or code (' in study.said
+    assert (study.at/'models/cmid-resnet18/model.safetensors').read_bytes() == before, 'DVC removed it before the stage ran'
     study.edit('params.yaml', 'pretrain: {lr: 30.0, epochs: 2,', 'pretrain: {epochs: 2,')
     study.repro(); assert (study.at/'models/cmid-resnet18/model.safetensors').read_bytes() == before
+
+def test_wrong_parameters_are_refused_before_anything_is_removed(study):
+    kept = lambda: {o: o.stat().st_mtime_ns for d in ('results', 'models', 'prepared', 'reports') for o in sorted((study.at/d).rglob('*')) if o.is_file()}
+    before = kept(); study.edit('params.yaml', 'betas: [0.98, 0.92, 0.99]', 'betas: [0.98, 0.92]')
+    study.repro(fails=True); assert kept() == before and 'cmid_digest: params.yaml: pretrain.betas' in study.said
+    study.edit('params.yaml', 'betas: [0.98, 0.92]', 'betas: [0.98, 0.92, 0.99]')
+
+def test_an_experiment_is_listed_and_keeps_checkpoints(study):
+    kept = lambda: {o: o.read_bytes() for o in (study.at/'checkpoints').rglob('*.ckpt')}
+    before = kept(); study.repro('-n', 'fewer', '-S', 'profiles.smoke.probe.neighbours=2', command=('exp', 'run'))
+    assert before and kept() == before and study.metrics('probe', 'scenes', 'cmid-resnet18')['knn']['1.0']['k'] == 2
+    study.repro('--md', '--only-changed', command=('exp', 'show')); assert '[fewer]' in study.said and 'neighbours' in study.said
+
+def test_a_study_without_labels(study):
+    text = (study.at/'params.yaml').read_text(encoding='utf-8')
+    for old, new in (('probes: [scenes]', 'probes: []'), ('labelled: scenes', 'labelled: pool'), ('  dataset: scenes', '  dataset: pool')): text = text.replace(old, new)
+    (study.at/'params.yaml').write_text(text, encoding='utf-8'); ran = study.repro()
+    assert {o.split('@')[0] for o in ran} >= {'pretrain', 'attention', 'correspondence', 'report'} and not [o for o in ran if o.startswith(('probe', 'classify', 'features'))]
+    assert 'knn' not in study.metrics('pretrain', 'cmid-resnet18') and 'scenes' not in json.loads((study.at/'results/report/metrics.json').read_text())['probe']
