@@ -179,4 +179,4 @@ def test_a_study_without_labels(study):
     for old, new in (('probes: [scenes]', 'probes: []'), ('labelled: scenes', 'labelled: pool'), ('  dataset: scenes', '  dataset: pool')): text = text.replace(old, new)
     (study.at/'params.yaml').write_text(text, encoding='utf-8'); ran = study.repro()
     assert {o.split('@')[0] for o in ran} >= {'pretrain', 'attention', 'correspondence', 'report'} and not [o for o in ran if o.startswith(('probe', 'classify', 'features'))]
-    assert 'knn' not in study.metrics('pretrain', 'cmid-resnet18') and 'scenes' not in json.loads((study.at/'results/report/metrics.json').read_text())['probe']
+    assert 'note: health was' in study.said and 'scenes' not in json.loads((study.at/'results/report/metrics.json').read_text())['probe']
