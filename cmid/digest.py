@@ -84,10 +84,10 @@ def digest(
     hashes = {k: hashlib.sha256(ast.dump(v).encode()).hexdigest()[:16] for k, v in parts.items()}
     return {'all': hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16]} | hashes
 
-# %% ../nbs/25_digest.ipynb #e5861b60
+# %% ../nbs/25_digest.ipynb #6a045ed3
 @cli
 def cmid_digest():
-    "Hash the code that each stage reaches, one file a stage; refuse parameters that a stage would refuse."
+    "Hash the code that each stage reaches, one file a stage; refuse parameters that are misspelt, mistyped or out of range."
     parser = argparse.ArgumentParser(prog='cmid_digest', description=cmid_digest.__doc__)
     parser.add_argument('out', nargs='?', default='digests', help='folder to write (digests)')
     a = parser.parse_args(); at = root()
@@ -95,4 +95,4 @@ def cmid_digest():
     if not found: raise CmidError(f"{at/'nbs/pipeline'}: holds no notebook; run inside a clone of the project, or set CMID_ROOT")
     p = check_all(Params(at))                                                                       # before DVC removes what a stage wrote last
     if p.run.device not in ('auto', 'cpu'): device(p.run.device)
-    for k, v in found.items(): write_json(at/a.out/f'{k}.json', v)
+    for k, v in found.items(): write_json(at/a.out/f'{k}.json', v); (at/'results'/k).mkdir(parents=True, exist_ok=True)   # what the report depends on is there, if empty

@@ -40,7 +40,7 @@ def prototype_use(
 
 def _entropy(p): "Of distributions along the last axis, in nats"; return -torch.xlogy(p, p).sum(-1)
 
-# %% ../nbs/21_health.ipynb #f894cc33
+# %% ../nbs/21_health.ipynb #44ff9257
 def labelled_halves(
     images, # images.Prepared
     limits:Health, # params.yaml: health
@@ -48,8 +48,9 @@ def labelled_halves(
 ): # ((indices, labels) of the references, of the queries), or None where nothing has a class
     "A few labelled images, in two halves. Raises `CmidError` with the near names of a split that is not there."
     if images.labels is None: return None
-    if limits.split is not None and limits.split not in images.splits: raise CmidError(f"params.yaml: health.split: {limits.split!r} is no list of {limits.labelled}{near(limits.split, images.splits)}; known: {', '.join(images.splits) or 'none'}")
-    index = np.arange(len(images)) if limits.split is None else np.asarray(images.splits[limits.split])
+    split = limits.split if images.splits else None                            # without lists there is nothing to choose
+    if split is not None and split not in images.splits: raise CmidError(f"params.yaml: health.split: {limits.split!r} is no list of {limits.labelled}{near(limits.split, images.splits)}; known: {', '.join(images.splits) or 'none'}")
+    index = np.arange(len(images)) if split is None else np.asarray(images.splits[split])
     index = index[images.labels[index] >= 0]; n = min(limits.images, len(index) // 2)
     shuffled = np.random.default_rng(seed).permutation(index)
     return [(o := np.sort(shuffled[k * n:(k + 1) * n]), images.labels[o]) for k in (0, 1)] if n else None

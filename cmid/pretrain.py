@@ -120,7 +120,7 @@ def precision_of(
     if name == 'float16' and on.type == 'cpu': raise CmidError(f"params.yaml: {section}.precision: float16 needs a GPU; use float32, bfloat16 or auto")
     return getattr(torch, name)
 
-# %% ../nbs/23_pretrain.ipynb #f2fd3dbd
+# %% ../nbs/23_pretrain.ipynb #fa18ac50
 class CMIDCallback(Callback):
     "Views, schedules, mixed precision, moving average and queue of CMID."
     order = 10
@@ -173,12 +173,13 @@ class CMIDCallback(Callback):
         scale = self.scaler.get_scale()
         self.scaler.step(self.learn.opt.opt); self.scaler.update()
         self.overflow = self.scaler.get_scale() < scale; self.skipped += self.overflow
+        if scale < 1 and self.overflow: raise CmidError(f"gradients are not finite at step {self.done + 1}, however small the loss is scaled (learning rate {self.rate:.3g}); lower pretrain.lr, or set pretrain.precision: float32")
 
     def after_step(self): # also after a step that was cancelled
         if self.settings.fidelity == 'corrected' and not self.overflow: self.learn.model.average(self.momentum)
         self.learn.model.enqueue(); self.done += 1
 
-# %% ../nbs/23_pretrain.ipynb #30871bb2
+# %% ../nbs/23_pretrain.ipynb #2d91137b
 LOSSES = 'total', 'reconstruction', 'contrast', 'distillation'
 
 class Journal(Callback):
@@ -189,7 +190,7 @@ class Journal(Callback):
         say=print, # takes a line
         points:int=10, # of the curve, an epoch
     ):
-        self.watch, self.say, self.points, self.curve, self.epochs, self.schedule, self.warnings = watch, say, points, [], [], [], {}   # schedule: of this epoch, empty while epochs are skipped
+        self.watch, self.say, self.points, self.curve, self.epochs, self.schedule, self.warnings = watch, say, points, [], [], [], {}; self.kept = 0   # schedule: of this epoch, empty while epochs are skipped
 
     def before_fit(self):
         "A run that goes on is judged by what is asked of it now."
@@ -202,14 +203,14 @@ class Journal(Callback):
 
     def after_batch(self): a = self.learn.cmid; self.schedule.append((a.rate, a.momentum, a.tau))
 
-    def finished(self): "Was this epoch trained to its end just now? (not, where a run that goes on skips it)"; return bool(self.schedule) and self.learn.cmid.done == (self.learn.epoch + 1) * self.learn.cmid.epoch_steps
+    def finished(self): "Was this epoch trained to its end just now? (not, where a run that goes on skips it)"; return len(self.schedule) > self.kept and self.learn.cmid.done == (self.learn.epoch + 1) * self.learn.cmid.epoch_steps
 
     def losses(self):
         "Losses and gradient norms of this epoch so far, float (steps, 5), on the host. Raises `CmidError` where one is not finite."
         a = self.learn.cmid; found = torch.cat([torch.stack(a.sums), torch.stack(a.norms)[:, None]], 1).float().cpu().numpy()
         bad = ~np.isfinite(found[:, 1:] if not a.scaler.is_enabled() else found[:, 1:-1])                     # float16: a step whose gradients overflowed was left out
         if bad.any(): self._not_finite(*[int(o[0]) for o in np.nonzero(bad)], a.done - len(found))
-        if not torch.stack([o.isfinite().all() for o in self.learn.model.parameters()]).all(): self._not_finite(len(found) - 1, len(LOSSES), a.done - len(found))
+        if not torch.stack([o.isfinite().all() for o in self.learn.model.state_dict().values() if o.is_floating_point()]).all(): self._not_finite(len(found) - 1, len(LOSSES), a.done - len(found))
         return found
 
     def after_epoch(self):

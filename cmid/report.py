@@ -35,7 +35,7 @@ def cells(
     return dict(prepare=one(p.values.get('datasets') or {}), pretrain=made, baselines=one(s.baselines), probe=scored, classify=scored, features=scored,
                 correspondence=one(s.inits), attention=one(s.inits), reconstruct=made)
 
-# %% ../nbs/49_report.ipynb #6f8ec580
+# %% ../nbs/49_report.ipynb #f43a17a1
 class Result(NamedTuple):
     "What one run of one stage left behind."
     metrics: dict # numbers that repeat
@@ -49,13 +49,18 @@ def read_json(
     try: return json.loads(Path(path).read_text('utf8'))
     except (OSError, ValueError, RecursionError): raise CmidError(f"{path}: is no readable JSON; run its stage again") from None
 
+def _object(path):
+    "JSON that must be an object"
+    if not isinstance(o := read_json(path), dict): raise CmidError(f"{path}: is damaged; run its stage again")
+    return o
+
 def results(
     root, # the study's
     stage:str, # its name
 ) -> dict: # identity -> Result, of what has run
     "The study's results of one stage."
     folders = {o: Path(root)/'results'/stage/Path(*o) for o in cells(root)[stage]}
-    return {k: Result(read_json(o/'metrics.json'), read_json(o/'run.json') if (o/'run.json').exists() else {}, o) for k, o in folders.items() if (o/'metrics.json').exists()}
+    return {k: Result(_object(o/'metrics.json'), _object(o/'run.json') if (o/'run.json').exists() else {}, o) for k, o in folders.items() if (o/'metrics.json').exists()}
 
 # %% ../nbs/49_report.ipynb #d929bff8
 def missing(
@@ -192,10 +197,12 @@ def accuracy_rows(
 
 def probe_rows(root): "`accuracy_rows` of frozen features"; return accuracy_rows(root, 'probe')
 
-# %% ../nbs/49_report.ipynb #35d0ee7b
+# %% ../nbs/49_report.ipynb #647819dc
 def _paired(a, b):
     "Difference in purity and its interval, of two results; None where they are not of the same images"
     x, y = (read_json(o.folder/'embedding.json') for o in (a, b))
+    for o, at in ((x, a), (y, b)):
+        if not isinstance(o, dict) or not {'label', 'purity'} <= o.keys(): raise CmidError(f"{at.folder/'embedding.json'}: is damaged; run its stage again")
     if x['label'] is None or x['label'] != y['label']: return None
     return dict(zip(('difference', 'low', 'high'), map(float, mean_interval(np.subtract(x['purity'], y['purity'])))))
 

@@ -1,5 +1,5 @@
 "The pipeline as a whole: contracts between dvc.yaml, params.yaml and the stage notebooks; and a study that is run, edited and run again."
-import json, os, re, subprocess, sys
+import json, os, re, shutil, subprocess, sys
 from pathlib import Path
 
 import papermill, pytest, yaml
@@ -177,6 +177,7 @@ def test_an_experiment_is_listed_and_keeps_checkpoints(study):
 def test_a_study_without_labels(study):
     text = (study.at/'params.yaml').read_text(encoding='utf-8')
     for old, new in (('probes: [scenes]', 'probes: []'), ('labelled: scenes', 'labelled: pool'), ('  dataset: scenes', '  dataset: pool')): text = text.replace(old, new)
+    for o in ('probe', 'classify', 'features'): shutil.rmtree(study.at/'results'/o)                 # as in a fresh clone
     (study.at/'params.yaml').write_text(text, encoding='utf-8'); ran = study.repro()
     assert {o.split('@')[0] for o in ran} >= {'pretrain', 'attention', 'correspondence', 'report'} and not [o for o in ran if o.startswith(('probe', 'classify', 'features'))]
     assert 'note: health was' in study.said and 'scenes' not in json.loads((study.at/'results/report/metrics.json').read_text())['probe']
