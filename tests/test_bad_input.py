@@ -8,8 +8,6 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ['TQDM_DISABLE'] = '1'  # read when tqdm is imported
-
 import numpy as np, pytest, rasterio, safetensors.torch, torch, yaml
 from PIL import Image
 
