@@ -175,9 +175,9 @@ def test_an_experiment_is_listed_and_keeps_checkpoints(study):
     study.repro('--md', '--only-changed', command=('exp', 'show')); assert '[fewer]' in study.said and 'neighbours' in study.said
 
 def test_a_study_without_labels(study):
-    text = (study.at/'params.yaml').read_text(encoding='utf-8')
-    for old, new in (('probes: [scenes]', 'probes: []'), ('labelled: scenes', 'labelled: pool'), ('  dataset: scenes', '  dataset: pool')): text = text.replace(old, new)
+    values = yaml.safe_load((study.at/'params.yaml').read_text(encoding='utf-8')); values['study']['probes'] = []; del values['datasets']['scenes']
+    values['health']['labelled'] = values['attention']['dataset'] = values['correspondence']['dataset'] = 'pool'
     for o in ('probe', 'classify', 'features'): shutil.rmtree(study.at/'results'/o)                 # as in a fresh clone
-    (study.at/'params.yaml').write_text(text, encoding='utf-8'); ran = study.repro()
+    (study.at/'params.yaml').write_text(yaml.safe_dump(values, sort_keys=False), encoding='utf-8'); ran = study.repro()
     assert {o.split('@')[0] for o in ran} >= {'pretrain', 'attention', 'correspondence', 'report'} and not [o for o in ran if o.startswith(('probe', 'classify', 'features'))]
     assert 'note: health was' in study.said and 'scenes' not in json.loads((study.at/'results/report/metrics.json').read_text())['probe']
