@@ -45,11 +45,11 @@ def test_sizes():
 
 # in pieces, so that this file holds none of them
 FOLDERS = '|'.join(['wo' 'rk', 'ro' 'ot', 'home/' r'\w+', 'Users/' r'\w+', 'var/' 'folders', 'opt/' r'\w+', 'mnt/' r'\w+'])
-TRACES = re.compile('|'.join([r'(?<![\w.+:/})~-])/(?:' + FOLDERS + r')(?![\w-])', r'https?://[^\s/"]*(?:proxy|mirror|artifactory|nexus|localhost)', r'https?://\d+\.\d+\.\d+\.\d+',
+TRACES = re.compile('|'.join([r'(?<![\w.+:/})~-])/(?:' + FOLDERS + r')(?![\w-])', r'https?://[^\s/"]*(?:proxy|mirror|artifactory|nexus|localhost)', r'https?://\d+\.\d+\.\d+\.\d+', r'(?:py' r'pi|pythonhosted|anaconda)\.org',
     '--(?:extra-)?index' '-url', '--trusted' '-host', '--find' '-links']))
 
 def test_traces_are_found():
-    for o in ('cd /' 'wo' 'rk/x', '"/' 'home/' 'ann/x"', 'http://' '10.0.0.1/a', 'https://' 'pip-mirror.example/simple', 'pip --index' '-url x'): assert TRACES.search(o), o
+    for o in ('cd /' 'wo' 'rk/x', '"/' 'home/' 'ann/x"', 'http://' '10.0.0.1/a', 'https://' 'pip-mirror.example/simple', 'pip --index' '-url x', 'https://py' 'pi.org/project/x'): assert TRACES.search(o), o
     for o in ('https://example.org/wo' 'rk/x', 'net' 'wo' 'rk/a', '{d}/' 'wo' 'rk', 'a/ro' 'ot', 'nvidia-curand==10.3.10.19'): assert not TRACES.search(o), o
 
 def test_no_traces_of_a_machine():
