@@ -398,7 +398,7 @@ def _announce(learn, settings, batches, on, dtype, say):
     if learn.model.queue is not None and settings.queue > batches.count:
         say(f"note: the queue of {settings.queue} keys is longer than the {batches.count} images: each is its own negative several times; lower pretrain.queue")
 
-# %% ../nbs/23_pretrain.ipynb #add41449
+# %% ../nbs/23_pretrain.ipynb #46001231
 def run(
     learn:Learner, # of `learner`
     until:int|None=None, # stop after this many epochs; None: all
@@ -422,6 +422,7 @@ def too_large(
     side:int, # px
     on:torch.device,
     trial, # makes a step with a number of images; nothing of the run may hold memory any more
+    or_key:str='prepare.side', # the other key that would help
 ) -> CmidError: # to be raised
     "Says that a batch does not fit into memory, and which half, quarter, ... of it does."
     b = batch // 2
@@ -430,7 +431,7 @@ def too_large(
         if on.type == 'cuda': torch.cuda.empty_cache()
         try: trial(b); break
         except (torch.OutOfMemoryError, ValueError): b //= 2                     # batch norm refuses a single value
-    return CmidError(f"params.yaml: {section}.batch: {batch} images of {side} px do not fit into the memory of {on}; {f'{b} do' if b else 'not even one does'}; lower it, or prepare.side")
+    return CmidError(f"params.yaml: {section}.batch: {batch} images of {side} px do not fit into the memory of {on}; {f'{b} do' if b else 'not even one does'}; lower it, or {or_key}")
 
 def _trial_step(learn, b):
     "Gradients of `b` empty images"
