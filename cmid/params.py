@@ -213,7 +213,7 @@ class Pretrain(Section):
         if 0 < self.epoch_images < self.batch: raise ValueError(f"epoch_images: {self.epoch_images} is less than one batch of {self.batch}")
         return self
 
-# %% ../nbs/00_params.ipynb #64c0c08a
+# %% ../nbs/00_params.ipynb #07d7eede
 class Health(Section):
     "What is watched during pretraining, and what raises an alarm; nothing here changes what is learnt."
     images: Annotated[int, Field(ge=2)]
@@ -385,6 +385,8 @@ class Detect(Tuning):
     channels: Count
     head_hidden: Count
     proposals: Count
+    anchor: Positive
+    turn: Unit
     frozen_stages: Natural
     score: Unit
     nms: Share
