@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['is_resnet', 'resolved', 'cosine', 'linear', 'falling', 'rate_at', 'Shuffled', 'chance', 'normalised', 'Half',
-           'FineTune', 'learner', 'train', 'curves_figure', 'windows', 'blended']
+           'FineTune', 'learner', 'fit', 'train', 'curves_figure', 'windows', 'blended']
 
-# %% ../nbs/29_finetune.ipynb #66f73af7
+# %% ../nbs/29_finetune.ipynb #1b6af667
 import math, os, random, time, warnings
 from contextlib import contextmanager
 import numpy as np, timm, torch
@@ -24,6 +24,7 @@ from fastai.callback.training import GradientClip
 from fastai.data.core import DataLoaders
 from fastai.learner import CastToTensor, Learner, Recorder
 from fastai.optimizer import OptimWrapper
+from fastai.torch_core import to_device
 
 # %% ../nbs/29_finetune.ipynb #716c8ce5
 def is_resnet(
@@ -103,7 +104,7 @@ class Half(MixedPrecision):
         with warnings.catch_warnings(): warnings.simplefilter('ignore'); super().before_fit()   # it asks for a GPU
         self.autocast = torch.autocast(self.on.type, self.dtype)
 
-# %% ../nbs/29_finetune.ipynb #e4458061
+# %% ../nbs/29_finetune.ipynb #57b2f0f6
 class FineTune(Callback):
     "Normalisation, schedule, the curve, and a line an epoch (in a long one, a line a minute)."
     order = 5 # before half precision begins
@@ -117,10 +118,14 @@ class FineTune(Callback):
 
     def before_epoch(self): self.learn.dls.train.sampler.epoch = self.learn.epoch; self.losses, self.rates = [], []; self.begun = self.told = time.perf_counter()
 
+    def rate(self): "Learning rate of this step"; return rate_at(self.done, self.steps, self.each, self.settings, self.schedule)
+    def inputs(self, x, y): "What the network takes, of normalised images and targets"; return x, y
+    def ended(self, epoch): "Further facts of an epoch, such as a share that is right on held-out images"; return {}
+
     def before_batch(self):
-        self.rates.append(rate_at(self.done, self.steps, self.each, self.settings, self.schedule)); self.learn.opt.set_hypers(lr=self.rates[-1])
-        x = (self.learn.xb[0].float() / 255 - self.shift) / self.scale
-        self.learn.xb, self.learn.yb = (x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x, *self.learn.yb), (None,)   # the model takes both
+        self.rates.append(self.rate()); self.learn.opt.set_hypers(lr=self.rates[-1])
+        x, y = self.inputs((self.learn.xb[0].float() / 255 - self.shift) / self.scale, *self.learn.yb)
+        self.learn.xb, self.learn.yb = (x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x, y), (None,)   # the model takes both
 
     def after_pred(self): self.names = tuple(self.learn.pred)
     def after_loss(self): self.losses.append(torch.stack([self.learn.loss_grad, *self.learn.pred.values()]).detach())
@@ -131,8 +136,8 @@ class FineTune(Callback):
 
     def after_epoch(self):
         mean, seconds, e = self._mean(), time.perf_counter() - self.begun, self.learn.epoch + 1
-        parts = dict(zip(self.names, mean[1:])); self.epochs.append(dict(epoch=e, step=self.done, loss=mean[0]) | parts | dict(lr=self.rates[-1]))
-        shown = f" ({', '.join(f'{k} {v:.4f}' for k, v in parts.items())})" if len(parts) > 1 else ''
+        parts, more = dict(zip(self.names, mean[1:])), self.ended(e); self.epochs.append(dict(epoch=e, step=self.done, loss=mean[0]) | parts | dict(lr=self.rates[-1]) | more)
+        shown = (f" ({', '.join(f'{k} {v:.4f}' for k, v in parts.items())})" if len(parts) > 1 else '') + ''.join(f'  {k} {100 * v:.1f} %' for k, v in more.items())
         self.say(f"epoch {e}/{self.settings.epochs}  loss {mean[0]:.4f}{shown}  {len(self.learn.dls.train.sampler.index) / seconds:.1f} images/s  {clock((self.settings.epochs - e) * seconds)} left")
 
     def _mean(self):
@@ -141,36 +146,50 @@ class FineTune(Callback):
         if bad.numel(): raise CmidError(f"loss is not finite at step {self.done - len(losses) + int(bad[0]) + 1} (learning rate {self.rates[int(bad[0])]:.3g}); lower {self.section}.lr")
         return losses.mean(0).tolist()
 
-# %% ../nbs/29_finetune.ipynb #e2d9e690
-def _optimiser(model, s):
-    groups = parameter_groups(model, s.weight_decay)
-    return AdamW(groups, lr=s.lr) if s.optimiser == 'adamw' else torch.optim.SGD(groups, lr=s.lr, momentum=s.momentum)
-
+# %% ../nbs/29_finetune.ipynb #0ff3a331
 def learner(
     model:nn.Module, # of a task: losses by name with targets, predictions without
     data:Dataset, # gives (uint8 (B, ..., C, H, W), targets) for (step, numbers)
     index, # numbers of the items that are learnt from
-    settings:Tuning, # of `resolved`
-    mean, # per band, of images in [0, 1]: the card's
-    std, # per band
-    section:str, # of params.yaml, for messages
-    schedule, # `cosine`, `linear` or a `falling`
+    settings, # batch and precision
+    act:FineTune, # what happens around a step
+    optimiser, # makes an optimiser of parameter groups
     seed:int=0, # of the order
     on:torch.device|None=None, # device
-    say=print, # takes a line
     workers:int|None=None, # processes that load; None: up to 8 beside a GPU, none else
 ) -> Learner: # whose `fit(settings.epochs)` trains
-    "A fastai Learner for a dense task. Raises `CmidError` where the device lacks the precision."
-    on = on or device(); dtype, order = precision_of(settings.precision, on, section), Shuffled(index, settings.batch, seed)
+    "A fastai Learner for a task. Raises `CmidError` where the device lacks the precision."
+    on = on or device(); dtype, order = precision_of(settings.precision, on, act.section), Shuffled(index, settings.batch, seed)
     workers = (min(8, os.cpu_count()) if on.type == 'cuda' else 0) if workers is None else workers
     batches = DataLoader(data, sampler=order, batch_size=None, num_workers=workers, persistent_workers=workers > 0, pin_memory=on.type == 'cuda', generator=torch.Generator().manual_seed(seed))
-    optimiser = _optimiser(model.to(on, memory_format=torch.channels_last), settings)
-    acts = [FineTune(settings, mean, std, section, schedule, say)] + ([Half(dtype, on)] if dtype != torch.float32 else []) + ([GradientClip(settings.clip)] if settings.clip else [])
-    learn = Learner(DataLoaders(batches, [], device=on), model, loss_func=lambda losses, _: sum(losses.values()), opt_func=lambda *_, **__: OptimWrapper(opt=optimiser), cbs=acts)
+    made = optimiser(parameter_groups(model.to(on, memory_format=torch.channels_last), settings.weight_decay)); clip = getattr(settings, 'clip', None)
+    acts = [act] + ([Half(dtype, on)] if dtype != torch.float32 else []) + ([GradientClip(clip)] if clip else [])
+    learn = Learner(DataLoaders(batches, [], device=on), model, loss_func=lambda losses, _: sum(losses.values()), opt_func=lambda *_, **__: OptimWrapper(opt=made), cbs=acts)
     learn.remove_cbs([o for o in learn.cbs if isinstance(o, (Recorder, CastToTensor, ProgressCallback))]); learn.create_opt()   # they read the loss at every step
     return learn
 
-# %% ../nbs/29_finetune.ipynb #a584b65a
+# %% ../nbs/29_finetune.ipynb #930523ee
+def fit(
+    learn:Learner, # of `learner`
+    act:FineTune, # of the same
+    key:str, # of params.yaml, that sets the side of an image
+):
+    "Train. Raises `CmidError` where a loss is not finite, or a batch does not fit into memory."
+    data, order, s = learn.dls.train.dataset, learn.dls.train.sampler, act.settings
+    try:
+        with plainly(): learn.fit(s.epochs)
+        return
+    except torch.OutOfMemoryError: pass                                                # its traceback holds the step's tensors: go on without it
+    raise too_large(act.section, s.batch, data[(0, order.index[:1])][0].shape[-1], act.on, lambda b: _trial_step(learn, act, *data[(0, np.resize(order.index, b))]), key)
+
+def _trial_step(learn, act, x, y):
+    "A step on a smaller batch"
+    learn.xb = learn.yb = learn.pred = learn.loss = learn.loss_grad = None; learn.model.zero_grad(set_to_none=True)
+    dtype = precision_of(act.settings.precision, act.on, act.section); x, y = act.inputs(normalised(x.to(act.on), act.mean, act.std), to_device(y, act.on))
+    with torch.autocast(act.on.type, dtype, enabled=dtype != torch.float32): losses = learn.model(x, y)
+    sum(losses.values()).float().backward(); learn.opt.opt.step()
+
+# %% ../nbs/29_finetune.ipynb #a6d342af
 def train(
     model:nn.Module, # of a task; trained in place
     data:Dataset, # as of `learner`
@@ -178,31 +197,17 @@ def train(
     settings:Tuning, # of `resolved`
     mean, std, # the card's
     section:str, # of params.yaml
-    schedule, # of the learning rate
+    schedule, # of the learning rate: `cosine`, `linear` or a `falling`
     seed:int=0, # of everything random
     on:torch.device|None=None, # device
     say=print, # takes a line
 ) -> list: # a dict an epoch: loss, its parts, lr
-    "Train a task's network. Raises `CmidError` where a loss is not finite, or a batch does not fit into memory."
-    seed_everything(seed, torch.are_deterministic_algorithms_enabled()); learn = learner(model, data, index, settings, mean, std, section, schedule, seed, on, say)
-    order = learn.dls.train.sampler; n = len(order.index)
-    say(f"{n} images an epoch, {len(order)} steps of {min(settings.batch, n)} at most, {settings.epochs} epochs, {settings.optimiser}, lr {settings.lr:g}, weight decay {settings.weight_decay:g}")
-    try:
-        with plainly(): learn.fit(settings.epochs)
-        short = False
-    except torch.OutOfMemoryError: short = True                                        # its traceback holds the step's tensors: go on without it
-    if short: raise too_large(section, settings.batch, _side(data, order), learn.fine_tune.on, lambda b: _trial_step(learn, data, order, b), f'{section}.{"tile" if section == "detect" else "crop"}')
-    return learn.fine_tune.epochs
-
-def _side(data, order): return data[(0, order.index[:1])][0].shape[-1]
-
-def _trial_step(learn, data, order, b):
-    "A step on `b` images"
-    learn.xb = learn.yb = learn.pred = learn.loss = learn.loss_grad = None; learn.model.zero_grad(set_to_none=True); a = learn.fine_tune
-    from fastai.torch_core import to_device
-    x, y = to_device(data[(0, np.resize(order.index, b))], a.on); dtype = precision_of(a.settings.precision, a.on, a.section)
-    with torch.autocast(a.on.type, dtype, enabled=dtype != torch.float32): losses = learn.model(normalised(x, a.mean, a.std), y)
-    sum(losses.values()).float().backward(); learn.opt.opt.step()
+    "Train a dense task's network. Raises `CmidError` as `fit`."
+    seed_everything(seed, torch.are_deterministic_algorithms_enabled()); s = settings; act = FineTune(s, mean, std, section, schedule, say)
+    learn = learner(model, data, index, s, act, lambda groups: AdamW(groups, lr=s.lr) if s.optimiser == 'adamw' else torch.optim.SGD(groups, lr=s.lr, momentum=s.momentum), seed, on)
+    say(f"{len(index)} images an epoch, {len(learn.dls.train)} steps of {min(s.batch, len(index))} at most, {s.epochs} epochs, {s.optimiser}, lr {s.lr:g}, weight decay {s.weight_decay:g}")
+    fit(learn, act, f'{section}.tile' if hasattr(s, 'tile') else f'{section}.crop')
+    return act.epochs
 
 # %% ../nbs/29_finetune.ipynb #20ebd646
 def curves_figure(

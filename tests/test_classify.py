@@ -11,7 +11,8 @@ from torch import nn
 
 from cmid import backbones, classify as module
 from cmid.checkpoint import export_backbone
-from cmid.classify import Augmented, Classifier, Shuffled, class_table, classify, confusion_figure, curves_figure, drop_path_of, fine_tune, learner, logits, mix, mixing, rand_augment
+from cmid.classify import Augmented, Classifier, class_table, classify, confusion_figure, curves_figure, drop_path_of, fine_tune, learner, logits, mix, mixing, rand_augment
+from cmid.finetune import Shuffled, chance
 from cmid.images import prepare
 from cmid.params import Classify, CmidError, Params
 from cmid.probe import wilson
@@ -110,7 +111,7 @@ def test_targets_sum_to_one_and_tell_what_is_seen(n, over):
     "Of images that are their class, in one channel a class: the mean of a channel is the class's share."
     s = changed(PAPER, **over); y = torch.arange(n) % 3; x = torch.eye(3)[y].view(n, 3, 1, 1).expand(n, 3, 16, 16)
     for seed in range(12):
-        with module._chance(seed): images, targets = mix(mixing(s, 3), x, y)
+        with chance(seed): images, targets = mix(mixing(s, 3), x, y)
         assert images.shape == x.shape and torch.allclose(targets.sum(1), torch.ones(n), atol=1e-6) and targets.min() >= .1 / 3 - 1e-6
         assert torch.allclose(targets, .9 * images.mean((2, 3)) + .1 / 3, atol=1e-5)
     assert torch.equal(x, torch.eye(3)[y].view(n, 3, 1, 1).expand(n, 3, 16, 16))
@@ -224,9 +225,9 @@ def test_a_loss_that_is_not_finite_is_named(models):
 
 def test_out_of_memory_is_named(models, monkeypatch):
     whole = Classifier.forward
-    def narrow(self, x):
+    def narrow(self, x, targets=None):
         if len(x) > 2: raise torch.OutOfMemoryError('CUDA out of memory')
-        return whole(self, x)
+        return whole(self, x, targets)
     monkeypatch.setattr(Classifier, 'forward', narrow); data = noise(8)
     with pytest.raises(CmidError, match='^params.yaml: classify.batch: 4 images of 32 px do not fit into the memory of cpu; 2 do; lower it'): fine_tune(models(), data, data.splits['train'], PLAIN, on=CPU, say=quiet)
 
