@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IGNORE', 'POOLS', 'DROPOUT', 'TRIES', 'MOST', 'ERROR', 'PUBLISHED', 'PANELS', 'Bins', 'upernet', 'pixel_loss',
            'Segmenter', 'window', 'cut', 'distort', 'Crops', 'palette', 'painted', 'picture', 'errors', 'confusion',
-           'mean_iou', 'scores', 'split_of', 'fine_tune', 'segment', 'look', 'spread', 'largest', 'predictions_figure',
+           'mean_iou', 'scores', 'split_of', 'fine_tune', 'segment', 'look', 'largest', 'tiles', 'predictions_figure',
            'scene_figure']
 
 # %% ../nbs/32_segment.ipynb #ad4a06f4
@@ -149,13 +149,13 @@ class Crops(Dataset):
         x, y = cut(self.labelled.image(i), self.labelled.mask(i), self.side, float(low + (high - low) * u[0]), u[3:].view(TRIES, 2), self.fill)
         return distort(x.flip(flips).float() / 255, g).mul(255).round().byte(), y.flip(flips)
 
-# %% ../nbs/32_segment.ipynb #45289be3
+# %% ../nbs/32_segment.ipynb #e18f94fe
 def palette(
     classes:int, # how many there are
 ) -> np.ndarray: # float (classes, 3)
-    "A fixed colour for each class; after 24 they repeat."
+    "A fixed colour for each class; after 21 they repeat."
     from matplotlib.colors import to_rgb
-    o = np.array([to_rgb(c) for c in (*COLOURS[:6], '#F0E442', '#999999')])
+    o = np.array([to_rgb(c) for c in (COLOURS[0], *COLOURS[2:6], '#F0E442', '#999999')])
     return np.resize(np.concatenate([o, o * .5, 1 - (1 - o) * .4]), (classes, 3))
 
 def painted(
@@ -165,8 +165,8 @@ def painted(
     "A mask in the colours of its classes."
     return np.concatenate([palette(classes), np.ones((IGNORE + 1 - classes, 3))])[np.asarray(mask)]
 
-# %% ../nbs/32_segment.ipynb #4b8971c6
-ERROR = '#D55E00' # colour of wrong pixels
+# %% ../nbs/32_segment.ipynb #4e2e18f2
+ERROR = COLOURS[1] # of wrong pixels
 
 def picture(
     image, # uint8 (C, H, W)
@@ -272,7 +272,7 @@ def segment(
     return dict(images=len(test), classes=list(names)) | scores(n := each.sum(0), names) | dict(confusion=n.tolist(), per_image=each.reshape(len(test), -1).tolist(),
         epoch=settings.epochs, train_images=len(learnt), scored_on_training=bool(np.isin(test, learnt).any())), epochs, predict
 
-# %% ../nbs/32_segment.ipynb #bf3e632b
+# %% ../nbs/32_segment.ipynb #201f3bda
 PANELS = 'image', 'truth', 'prediction', 'errors'
 
 def look(
@@ -283,8 +283,9 @@ def look(
     "Some images, what is there and what is predicted."
     return [dict(name=labelled.names[i], image=(x := np.asarray(labelled.image(i))), truth=np.asarray(labelled.mask(i)), guess=predict(x)) for i in index]
 
-def spread(index, n:int=4): "At most `n` of the images of a split, evenly."; return np.asarray(index)[np.unique(np.linspace(0, len(index) - 1, min(n, len(index))).astype(int))]
 def largest(labelled, index): "The number of the largest image of a split."; return max(index, key=lambda i: int(np.prod(labelled.sizes[i])))
+
+def tiles(size, settings:Segment): "int (n, 4): what an image of a size (height, width) is put together from."; return windows(*(-(-int(n) // 32) * 32 for n in size), settings.crop, int(settings.overlap * settings.crop))
 
 def _panels(axes, o, classes, most):
     "Image, truth, prediction and errors of one image"
@@ -306,16 +307,16 @@ def predictions_figure(
     for ax, o in zip(axes[0], PANELS): ax.set_title(o, fontsize=8)
     _legend(fig, [m for o in seen for m in (o['truth'], o['guess'])], names, {'wrong': ERROR, 'not labelled': 'white'}); return fig
 
-# %% ../nbs/32_segment.ipynb #1e3491ce
+# %% ../nbs/32_segment.ipynb #1f528576
 def scene_figure(
     o:dict, # one of `look`
     names:list, # of the classes
-    tiles=(), # int (n, 4) of `windows`: outlined on the image
+    outlined=(), # int (n, 4) of `tiles`: drawn on the image
 ): # matplotlib Figure, as wide as a phone
     "A whole image, assembled from tiles."
     from matplotlib.figure import Figure; from matplotlib.patches import Rectangle
     h, w = o['truth'].shape; fig = Figure(figsize=(4.4, min(8., 4.3 * h / w) + 1.1), dpi=80, layout='constrained'); axes = fig.subplots(2, 2).ravel(); _panels(axes, o, len(names), 700)
     k = -(-max(h, w) // 700)
-    for t, l, b, r in tiles: axes[0].add_patch(Rectangle((l / k - .5, t / k - .5), (r - l) / k, (b - t) / k, fill=False, edgecolor='white', lw=.6))
-    for ax, s in zip(axes, (f'{h} x {w} px, {len(tiles)} tiles', *PANELS[1:3], f'errors: {_right(o)}')): ax.set_title(s, fontsize=8)
+    for t, l, b, r in outlined: axes[0].add_patch(Rectangle((l / k - .5, t / k - .5), (r - l) / k, (b - t) / k, fill=False, edgecolor='white', lw=.6))
+    for ax, s in zip(axes, (f'{h} x {w} px, {len(outlined)} tiles', *PANELS[1:3], f'errors: {_right(o)}')): ax.set_title(s, fontsize=8)
     _legend(fig, [o['truth'], o['guess']], names, {'wrong': ERROR, 'not labelled': 'white'}); return fig
