@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'TILED', 'PLAIN', 'ERODED', 'LAYOUTS', 'TAILS', 'ISPRS', 'LOVEDA', 'DATES', 'DOTA', 'OWN', 'IGNORE',
-           'UNKNOWN', 'GREYS', 'ROWS', 'FORMAT', 'OURS', 'DATED', 'MASKED', 'CLEAR', 'FAR', 'ROOM', 'pair_files',
-           'split_files', 'Table', 'read_mask', 'read_dota', 'offset', 'Labelled', 'labels_table', 'read_pixels',
-           'label_dataset']
+           'UNKNOWN', 'GREYS', 'ROWS', 'FORMAT', 'OURS', 'DATED', 'MASKED', 'CLEAR', 'FAR', 'ROOM', 'SHOW',
+           'pair_files', 'split_files', 'Table', 'read_mask', 'read_dota', 'offset', 'Labelled', 'labels_table',
+           'read_pixels', 'label_dataset', 'palette', 'picture', 'items_figure', 'classes_figure', 'labels_metrics']
 
-# %% ../nbs/28_labels.ipynb #56f79586
+# %% ../nbs/28_labels.ipynb #bb7bc06b
 import hashlib, io, json, math, os, re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
 from tqdm import tqdm
+from .health import COLOURS
 from .images import KINDS, open_image, stretched
 from .images import _choose_stretch, _clear, _decoders, _finding, _ordered, _reason
 from .params import FORMATS, CmidError, near, write_json, write_whole, writing
@@ -82,7 +83,7 @@ def pair_files(
         return {roles[0]: name} | {r: folders.one(d, stem, tails[1], k) for r, d, k in [*zip(roles, dirs, kinds)][1:]}
     return [pair(o) for o in names]
 
-# %% ../nbs/28_labels.ipynb #5c58fcfe
+# %% ../nbs/28_labels.ipynb #8ed69923
 def _numbered(path):
     "(number, text) of the lines of a text file that are not blank"
     try: text = Path(path).read_text(encoding='utf-8-sig')
@@ -120,10 +121,11 @@ def split_files(
     root = Path(root)
     def names(split, o):
         if not o.endswith('.txt'): return _matched(root, o, f'{where}.{split}')
-        return [*_listed(root, root/o, firsts)] or _none(root/o)
-    return {k: [*dict.fromkeys(n for o in ([v] if isinstance(v, str) else v) for n in names(k, o))] for k, v in splits.items()}
-
-def _none(path): raise CmidError(f"{path}: lists no image")
+        return [*_listed(root, root/o, firsts)]
+    found = {k: [*dict.fromkeys(n for o in ([v] if isinstance(v, str) else v) for n in names(k, o))] for k, v in splits.items()}
+    for k, v in found.items():
+        if not v: raise CmidError(f"{where}.{k}: {splits[k]!r} lists no image; write a pattern like train/images/*, or take the split out")
+    return found
 
 # %% ../nbs/28_labels.ipynb #ed5a0242
 IGNORE, UNKNOWN = 255, 254 # in stored masks; among the entries of a table
@@ -205,18 +207,18 @@ def read_mask(
         if counts[UNKNOWN]: unknown.update({say(v): int(n) for v, n in zip(*np.unique(b[entries == UNKNOWN], return_counts=True))})
     counts[UNKNOWN] = 0; return mask, counts, unknown
 
-# %% ../nbs/28_labels.ipynb #32da8a5b
+# %% ../nbs/28_labels.ipynb #1d39e10c
 def _area(polygons): "Shoelace formula: signed areas of (n, 4, 2)"; x, y = np.moveaxis(polygons, -1, 0); return ((x * np.roll(y, -1, 1) - np.roll(x, -1, 1) * y).sum(1)) / 2
 
 def _object(line, classes, ignore):
     "Eight numbers, class and difficulty of a line; ValueError with what is wrong"
-    words = line.split(); n = next((i for i, o in enumerate(words) if not _number(o)), len(words))
+    words = line.split(); n = next((i for i, o in enumerate(words) if not _number(o) or i == 8 and (o in classes or o in ignore)), len(words))
     if n != 8: raise ValueError(f"{n // 2} corners: a box has four, x1 y1 ... x4 y4; write all of them" if n in (4, 6, 10, 12) and len(words) > n else f"{line[:60]!r} is no box; write x1 y1 x2 y2 x3 y3 x4 y4 class difficult")
     if len(words) not in (9, 10): raise ValueError(f"{len(words)} words; write x1 y1 x2 y2 x3 y3 x4 y4 class difficult")
     xy, name, hard = np.array(words[:8], float).reshape(4, 2), words[8], words[9] if len(words) > 9 else '0'
     if name not in classes and name not in ignore: raise ValueError(f"class {name!r} is neither under classes nor under ignore{near(name, classes)}; add it to one of them")
     if not hard.isdecimal(): raise ValueError(f"difficult is {hard!r}; write 0 or 1")
-    if not np.isfinite(xy).all(): raise ValueError("a corner is not finite; correct or remove the line")
+    if not (abs(xy) < 1e7).all(): raise ValueError("a corner is not finite, or far from any image; correct or remove the line")
     if abs(_area(xy[None])[0]) < 1e-6: raise ValueError("the box has no area; correct or remove the line")
     return xy, name, int(hard)
 
@@ -233,13 +235,18 @@ def read_dota(
     "Read a label file of DOTA (arXiv 1711.10398). Raises `CmidError` naming file and line; `outside` counts boxes that leave the image in part."
     found, left, gsd, seen, repeated, outside = [], 0, None, set(), 0, 0
     for n, line in _numbered(path):
-        if re.match('(imagesource|gsd|acquisition dates|acquisitiondates):', line.lower()): gsd = float(v) if line.lower().startswith('gsd') and _number(v := line[4:]) else gsd; continue
+        if re.match('(imagesource|gsd|acquisition dates|acquisitiondates):', line.lower()): gsd = _gsd(line) or gsd; continue
         try: xy, name, hard = _object(line, classes, ignore); out = _leaves(xy, size)
         except ValueError as e: raise CmidError(f"{path}:{n}: {e}") from None
         if name in ignore: left += 1; continue
         repeated += (key := (xy.tobytes(), name)) in seen; seen.add(key); outside += out; found.append((xy, classes.index(name), hard))
     xy, number, hard = zip(*found) if found else ((), (), ())
     return dict(polygons=np.array(xy, 'f4').reshape(-1, 4, 2), classes=np.array(number, 'i8'), difficult=np.array(hard, int) > 0, gsd=gsd, ignored=left, outside=outside, repeated=repeated)
+
+def _gsd(line):
+    "Metres a pixel, where a header says so"
+    v = line[4:] if line.lower().startswith('gsd:') else ''
+    return float(v) if _number(v) and 0 < float(v) < math.inf else None
 
 def _leaves(xy, size):
     "Is a part of a box outside the image? All of it is an error"
@@ -264,7 +271,7 @@ def offset(
     r = np.fft.irfft2(cross / np.maximum(abs(cross), 1e-9), s=shape); at = np.unravel_index(r.argmax(), r.shape)
     return tuple(int(o - n if o > n // 2 else o) for o, n in zip(at, shape)), float(r.max() / max(r.std(), 1e-12))
 
-# %% ../nbs/28_labels.ipynb #f096d637
+# %% ../nbs/28_labels.ipynb #cfe93ffa
 FORMAT = 1 # of the folder, raised when older versions cannot read it
 OURS = 'manifest.json', 'images-*.bin', 'polygons.npy', 'classes.npy', 'difficult.npy'
 DATED, MASKED = {'change'}, {'segment', 'change'} # tasks with a second date, with a mask
@@ -297,11 +304,11 @@ class Labelled:
         "What does not fit together is met here, not in the middle of a training"
         def need(ok, text):
             if not ok: raise ValueError(text)
-        n = len(self.names); need(self.task in FORMATS and self.bands >= 1 and 0 < len(self.classes) < UNKNOWN and len(self.sizes) == n == self._ends[-1] and (self.sizes > 0).all(), "task, classes, bands, names, sizes and shards do not agree")
+        n = len(self.names); need(self.task in FORMATS and isinstance(self.bands, int) and self.bands >= 1 and 0 < len(self.classes) < UNKNOWN and len(self.sizes) == n == self._ends[-1] and (self.sizes > 0).all(), "task, classes, bands, names, sizes and shards do not agree")
         for k, v in self.splits.items(): need(v.ndim == 1 and len(v) and 0 <= v.min() and v.max() < n, f"split {k} names images that are not there")
         if self.task == 'detect':
             xy, c, hard = self._boxes
-            need(len(self._last) == n and xy.shape == (len(c), 4, 2) and c.shape == hard.shape == (self._last[-1],) and (xy.dtype, c.dtype, hard.dtype) == (np.float32, np.int64, bool), "boxes and images do not agree")
+            need(len(self._last) == n and min(self.manifest['objects']) >= 0 and xy.shape == (len(c), 4, 2) and c.shape == hard.shape == (self._last[-1],) and (xy.dtype, c.dtype, hard.dtype) == (np.float32, np.int64, bool), "boxes and images do not agree")
             need(np.isfinite(xy).all() and (not len(c) or 0 <= c.min() and c.max() < len(self.classes)), "boxes name classes or places that are not there")
         weights = self._planes * self.sizes.prod(1); self._starts = np.zeros(n, 'i8')
         for shard, a, b in zip(self.manifest['shards'], [0, *self._ends], self._ends):
@@ -604,3 +611,80 @@ def label_dataset(
             _write_manifest(part, cfg, items, splits, bare, results, shards); _publish(part, out)
         finally: part.exists() and _emptied(part)
     return Labelled(out)
+
+# %% ../nbs/28_labels.ipynb #93a60564
+def palette(
+    classes:int, # how many there are
+) -> np.ndarray: # float (classes, 3)
+    "A fixed colour for each class; after 21 they repeat."
+    from matplotlib.colors import to_rgb
+    o = np.array([to_rgb(c) for c in (COLOURS[0], *COLOURS[2:6], '#F0E442', '#999999')])
+    return np.resize(np.concatenate([o, o * .5, 1 - (1 - o) * .4]), (classes, 3))
+
+def picture(
+    image, # uint8 (C, H, W)
+) -> np.ndarray: # uint8 (H, W, 3)
+    "The first three bands as red, green and blue; the first as grey where there are fewer."
+    return np.asarray(image)[[0, 1, 2] if len(image) > 2 else [0, 0, 0]].transpose(1, 2, 0)
+
+def _thin(x, most=400): "Every k-th pixel, so that no side is longer than `most`"; k = -(-max(x.shape[-2:]) // most); return x[..., ::k, ::k]
+
+def _show_mask(axes, labelled, i):
+    "An image beside its mask; ignored pixels are white"
+    colours = np.concatenate([palette(len(labelled.classes)), np.ones((256 - len(labelled.classes), 3))])
+    axes[0].imshow(picture(_thin(labelled.image(i)))); axes[1].imshow(colours[_thin(labelled.mask(i))], interpolation='nearest')
+
+def _show_dates(axes, labelled, i):
+    "Two dates, what changed outlined in both"
+    changed = _thin(labelled.mask(i)) == 1
+    for ax, x in zip(axes, (labelled.image(i), labelled.second(i))):
+        ax.imshow(picture(_thin(x)))
+        if changed.any() and not changed.all(): ax.contour(changed, [.5], colors=COLOURS[1], linewidths=1)
+
+def _show_boxes(axes, labelled, i, side=400):
+    "Boxes where they are densest, difficult ones dashed"
+    from matplotlib.patches import Polygon
+    o = labelled.objects(i); xy, (h, w) = o['polygons'], labelled.sizes[i]; c = np.median(xy.mean(1), 0) if len(xy) else np.array([w, h]) / 2
+    l, t = (int(max(0, min(v - side / 2, n - side))) for v, n in zip(c, (w, h))); axes[0].imshow(picture(labelled.image(i)[:, t:t+side, l:l+side])); colours = palette(len(labelled.classes))
+    for p, k, hard in zip(xy, o['classes'], o['difficult']): axes[0].add_patch(Polygon(p - [l + .5, t + .5], fill=False, ec=colours[k], lw=1, ls=':' if hard else '-'))
+
+SHOW = dict(segment=(_show_mask, 2, 2), change=(_show_dates, 2, 2), detect=(_show_boxes, 1, 2)) # how an item is drawn, in how many panels, and how many panels stand side by side
+
+# %% ../nbs/28_labels.ipynb #7feca82d
+def items_figure(
+    labelled:Labelled, # what to look at
+    n:int=4, # items, spread evenly over those with labels
+): # matplotlib Figure
+    "Some items with their labels: masks coloured, changes outlined, boxes drawn."
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+    show, panels, cols = SHOW[labelled.task]; bare = {int(i) for k in labelled.manifest['unlabelled'] for i in labelled.splits[k]}; some = [i for i in range(len(labelled)) if i not in bare]
+    some = [some[i] for i in np.unique(np.linspace(0, len(some) - 1, min(n, len(some))).astype(int))]; rows = -(-len(some) * panels // cols)
+    fig = Figure(figsize=(4.4, 2.25 * rows + .6), dpi=80, layout='constrained'); axes = fig.subplots(rows, cols, squeeze=False).ravel()
+    for ax in axes: ax.axis('off')
+    for k, i in enumerate(some): at = axes[k * panels:(k + 1) * panels]; show(at, labelled, i); at[0].set_title(labelled.names[i][-40 * panels // 2:], fontsize=7, loc='left')
+    if labelled.task == 'change': return fig
+    said = [Patch(color=c, label=o) for o, c in zip(labelled.classes, palette(len(labelled.classes)))] + [Patch(facecolor='w', edgecolor='#999999', label='ignored')] * (labelled.task == 'segment')
+    fig.legend(handles=said, loc='outside lower center', ncols=max(1, min(3, 54 // (4 + max(len(o.get_label()) for o in said)))), fontsize=7, frameon=False); return fig
+
+def classes_figure(
+    labelled:Labelled, # what to count
+): # matplotlib Figure
+    "What each class has of a split: share of the pixels that count, or objects; the axis is logarithmic where classes lie far apart."
+    from matplotlib.figure import Figure
+    m = labelled.manifest; h = {k: np.array(v, float) for k, v in m['histogram'].items() if k not in m['unlabelled']}; y, bar = np.arange(len(labelled.classes)), .8 / len(h)
+    if labelled.task != 'detect': h = {k: 100 * v / max(1, v.sum()) for k, v in h.items()}
+    fig = Figure(figsize=(4.4, .9 + .35 * len(y)), dpi=80, layout='constrained'); ax = fig.subplots()
+    for k, (colour, (name, v)) in enumerate(zip(COLOURS * len(h), h.items())): ax.barh(y + k * bar, v, bar, color=colour, label=name)
+    seen = np.concatenate([*h.values()]); seen = seen[seen > 0]
+    if len(seen) and seen.max() > 100 * seen.min(): ax.set_xscale('log')
+    ax.set_yticks(y + .4 - bar / 2, labelled.classes, fontsize=7); ax.invert_yaxis(); ax.tick_params(axis='x', labelsize=7); ax.spines[['top', 'right']].set_visible(False)
+    ax.set_xlabel('objects' if labelled.task == 'detect' else 'pixels that count, %', fontsize=8); ax.legend(fontsize=7, frameon=False); return fig
+
+def labels_metrics(
+    labelled:Labelled, # what to tell of
+) -> dict: # images, classes and ignored by split; bands, sizes, findings
+    "What the stage writes to metrics.json: pixels or objects of each class, and everything that was noticed."
+    m = labelled.manifest
+    return dict(task=labelled.task, images={k: len(v) for k, v in labelled.splits.items()}, classes={k: dict(zip(labelled.classes, v)) for k, v in m['histogram'].items()}, ignored=m['ignored'], bands=labelled.bands,
+                sizes=dict(min=labelled.sizes.min(0).tolist(), max=labelled.sizes.max(0).tolist()), findings=m['audit'])

@@ -213,7 +213,7 @@ class Pretrain(Section):
         if 0 < self.epoch_images < self.batch: raise ValueError(f"epoch_images: {self.epoch_images} is less than one batch of {self.batch}")
         return self
 
-# %% ../nbs/00_params.ipynb #07d7eede
+# %% ../nbs/00_params.ipynb #61342701
 class Health(Section):
     "What is watched during pretraining, and what raises an alarm; nothing here changes what is learnt."
     images: Annotated[int, Field(ge=2)]
@@ -333,13 +333,13 @@ class Task(Section):
 
 class Labels(Section):
     "How images with masks, pairs or boxes are read."
-    bands: list[Natural] | None
+    bands: Annotated[list[Natural], Field(min_length=1)] | None
     stretch: Pair
     workers: Natural
     shard_mb: Count
 
     @model_validator(mode='after')
-    def _agree(self): _ordered('stretch', self.stretch, 0, 100); return self
+    def _rises(self): _ordered('stretch', self.stretch, 0, 100, equal=False); return self
 
 class Tuning(Section):
     "What fine-tuning on every dense task is told: splits, length, optimiser (null: as published for the family of the backbone)."
