@@ -56,7 +56,7 @@ def from_polygon(
     every = torch.cat([centre, torch.stack([w, h, torch.atan2(u[..., 1], u[..., 0])], -1)], -1)
     return convert(every[torch.arange(len(best), device=best.device), best]).to(polygons.dtype)
 
-# %% ../nbs/34_boxes.ipynb #bec713c7
+# %% ../nbs/34_boxes.ipynb #c902ea34
 TINY = 1e-9 # of an edge: shorter than that is no length to divide by
 
 def _mean_clamped(p, q, H):
@@ -70,7 +70,7 @@ def _area_within(x, y, W, H):
     dx, dy = x.roll(-1, 0) - x, y.roll(-1, 0) - y; steep = dx.abs() <= TINY * dy.abs()
     slope = torch.where(steep, 0., dy / torch.where(steep, 1., dx)); pressed = x.clamp(-W, W); off = pressed - x
     start, stop = y + slope * off, y.roll(-1, 0) + slope * off.roll(-1, 0)
-    return -((pressed.roll(-1, 0) - pressed) * _mean_clamped(start, stop, H)).sum(0)
+    return ((pressed - pressed.roll(-1, 0)) * _mean_clamped(start, stop, H)).sum(0)
 
 # %% ../nbs/34_boxes.ipynb #1a27ff1e
 def _measured(boxes):
@@ -119,7 +119,7 @@ def rotated_iou(
     a, b, dtype = _measured(a), _measured(b), a.dtype; i, j = _meeting(a, b)
     return a.new_zeros(a.shape[1], b.shape[1]).index_put((i, j), _ious(a, b, i, j)).to(dtype)
 
-# %% ../nbs/34_boxes.ipynb #73d32ec4
+# %% ../nbs/34_boxes.ipynb #80014556
 AT_ONCE = dict(cpu=256) # strongest boxes that are settled together
 
 @torch.no_grad()
@@ -133,7 +133,7 @@ def rotated_nms(
     order = scores.argsort(descending=True, stable=True); order = order[(scores.isfinite() & boxes.isfinite().all(1))[order]]
     m, kept = _measured(boxes), [order[:0]]; c = torch.zeros_like(m[0]) if classes is None else classes.to(m)
     while len(order):
-        head, order = order.tensor_split([AT_ONCE.get(m.device.type, 4096)])
+        head, order = order.tensor_split([AT_ONCE.get(m.device.type, 1024)])
         i, j = _above(m[:, head], m[:, head], c[head], c[head], iou); head = head[_settled(i[i < j], j[i < j], len(head))]
         _, j = _above(m[:, head], m[:, order], c[head], c[order], iou); order = order[_counts(j, len(order)) == 0]; kept.append(head)
     return torch.cat(kept)
