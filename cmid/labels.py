@@ -127,7 +127,7 @@ def split_files(
         if not v: raise CmidError(f"{where}.{k}: {splits[k]!r} lists no image; write a pattern like train/images/*, or take the split out")
     return found
 
-# %% ../nbs/28_labels.ipynb #ed5a0242
+# %% ../nbs/28_labels.ipynb #2c46a31a
 IGNORE, UNKNOWN = 255, 254 # in stored masks; among the entries of a table
 
 def _value(v, where):
@@ -147,7 +147,7 @@ class Table:
         rows += [(IGNORE, v, f'{where}.ignore') for v in ignore]; values = [_value(v, at) for _, v, at in rows]
         if len(rows) >= UNKNOWN: raise CmidError(f"{where}.classes: {len(rows)} values are more than the {UNKNOWN - 1} that can be told apart")
         for k, o in enumerate(values):
-            if o in values[:k]: raise CmidError(f"{rows[k][2]}: {rows[k][1]!r} is under {rows[values.index(o)][2]} already; a value has one meaning")
+            if o in values[:k]: raise CmidError(f"{rows[k][2]}: {rows[k][1]!r} is under {rows[values.index(o)][2].removeprefix('params.yaml: ')} already; a value has one meaning")
         self.of, self.say = np.array([o[0] for o in rows] + [IGNORE] * (256 - len(rows)), np.uint8), [('#%06X' if c else '%d') % v for c, v in values]
         self.has_indices, self.has_colours = (any(c == kind for c, _ in values) for kind in (False, True))
         self.indices, self.colours = (self._lookup([(i, v) for i, (c, v) in enumerate(values) if c == kind], size) for kind, size in ((False, 2**16), (True, 2**24)))
@@ -612,7 +612,7 @@ def label_dataset(
         finally: part.exists() and _emptied(part)
     return Labelled(out)
 
-# %% ../nbs/28_labels.ipynb #93a60564
+# %% ../nbs/28_labels.ipynb #9aeef05f
 def palette(
     classes:int, # how many there are
 ) -> np.ndarray: # float (classes, 3)
@@ -646,26 +646,36 @@ def _show_boxes(axes, labelled, i, side=400):
     from matplotlib.patches import Polygon
     o = labelled.objects(i); xy, (h, w) = o['polygons'], labelled.sizes[i]; c = np.median(xy.mean(1), 0) if len(xy) else np.array([w, h]) / 2
     l, t = (int(max(0, min(v - side / 2, n - side))) for v, n in zip(c, (w, h))); axes[0].imshow(picture(labelled.image(i)[:, t:t+side, l:l+side])); colours = palette(len(labelled.classes))
-    for p, k, hard in zip(xy, o['classes'], o['difficult']): axes[0].add_patch(Polygon(p - [l + .5, t + .5], fill=False, ec=colours[k], lw=1, ls=':' if hard else '-'))
+    for p, k, hard in zip(xy, o['classes'], o['difficult']): axes[0].add_patch(Polygon(p - [l + .5, t + .5], fill=False, ec=colours[k], lw=.8, ls=':' if hard else '-'))
 
-SHOW = dict(segment=(_show_mask, 2, 2), change=(_show_dates, 2, 2), detect=(_show_boxes, 1, 2)) # how an item is drawn, in how many panels, and how many panels stand side by side
+SHOW = dict(segment=(_show_mask, 2), change=(_show_dates, 2), detect=(_show_boxes, 1)) # how an item is drawn, in how many panels
 
-# %% ../nbs/28_labels.ipynb #7feca82d
+# %% ../nbs/28_labels.ipynb #e6006fe6
+def _some(labelled, n):
+    "Items spread evenly over those with labels"
+    bare = {int(i) for k in labelled.manifest['unlabelled'] for i in labelled.splits[k]}; rest = [i for i in range(len(labelled)) if i not in bare]
+    return [rest[i] for i in np.unique(np.linspace(0, len(rest) - 1, min(n, len(rest))).astype(int))]
+
+def _seen(labelled, items):
+    "Classes, and whether something is ignored, as patches of a legend"
+    from matplotlib.patches import Patch
+    if labelled.task == 'change': return []
+    seen = np.unique(np.concatenate([np.unique(labelled.mask(i)) if labelled.task == 'segment' else labelled.objects(i)['classes'] for i in items])); colours = palette(len(labelled.classes))
+    return [Patch(facecolor='w', edgecolor='#999999', label='ignored') if k == IGNORE else Patch(color=colours[k], label=labelled.classes[k]) for k in seen]
+
 def items_figure(
     labelled:Labelled, # what to look at
     n:int=4, # items, spread evenly over those with labels
 ): # matplotlib Figure
     "Some items with their labels: masks coloured, changes outlined, boxes drawn."
     from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-    show, panels, cols = SHOW[labelled.task]; bare = {int(i) for k in labelled.manifest['unlabelled'] for i in labelled.splits[k]}; some = [i for i in range(len(labelled)) if i not in bare]
-    some = [some[i] for i in np.unique(np.linspace(0, len(some) - 1, min(n, len(some))).astype(int))]; rows = -(-len(some) * panels // cols)
-    fig = Figure(figsize=(4.4, 2.25 * rows + .6), dpi=80, layout='constrained'); axes = fig.subplots(rows, cols, squeeze=False).ravel()
+    (show, panels), some = SHOW[labelled.task], _some(labelled, n); said = _seen(labelled, some); rows = -(-len(some) * panels // 2)
+    wide = max(1, min(3, 54 // (4 + max((len(o.get_label()) for o in said), default=0)))); fig = Figure(figsize=(4.4, 2.3 * rows + .17 * -(-len(said) // wide)), dpi=80, layout='constrained')
+    axes = fig.subplots(rows, 2, squeeze=False).ravel()
     for ax in axes: ax.axis('off')
-    for k, i in enumerate(some): at = axes[k * panels:(k + 1) * panels]; show(at, labelled, i); at[0].set_title(labelled.names[i][-40 * panels // 2:], fontsize=7, loc='left')
-    if labelled.task == 'change': return fig
-    said = [Patch(color=c, label=o) for o, c in zip(labelled.classes, palette(len(labelled.classes)))] + [Patch(facecolor='w', edgecolor='#999999', label='ignored')] * (labelled.task == 'segment')
-    fig.legend(handles=said, loc='outside lower center', ncols=max(1, min(3, 54 // (4 + max(len(o.get_label()) for o in said)))), fontsize=7, frameon=False); return fig
+    for k, i in enumerate(some): at = axes[k * panels:(k + 1) * panels]; show(at, labelled, i); at[0].set_title(labelled.names[i][-33 * panels:], fontsize=7, loc='left')
+    if said: fig.legend(handles=said, loc='outside lower center', ncols=wide, fontsize=7, frameon=False)
+    return fig
 
 def classes_figure(
     labelled:Labelled, # what to count
@@ -677,7 +687,7 @@ def classes_figure(
     fig = Figure(figsize=(4.4, .9 + .35 * len(y)), dpi=80, layout='constrained'); ax = fig.subplots()
     for k, (colour, (name, v)) in enumerate(zip(COLOURS * len(h), h.items())): ax.barh(y + k * bar, v, bar, color=colour, label=name)
     seen = np.concatenate([*h.values()]); seen = seen[seen > 0]
-    if len(seen) and seen.max() > 100 * seen.min(): ax.set_xscale('log')
+    if len(seen) and seen.max() > 100 * seen.min(): ax.set_xscale('log'); ax.set_xlim(left=seen.min() / 2)
     ax.set_yticks(y + .4 - bar / 2, labelled.classes, fontsize=7); ax.invert_yaxis(); ax.tick_params(axis='x', labelsize=7); ax.spines[['top', 'right']].set_visible(False)
     ax.set_xlabel('objects' if labelled.task == 'detect' else 'pixels that count, %', fontsize=8); ax.legend(fontsize=7, frameon=False); return fig
 

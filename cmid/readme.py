@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['NOTE', 'SCORES', 'directives', 'rebased', 'shown_output', 'shown_cell', 'page', 'cmid_readme', 'table', 'opening',
            'notebook_table', 'stage_table', 'command_table', 'laid_out', 'score_table', 'shared', 'seen', 'trained',
-           'command', 'mean_table', 'study_page', 'studies']
+           'command', 'compared', 'mean_table', 'task_table', 'seed_table', 'study_page', 'studies']
 
-# %% ../nbs/60_readme.ipynb #661e3ae8
+# %% ../nbs/60_readme.ipynb #c03ea9f1
 import argparse, base64, json, posixpath, re, shutil, tempfile
 from configparser import ConfigParser
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from pathlib import Path
 import nbformat, yaml
 from nbconvert import MarkdownExporter
 from .params import CmidError, cli, load_yaml, root as find_root, write_whole
-from .report import NAMES, accuracy_rows, missing, points, probe_rows, read_json, results, score_rows, share
+from .report import HEADS, NAMES, WORK, points, share
+from .results import accuracy_rows, missing, probe_rows, read_json, results, score_rows, seed_rows, task_rows
 from .study import study_params
 
 # %% ../nbs/60_readme.ipynb #e8115605
@@ -151,16 +152,17 @@ def command_table(
     entries = [re.split('[=:]', o) for o in ini['DEFAULT']['console_scripts'].split()]
     return table(('command', 'what it does'), ((f'`{name}`', getattr(import_module(module), f).__doc__) for name, module, f in entries))
 
-# %% ../nbs/60_readme.ipynb #5f0919f4
+# %% ../nbs/60_readme.ipynb #4ba54dc6
 @contextmanager
 def laid_out(
     root, # the project's
     study, # studies/<name>
+    results=None, # folder with its results; None: the study's own
 ): # gives a folder, gone afterwards
     "A study as a root of its own: the project's parameters with its own laid over, and its results."
     with tempfile.TemporaryDirectory() as d:
         write_whole(f'{d}/params.yaml', yaml.safe_dump(study_params(load_yaml(Path(root)/'params.yaml'), load_yaml(Path(study)/'params.yaml'))))
-        if (Path(study)/'results').is_dir(): shutil.copytree(Path(study)/'results', f'{d}/results')
+        if (found := Path(results or study)/'results').is_dir(): shutil.copytree(found, f'{d}/results')
         yield Path(d)
 
 # %% ../nbs/60_readme.ipynb #9211a3fc
@@ -215,7 +217,7 @@ def seen(
     both = scored if split == test else shared(_result(root, 'prepare', dataset).metrics['findings'], split, test)
     return f"Pretraining saw the {n:,} images of `{split}` alone: {f'{both:,}' if both else 'none'} of the {scored:,} that are scored (`{test}`); it never sees a label."
 
-# %% ../nbs/60_readme.ipynb #2df8f648
+# %% ../nbs/60_readme.ipynb #9ce1c9f0
 def trained(
     root, # a study's
     init:str, # what was pretrained
@@ -229,11 +231,13 @@ def command(
     study, # studies/<name>
 ) -> str:
     "What repeats a study."
-    names = load_yaml(Path(study)/'params.yaml').get('datasets') or {}
-    sets = [f' \\\n  --set datasets.{o}.{k}=/where/{what}' for o in names for k, what in (('folder', f'{o}/is'), ('lists', 'its/lists/are'))]
+    own = load_yaml(Path(study)/'params.yaml'); ours = lambda o: str(o.get('folder', '')).startswith('data/')          # generated, so there
+    named = [(f'datasets.{k}.{f}', w) for k, o in (own.get('datasets') or {}).items() if not ours(o) for f, w in (('folder', f'{k}/is'), ('lists', 'its/lists/are'))]
+    named += [(f'tasks.{k}.folder', f'{k}/is') for k, o in (own.get('tasks') or {}).items() if not ours(o)]
+    sets = [f' \\\n  --set {k}=/where/{what}' for k, what in named]
     return f"```bash\ncmid_study studies/{Path(study).name}{''.join(sets)}\n```"
 
-# %% ../nbs/60_readme.ipynb #c7ac084d
+# %% ../nbs/60_readme.ipynb #c5048f06
 def _scored(root, dataset, rows):
     "One dataset's table, with what it is of"
     runs = {i: o for (d, i), o in results(root, 'probe').items() if d == dataset}; mine = [i for (i,) in results(root, 'pretrain') if i in runs]
@@ -244,16 +248,36 @@ def _scored(root, dataset, rows):
 SCORES = {'features': lambda o: f"purity: share of an image's {o['neighbours']} nearest that have its class, {o['images']:,} images of {o['dataset']}",
           'correspondence': lambda o: f"matches: places found again in another view, {o['images']:,} images (by position alone {100 * o['position']:.1f})"}
 
-def mean_table(
-    root, # a study's
+def compared(
+    title:str, # of the first column
+    rows:list, # (what a line is of, a row with init, score, low, high and against)
 ) -> str: # Markdown, or nothing
-    "Scores that are means over images: a line a score, a column a backbone, then the differences."
-    rows = [(SCORES[k](o), o) for k in SCORES for o in score_rows(root, k)]; lines = {}
-    for said, o in rows: lines.setdefault(f"{said}; chance {100 * o['chance']:.1f}", {})[o['init']] = o
-    inits, pairs = dict.fromkeys(o['init'] for _, o in rows), dict.fromkeys((o['init'], a['baseline']) for _, o in rows for a in o['against'])
+    "Scores with their intervals: a column a backbone, then the differences."
+    lines, inits, pairs = {}, dict.fromkeys(o['init'] for _, o in rows), dict.fromkeys((o['init'], a['baseline']) for _, o in rows for a in o['against'])
+    for said, o in rows: lines.setdefault(said, {})[o['init']] = o
     minus = lambda o, b: next((f"**{points(a['difference'])}** ({points(a['low'])} to {points(a['high'])})" for a in o.get('against', ()) if a['baseline'] == b), '')
     scored = lambda o: f"{100 * o['score']:.1f} ({100 * o['low']:.1f} to {100 * o['high']:.1f})" if o else ''
-    return table(('mean over images', *inits, *(f'{i} minus {b}' for i, b in pairs)), [(k, *(scored(o.get(i)) for i in inits), *(minus(o.get(i, {}), b) for i, b in pairs)) for k, o in lines.items()]) if rows else ''
+    return table((title, *inits, *(f'{i} minus {b}' for i, b in pairs)), [(k, *(scored(o.get(i)) for i in inits), *(minus(o.get(i, {}), b) for i, b in pairs)) for k, o in lines.items()]) if rows else ''
+
+def mean_table(root): "Scores that are means over images."; return compared('mean over images', [(f"{SCORES[k](o)}; chance {100 * o['chance']:.1f}", o) for k in SCORES for o in score_rows(root, k)])
+
+def task_table(
+    root, # a study's
+) -> str: # Markdown, or nothing
+    "mIoU, F1 and mAP after fine-tuning."
+    on = lambda o: f"the {o['train_images']} images that were learnt from" if o['on_training'] else f"{o['images']} images, {o['train_images']} others learnt from"
+    said = lambda o: f"{o['dataset']}: {WORK[o['stage']][0]}{', ' + HEADS[o['head']] if o['head'] else ''}, {WORK[o['stage']][1]} on {on(o)}"
+    return compared('fine-tuned', [(said(o), o) for k in WORK for o in task_rows(root, k)])
+
+def seed_table(
+    rows:list, # of `seed_rows`
+) -> str: # Markdown, or nothing
+    "Means over seeds with standard deviations: a line a task, then the differences."
+    lines, inits, pairs = {}, dict.fromkeys(o['init'] for o in rows), dict.fromkeys((o['init'], a['baseline']) for o in rows for a in o['against'])
+    for o in rows: lines.setdefault(f"{o['dataset']}: {o['task']}", {})[o['init']] = o
+    scored = lambda o: f"{100 * o['mean']:.1f}" + (f" ± {100 * o['std']:.1f}" if o['std'] is not None else '') if o else ''
+    minus = lambda o, b: next((f"**{points(a['mean'])}** ({points(a['low'])} to {points(a['high'])})" for a in o.get('against', ()) if a['baseline'] == b), '')
+    return table((f"mean over {max(len(o['scores']) for o in rows)} seeds", *inits, *(f'{i} minus {b}' for i, b in pairs)), [(k, *(scored(o.get(i)) for i in inits), *(minus(o.get(i, {}), b) for i, b in pairs)) for k, o in lines.items()]) if rows else ''
 
 def _tuned(root, dataset):
     "Rows of fine-tuning that are scored on what the probes are scored on"
@@ -265,11 +289,26 @@ def study_page(
     study, # studies/<name>
 ) -> str: # Markdown
     "One study: how it was trained, what it scored, what was shared, what has not run, and the command that repeats it."
+    own = load_yaml(Path(study)/'params.yaml'); parts = _seeds(root, study, own) if 'seeds' in own else _once(root, study, own)
+    return '\n\n'.join([f'### {Path(study).name}', *parts, 'Repeat it with', command(study)])
+
+def _once(root, study, own):
+    "What a study of one run says"
     with laid_out(root, study) as d:
-        rows = probe_rows(d); names = dict.fromkeys(o['dataset'] for o in rows)
-        parts = [_scored(d, o, [r for r in rows if r['dataset'] == o] + _tuned(d, o)) for o in names] + [o for o in [mean_table(d)] if o]
-        absent = [f'{stage} {o}' for stage in ('pretrain', 'probe', 'classify', 'features', 'correspondence') for o in missing(d)[stage]]
-    return '\n\n'.join([f'### {Path(study).name}', *parts, *([f"Not run yet: {', '.join(absent)}."] if absent else []), 'Repeat it with', command(study)])
+        rows = probe_rows(d); names = dict.fromkeys(o['dataset'] for o in rows); due = own.get('stages', ('pretrain', 'probe', 'classify', 'segment', 'change', 'detect', 'features', 'correspondence'))
+        parts = [f"Backbones of the study `{own['models']}`."] if 'models' in own else []
+        parts += [_scored(d, o, [r for r in rows if r['dataset'] == o] + _tuned(d, o)) for o in names] + [o for o in (task_table(d), mean_table(d)) if o]
+        absent = [f'{stage} {o}' for stage in due for o in missing(d).get(stage, ())]
+    return parts + ([f"Not run yet: {', '.join(absent)}."] if absent else [])
+
+def _seeds(root, study, own):
+    "What a study of several seeds says"
+    with ExitStack() as stack:
+        runs = [stack.enter_context(laid_out(root, study, Path(study)/f'seed-{o}')) for o in own['seeds']]; ran = [d for d in runs if (d/'results').is_dir()]
+        said = [trained(ran[0], i) for (i,) in results(ran[0], 'pretrain')] if ran else []
+        told = ['Mean and standard deviation over seeds, in %; differences in points, seed by seed, with Student\'s 95 % interval.', seed_table(seed_rows(ran))] if ran else []
+    late = [str(o) for o, d in zip(own['seeds'], runs) if d not in ran]
+    return said + told + ([f"Not run yet: seeds {', '.join(late)}."] if late else [])
 
 def studies(
     root, # the project's

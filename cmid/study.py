@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['HOW', 'OWN', 'with_set', 'study_params', 'bring_back', 'run_study', 'cmid_study']
 
-# %% ../nbs/27_study.ipynb #fdd55e23
+# %% ../nbs/27_study.ipynb #572c3200
 import argparse, os, shutil, subprocess, sys
 from copy import deepcopy
 from pathlib import Path
 import yaml
-from .params import FORMATS, CmidError, Params, check_all, cli, load_yaml, merge, near, parse_yaml, root, write_whole
+from .params import FORMATS, CmidError, Params, check_all, cli, load_yaml, merge, near, parse_yaml, plain_name, root, write_whole
 
 # %% ../nbs/27_study.ipynb #b4640c55
 def with_set(
@@ -30,21 +30,22 @@ def with_set(
     hidden = isinstance(overlay, dict) and len(path) > 1 and path[1] in overlay                       # the profile speaks of it too, and would win
     return merge(values, merge(over, {'profiles': {values['profile']: deepcopy(over)}}) if hidden else over)      # a copy: YAML would write an alias
 
-# %% ../nbs/27_study.ipynb #be6687ec
-HOW = 'seeds', 'stages'
+# %% ../nbs/27_study.ipynb #d1c54f9c
+HOW = 'seeds', 'stages', 'models'
 
 def study_params(
     base:dict, # the project's params.yaml
     over:dict, # the study's
     sets=(), # assignments, see `with_set`
 ) -> dict: # what the study runs with
-    "The project's parameters with a study's laid over. A study that names `datasets` brings all of its images: `tasks`, and which of them are run, are its own too."
+    "The project's parameters with a study's laid over. A study that names `datasets` or `tasks` brings all of its labelled images: `tasks`, and which of them are run, are its own."
     values = merge(base, {k: v for k, v in over.items() if k not in HOW})
-    if 'datasets' in over: values |= dict(datasets=over['datasets'], tasks=over.get('tasks', {}), study=values.get('study', {}) | {k: over.get('study', {}).get(k, []) for k in FORMATS})
+    if 'datasets' in over: values['datasets'] = over['datasets']
+    if {'datasets', 'tasks'} & {*over}: values |= dict(tasks=over.get('tasks', {}), study=values.get('study', {}) | {k: over.get('study', {}).get(k, []) for k in FORMATS})
     for o in sets: values = with_set(values, o)
     return values
 
-# %% ../nbs/27_study.ipynb #17704c58
+# %% ../nbs/27_study.ipynb #267fccd6
 OWN = 'dvc.lock', 'results'  # of a study: the project's stay out of it
 
 def _git(work, *args):
@@ -74,14 +75,22 @@ def _anchored(values, at):
         for o in (o for o in (values.get(group) or {}).values() if isinstance(o, dict)): o.update({k: str(at/o[k]) for k in keys if isinstance(o.get(k), str) and (at/o[k]).exists()})
     return values
 
-def _check_folders(p):
-    "Every dataset's folders must be there before anything is run."
+def _check_folders(p, own):
+    "The folders of every dataset, unless none is read, and of every task must be there before anything is run."
     for name in p.values.get('tasks') or {}:
         if not p.path(folder := p.task(name).folder).is_dir(): raise CmidError(f"tasks.{name}.folder: {folder} is no folder; name it with --set tasks.{name}.folder=/where/it/is")
-    for name in p.values.get('datasets') or {}:
+    for name in () if 'models' in own else p.values.get('datasets') or {}:
         d = p.dataset(name)
         for k in ('folder', 'lists'):
             if not p.path(getattr(d, k)).is_dir(): raise CmidError(f"datasets.{name}.{k}: {getattr(d, k)} is no folder; name it with --set datasets.{name}.{k}=/where/it/is")
+
+def _borrow(at, work, own, inits):
+    "Backbones of another study, copied"
+    for o in inits:
+        there = at/'.studies'/plain_name(own['models'], 'models')/'models'/o
+        if not (there/'card.json').is_file(): raise CmidError(f"models: {there.relative_to(at)} is not there; run cmid_study studies/{own['models']} first")
+        if (work/'models'/o).exists(): shutil.rmtree(work/'models'/o)
+        shutil.copytree(there, work/'models'/o)
 
 # %% ../nbs/27_study.ipynb #694934db
 def bring_back(
@@ -94,7 +103,7 @@ def bring_back(
     for o in sorted((Path(work)/'results').rglob('*.json')):
         if 'curves' not in o.parts: write_whole(Path(to)/o.relative_to(work), o.read_text(encoding='utf-8'))
 
-# %% ../nbs/27_study.ipynb #2865fad5
+# %% ../nbs/27_study.ipynb #be3db0a5
 def run_study(
     folder, # studies/<name>
     sets=(), # assignments, see `with_set`
@@ -114,12 +123,14 @@ def _targets(own, folder):
     known, named = load_yaml(root()/'dvc.yaml')['stages'] if (root()/'dvc.yaml').exists() else {}, own.get('stages', [])
     for o in named:
         if o not in known: raise CmidError(f"{folder/'params.yaml'}: stages: {o!r} is none of dvc.yaml's{near(o, known)}")
-    return named
+    if 'models' in own and not named: raise CmidError(f"{folder/'params.yaml'}: models: names a study whose backbones are taken; name the stages to run with them too (stages: [labels, segment])")
+    return ['--single-item', 'digest', *named] if 'models' in own else named
 
 def _run(at, work, own, sets, to, command):
     "One run of a study: clone, parameters, pipeline, results"
     _clone(at, work); values = study_params(load_yaml(work/'params.yaml'), own, sets)
-    write_whole(work/'params.yaml', yaml.safe_dump(_anchored(values, at), sort_keys=False)); _check_folders(check_all(Params(work)))
+    write_whole(work/'params.yaml', yaml.safe_dump(_anchored(values, at), sort_keys=False)); _check_folders(p := check_all(Params(work)), own)
+    if 'models' in own: _borrow(at, work, own, p.study.inits)
     env = os.environ | dict(PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get('PATH', '')]), PYTHONPATH=str(work), CMID_ROOT=str(work))
     try: subprocess.run([*command], cwd=work, env=env, check=True)
     except subprocess.CalledProcessError as e: raise CmidError(f"{' '.join(command)} ended with status {e.returncode} in {work}; what went wrong stands above; run again, it goes on where it was") from None

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np, pytest, yaml
 from PIL import Image
 
-from cmid import report
+from cmid import report, results
 from cmid.params import CmidError, load_yaml, write_json, write_whole
 from cmid.probe import difference, wilson
 
@@ -42,9 +42,9 @@ def made(tmp_path_factory):
     at = tmp_path_factory.mktemp('made')
     values = load_yaml(ROOT / 'params.yaml')
     values['profile'], values['profiles'] = 'sample', {'sample': values['profiles']['sample']}
-    values['study'] = dict(backbones=['resnet18', 'resnet50'], methods=['cmid'], baselines=['random-resnet18', 'imagenet-resnet18'], inits=INITS, probes=['scenes'])
+    values['study'] = dict(backbones=['resnet18', 'resnet50'], methods=['cmid'], baselines=['random-resnet18', 'imagenet-resnet18'], inits=INITS, probes=['scenes'], segment=['land'], change=['dates'], detect=['objects'])
     write_whole(at / 'params.yaml', yaml.safe_dump(values, sort_keys=False))
-    report.example_results(at)
+    results.example_results(at)
     return at
 
 
@@ -97,6 +97,10 @@ def test_numbers_are_those_of_the_results(study, plain):
             m = read(f'{stage}/scenes', i)[kind][f]; due += [m['accuracy'], m['low'], m['high']]
             for b in rivals(i):
                 o = read(f'{stage}/scenes', b)[kind][f]; due += [m['accuracy'] - o['accuracy'], *difference(m['correct'], 500, o['correct'], 500)]
+    for stage in results.TASKS: # the arithmetic is that of the notebook; here, that the page shows it
+        for o in results.task_rows(study, stage):
+            due += [o['score'], o['low'], o['high']] + [a[k] for a in o['against'] for k in ('difference', 'low', 'high')]
+            m = read(f'{stage}/{o["dataset"]}', o['init']); assert o['score'] == pytest.approx(m['heads'][o['head']]['f1'] if o['head'] else m[results.TASKS[stage]])
     for i in INITS:
         m, p = read('features/scenes', i), np.array(read('features/scenes', i, 'embedding')['purity']); due += [m['purity'], m['low'], m['high']]
         for b in rivals(i):
@@ -110,7 +114,7 @@ def test_numbers_are_those_of_the_results(study, plain):
 
 def test_intervals_by_hand(study):
     # 306 of 500: z = 1.96, p = .612: centre (p + z^2/2n) / (1 + z^2/n) = .611146, half width .042566
-    row = next(o for o in report.probe_rows(study) if (o['init'], o['probe'], o['fraction']) == ('cmid-resnet18', 'linear', 1.))
+    row = next(o for o in results.probe_rows(study) if (o['init'], o['probe'], o['fraction']) == ('cmid-resnet18', 'linear', 1.))
     assert row['correct'] == 306 and (row['low'], row['high']) == wilson(306, 500)
     assert abs((row['low'] + row['high']) / 2 - .611146) < 1e-5 and abs((row['high'] - row['low']) / 2 - .042566) < 1e-5
     against = {o['baseline']: o for o in row['against']}
@@ -120,10 +124,10 @@ def test_intervals_by_hand(study):
 
 
 def test_words_say_no_more_than_the_numbers(study, plain):
-    said = {(o['probe'], a['baseline']): report.sentence(o, a) for o in report.probe_rows(study) if o['fraction'] == 1 for a in o['against']}
+    said = {(o['probe'], a['baseline']): report.sentence(o, a) for o in results.probe_rows(study) if o['fraction'] == 1 for a in o['against']}
     assert said['linear', 'random-resnet18'].endswith('is not explained by chance.')
     assert said['linear', 'imagenet-resnet18'].endswith('may be chance: the interval includes 0.') # 3 points on 500 images
-    change(study / 'results/probe/scenes/cmid-resnet18/metrics.json', linear={'1.0': report._accuracy(.2, 500, train_images=2000)})
+    change(study / 'results/probe/scenes/cmid-resnet18/metrics.json', linear={'1.0': results._accuracy(.2, 500, train_images=2000)})
     worse = [o for o in report.headlines(study) if 'linear' in o and 'random' in o]
     assert not [o for o in report.headlines(study) if o.startswith('Warning')]
     assert len(worse) == 1 and '20.0' in worse[0] and '\u221221.0 points' in worse[0] and worse[0].endswith('the baseline is better.')
@@ -132,7 +136,7 @@ def test_words_say_no_more_than_the_numbers(study, plain):
 
 
 def test_an_architecture_without_baseline_is_compared_with_none(study, plain):
-    assert not [o for o in report.probe_rows(study) if o['init'] == 'cmid-resnet50' and o['against']]
+    assert not [o for o in results.probe_rows(study) if o['init'] == 'cmid-resnet50' and o['against']]
     assert 'nothing to compare with' in page(study).text
 
 
@@ -145,8 +149,8 @@ def test_missing_stages_are_named(study, plain):
     assert all(f"Missing, its stage has not run: {o.replace('/', ' ')}." in text for o in gone) and text.count('Missing') == len(gone) == report.summary(study)['missing']
     shutil.rmtree(study / 'results')
     text = page(study).text
-    assert 'There is nothing to compare yet.' in text and all(f'{stage} {" ".join(o)}' in text for stage, due in report.cells(study).items() for o in due)
-    assert report.summary(study) == dict(missing=sum(len(o) for o in report.cells(study).values()), warnings=0, probe={}, classify={}, features={}, correspondence={}, reconstruct={})
+    assert 'There is nothing to compare yet.' in text and all(f'{stage} {" ".join(o)}' in text for stage, due in results.cells(study).items() for o in due)
+    assert report.summary(study) == dict(missing=sum(len(o) for o in results.cells(study).values()), warnings=0, probe={}, classify={}, features={}, correspondence={}, reconstruct={})
 
 
 def test_parts_of_a_run_may_be_missing(study, plain):
@@ -168,7 +172,7 @@ def test_damaged_results_do_not_take_the_rest_along(study, plain):
 
 def test_other_studies_results_are_not_mixed_in(study, plain):
     shutil.copytree(study / 'results/probe/scenes/cmid-resnet18', study / 'results/probe/scenes/byol-resnet18')
-    assert 'byol-resnet18' not in {o['init'] for o in report.probe_rows(study)}
+    assert 'byol-resnet18' not in {o['init'] for o in results.probe_rows(study)}
     assert 'no longer has them: results/probe/scenes/byol-resnet18.' in page(study).text
 
 
@@ -189,7 +193,7 @@ def test_it_repeats(made, whole): assert report.html(made) == whole
 
 
 def test_examples_do_not_replace_results(study):
-    with pytest.raises(CmidError, match='results already'): report.example_results(study)
+    with pytest.raises(CmidError, match='results already'): results.example_results(study)
 
 
 # what later stages brought
@@ -205,7 +209,7 @@ def test_what_idled_is_said_first_and_in_its_place(study, plain):
 def test_other_images_are_not_compared(study, plain):
     at = study / 'results/features/scenes/random-resnet18/embedding.json'; o = json.loads(at.read_text())
     change(at, label=o['label'][1:] + [0])
-    rows = {o['init']: o for o in report.score_rows(study, 'features')}
+    rows = {o['init']: o for o in results.score_rows(study, 'features')}
     assert [a['baseline'] for a in rows['cmid-resnet18']['against']] == ['imagenet-resnet18'] and not [o for o in report.headlines(study) if 'feature space' in o and 'random' in o]
 
 def test_no_classes_no_purity(study, plain):
