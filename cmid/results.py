@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'DRAWS', 'RISE', 'PICTURES', 'KINDS', 'SCORED', 'params_of', 'cells', 'Result', 'read_json', 'results',
-           'missing', 'leftovers', 'draws', 'mean_iou', 'change_f1', 'average_precision', 'example_results',
-           'accuracy_rows', 'probe_rows', 'score_rows', 'task_rows', 'every_score', 'most', 'seed_rows']
+           'missing', 'leftovers', 'draws', 'mean_iou', 'change_f1', 'example_results', 'accuracy_rows', 'probe_rows',
+           'score_rows', 'task_rows', 'every_score', 'most', 'seed_rows']
 
-# %% ../nbs/47_results.ipynb #85f1a632
+# %% ../nbs/47_results.ipynb #ce2d63f4
 import functools, io, json, math
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
+from .dota import average_precision
 from .params import CmidError, Params, write_json
 from .probe import difference, wilson
 from .viz.features import mean_interval
@@ -105,22 +106,6 @@ def change_f1(
     "F1 of change."
     tp, fp, fn, _ = np.moveaxis(np.asarray(counts, float), -1, 0); below = 2 * tp + fp + fn
     return np.divide(2 * tp, below, out=np.full(below.shape, np.nan), where=below > 0)
-
-# %% ../nbs/47_results.ipynb #f9f718d6
-def average_precision(
-    matches, # a row a detection: image number, score, 1 hit, 0 false alarm, None neither
-    truths, # objects that count, of each image
-    times=None, # (n, images) how often each image counts; None: once
-    metric:str='voc07', # voc07: eleven points | area: under the curve
-) -> np.ndarray: # (n,), or a number where `times` is None; NaN where there is no object
-    "Average precision of one class from its matched detections (PASCAL VOC, as DOTA takes it: arXiv 1711.10398)."
-    w = np.ones((1, len(truths))) if times is None else np.asarray(times, float); kept = sorted((o for o in matches if o[2] is not None), key=lambda o: -o[1])
-    image, hit = np.array([o[0] for o in kept], int), np.array([o[2] for o in kept], float); there = w @ np.asarray(truths, float); seen = w[:, image]
-    found, claimed = np.cumsum(seen * hit, 1), np.cumsum(seen, 1)
-    recall, precision = (np.divide(a, b, out=np.zeros_like(found), where=b > 0) for a, b in ((found, there[:, None]), (found, claimed)))
-    best = np.maximum.accumulate(precision[:, ::-1], 1)[:, ::-1]                                     # reached there or beyond
-    ap = np.mean([(best * (recall >= r - 1e-9)).max(1, initial=0) for r in np.linspace(0, 1, 11)], 0) if metric == 'voc07' else (np.diff(recall, axis=1, prepend=0) * best).sum(1)
-    ap = np.where(there > 0, ap, np.nan); return ap if times is not None else float(ap[0])
 
 # %% ../nbs/47_results.ipynb #913e388c
 RISE = {'random': (.30, .36, .41), 'imagenet': (.38, .50, .58)} # accuracy at few, some and all labels; anything else: .35, .49, .612
