@@ -166,7 +166,7 @@ def sample_points(
     u, v, c, s = w * o, h * o[:, None], t.cos(), t.sin()
     return torch.stack([x + c * u - s * v, y + s * u + c * v], -1)
 
-# %% ../nbs/34_boxes.ipynb #9bfa70b0
+# %% ../nbs/34_boxes.ipynb #815024fd
 def _corners(at, n):
     "Along one axis of n cells: the cells left and right (2, ...) of positions, and their weights, 0 outside"
     inside = (at >= -1) & (at <= n); at = torch.where(inside, at, 0.).clamp(0, n - 1); low = at.floor(); part = at - low
@@ -186,5 +186,5 @@ def rotated_roi_align(
     "What the maps show inside turned boxes; the gradient reaches the maps, and never waits for the device. A box that is not finite sees zeros"
     B, C, H, W = maps.shape; x, y = (sample_points(rois[:, 1:].to(torch.promote_types(rois.dtype, torch.float32)), size, samples) * scale - .5).unbind(-1)
     (column, a), (row, b) = _corners(x, W), _corners(y, H); cell = (row * W)[:, None] + column + (rois[:, 0].long() * (H * W))[:, None, None]
-    table = maps.permute(0, 2, 3, 1).reshape(-1, C); table = table.to(torch.promote_types(table.dtype, torch.float32)); weight = (b[:, None] * a / samples**2).to(table.dtype)
+    table = maps.permute(0, 2, 3, 1).reshape(-1, C).to(torch.promote_types(maps.dtype, torch.float32)).contiguous(); weight = (b[:, None] * a / samples**2).to(table.dtype)
     return F.embedding_bag(_bags(cell, size), table, per_sample_weights=_bags(weight, size), mode='sum').view(len(rois), size, size, C).permute(0, 3, 1, 2).to(maps.dtype)
