@@ -163,7 +163,7 @@ def painted(
     "A mask in the colours of its classes."
     return np.concatenate([palette(classes), np.ones((IGNORE + 1 - classes, 3))])[np.asarray(mask)]
 
-# %% ../nbs/32_segment.ipynb #baf4024f
+# %% ../nbs/32_segment.ipynb #dca27dd3
 ERROR = COLOURS[1] # of wrong pixels
 
 def picture(
@@ -181,7 +181,10 @@ def errors(
     x = np.repeat(.45 + .5 * picture(image).mean(2, keepdims=True) / 255, 3, 2); truth = np.asarray(truth)
     x[(truth != guess) & (truth != IGNORE)] = to_rgb(ERROR); x[truth == IGNORE] = 1; return x
 
-def _thin(x, most): "Every k-th pixel, so that no side is longer than `most`"; k = -(-max(x.shape[-2:]) // most); return x[..., ::k, ::k]
+def _step(size, most): "Pixels that become one, so that no side is longer than `most`"; return -(-max(size) // most)
+
+def _smaller(image, k): "Means over k x k pixels"; h, w = (n // k for n in image.shape[1:]); return image[:, :h * k, :w * k].reshape(-1, h, k, w, k).mean((2, 4)).astype(np.uint8)
+def _thinned(mask, k): "The middle of k x k pixels"; h, w = (n // k for n in mask.shape); return mask[k // 2::k, k // 2::k][:h, :w]
 
 def _key(masks, names, more):
     "Patches of the classes that are seen, how many stand side by side, and how high that is"
@@ -272,7 +275,7 @@ def segment(
     return dict(images=len(test), classes=list(names)) | scores(n := each.sum(0), names) | dict(confusion=n.tolist(), per_image=each.reshape(len(test), -1).tolist(),
         epoch=settings.epochs, train_images=len(learnt), scored_on_training=bool(np.isin(test, learnt).any())), epochs, predict
 
-# %% ../nbs/32_segment.ipynb #2fed9ac0
+# %% ../nbs/32_segment.ipynb #47eb1df1
 PANELS = 'image', 'truth', 'prediction', 'errors'
 OTHERS = {'wrong': ERROR, 'not labelled': 'white'} # beside classes
 
@@ -288,14 +291,14 @@ def largest(labelled, index): "The number of the largest image of a split."; ret
 
 def tiles(size, settings:Segment): "int (n, 4): what an image of a size (height, width) is put together from."; return windows(*(-(-int(n) // 32) * 32 for n in size), settings.crop, int(settings.overlap * settings.crop))
 
-def _panels(axes, o, classes, most):
-    "Image, truth, prediction and errors of one image"
-    x, t, g = (_thin(o[k], most) for k in ('image', 'truth', 'guess'))
+def _panels(axes, o, classes, k):
+    "Image, truth, prediction and errors of one image, k x k pixels to one"
+    x, t, g = _smaller(o['image'], k), _thinned(o['truth'], k), _thinned(o['guess'], k)
     for ax, p in zip(axes, (picture(x), painted(t, classes), painted(g, classes), errors(x, t, g))): ax.imshow(p, interpolation='nearest'); ax.set(xticks=[], yticks=[])
 
 def _right(o): keep = o['truth'] != IGNORE; return f"{100 * (o['truth'] == o['guess'])[keep].mean():.0f} % right" if keep.any() else 'nothing labelled'
 
-# %% ../nbs/32_segment.ipynb #b55e60a4
+# %% ../nbs/32_segment.ipynb #b9a81658
 def predictions_figure(
     seen:list, # of `look`
     names:list, # of the classes
@@ -305,11 +308,11 @@ def predictions_figure(
     tall = [min(1.6, 1.08 * o['truth'].shape[0] / o['truth'].shape[1]) + .2 for o in seen]
     said, cols, below = _key([m for o in seen for m in (o['truth'], o['guess'])], names, OTHERS)
     fig = Figure(figsize=(4.4, sum(tall) + below + .2), dpi=80, layout='constrained'); axes = fig.subplots(len(seen), 4, squeeze=False, height_ratios=tall)
-    for row, o in zip(axes, seen): _panels(row, o, len(names), 280); row[0].set_xlabel(o['name'].split('/')[-1][-26:], fontsize=6, loc='left'); row[3].set_xlabel(_right(o), fontsize=6, loc='right')
+    for row, o in zip(axes, seen): _panels(row, o, len(names), _step(o['truth'].shape, 280)); row[0].set_xlabel(o['name'][-40:], fontsize=6, loc='left'); row[3].set_xlabel(_right(o), fontsize=6, loc='right')
     for ax, o in zip(axes[0], PANELS): ax.set_title(o, fontsize=8)
     _legend(fig, said, cols); return fig
 
-# %% ../nbs/32_segment.ipynb #9ed924c6
+# %% ../nbs/32_segment.ipynb #c18dd9b9
 def scene_figure(
     o:dict, # one of `look`
     names:list, # of the classes
@@ -317,8 +320,8 @@ def scene_figure(
 ): # matplotlib Figure, as wide as a phone
     "A whole image, assembled from tiles."
     from matplotlib.figure import Figure; from matplotlib.patches import Rectangle
-    (h, w), (said, cols, below) = o['truth'].shape, _key([o['truth'], o['guess']], names, OTHERS); k = -(-max(h, w) // 700)
-    fig = Figure(figsize=(4.4, min(8., 4.3 * h / w) + .5 + below), dpi=80, layout='constrained'); axes = fig.subplots(2, 2).ravel(); _panels(axes, o, len(names), 700)
-    for t, l, b, r in outlined: axes[0].add_patch(Rectangle((l / k - .5, t / k - .5), (r - l) / k, (b - t) / k, fill=False, edgecolor='white', lw=.6))
+    (h, w), (said, cols, below) = o['truth'].shape, _key([o['truth'], o['guess']], names, OTHERS); k = _step((h, w), 700)
+    fig = Figure(figsize=(4.4, min(8., 4.3 * h / w) + .5 + below), dpi=80, layout='constrained'); axes = fig.subplots(2, 2).ravel(); _panels(axes, o, len(names), k)
+    for t, l, b, r in outlined: axes[0].add_patch(Rectangle((l / k - .5, t / k - .5), (r - l) / k, (b - t) / k, fill=False, edgecolor='white', lw=.5, alpha=.6))
     for ax, s in zip(axes, (f'{h} x {w} px, {len(outlined)} tiles', *PANELS[1:3], f'errors: {_right(o)}')): ax.set_title(s, fontsize=8)
     _legend(fig, said, cols); return fig
