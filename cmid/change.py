@@ -8,11 +8,12 @@ __all__ = ['HEADS', 'ENCODER', 'DECODER', 'IGNORED', 'COLOUR', 'PUBLISHED', 'ERR
            'change_splits', 'fine_tune', 'change_models', 'score_models', 'change', 'curves_figure', 'error_image',
            'shown_pairs', 'predictions_figure', 'predicted_pairs']
 
-# %% ../nbs/33_change.ipynb #e455530e
+# %% ../nbs/33_change.ipynb #9121477c
 import numpy as np, torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset
+from tqdm import tqdm
 from .checkpoint import load_backbone, read_card
 from .finetune import blended, linear, normalised, resolved, train
 from .health import panels_figure
@@ -227,7 +228,7 @@ def fine_tune(
     seed_everything(seed, torch.are_deterministic_algorithms_enabled()); model = ChangeNet(load_backbone(folder, s.drop_path)[0], head, s)
     return model, train(model, Pairs(labelled, index, s.crop, seed), index, s, card.mean, card.std, 'change', linear, seed, on or device(), say)
 
-# %% ../nbs/33_change.ipynb #3ecaa26e
+# %% ../nbs/33_change.ipynb #5a80ad67
 def change_models(
     folder, labelled, settings:Change, seed:int=0, on:torch.device|None=None, say=print, # as of `fine_tune`
 ) -> tuple: # (head -> `ChangeNet`, head -> list of epochs)
@@ -243,7 +244,7 @@ def score_models(
     "Scores of each head, counted over all pixels of the scored split, and the counts of each of its pairs."
     learnt, index = change_splits(labelled, settings); card, heads = read_card(folder), {}
     for head, m in models.items():
-        rows = [change_counts(change_mask(m, labelled.image(i), labelled.second(i), card.mean, card.std, settings), labelled.mask(i)) for i in map(int, index)]
+        rows = [change_counts(change_mask(m, labelled.image(i), labelled.second(i), card.mean, card.std, settings), labelled.mask(i)) for i in tqdm(index.tolist(), desc=f'scoring {head}')]
         heads[head] = change_scores(rows) | dict(published_protocol=dict(f1=published_f1(rows, settings.batch)), per_image=rows)
     return dict(images=len(index), heads=heads, train_images=len(learnt), epoch=settings.epochs, scored_on_training=set(learnt) == set(index))
 
