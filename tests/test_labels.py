@@ -307,6 +307,17 @@ def test_changed_is_1_or_255_and_nothing_may_change(tmp_path, changed):
     for o in NAMES: put(tmp_path/f'd/OUT/{o}.png', noise(40, 40) // 128 * np.uint8(changed or 0))
     l = read(tmp_path, 'change'); assert l.manifest['histogram']['test'] == ([1600, 0] if changed is None else [(noise(40, 40) < 128).sum(), (noise(40, 40) >= 128).sum()]) and l.classes == ['unchanged', 'changed']
 
+def test_labels_of_dates_may_be_jpeg(tmp_path):
+    "CDD is handed out like this: cut at 128, and said; masks of classes stay exact."
+    files(tmp_path, 'change', 64); truth = np.zeros((64, 64), np.uint8); truth[9:31, 17:50] = 255; (tmp_path/'d/OUT/train1.png').unlink(); Image.fromarray(truth).save(tmp_path/'d/OUT/train1.jpg', quality=75)
+    saved = np.asarray(Image.open(tmp_path/'d/OUT/train1.jpg')); l = read(tmp_path, 'change'); assert (l.mask(l.names.index('A/train1.png')) == truth // 255).all()
+    assert found(l, 'lossy')[0]['count'] == ((saved > 0) & (saved < 255)).sum() > 0 and found(l, 'lossy')[0]['examples'] == ['A/train1.png']
+    with pytest.raises(CmidError, match='a JPEG changes the values'): read(tmp_path, 'change', classes=dict(a=0, b=255))
+
+def test_a_turned_image_is_said(tmp_path):
+    files(tmp_path, 'detect'); exif = Image.Exif(); exif[0x0112] = 3; (tmp_path/'d/images/train1.png').unlink(); Image.fromarray(noise(40, 40, 3)).save(tmp_path/'d/images/train1.jpg', exif=exif)
+    assert [o for o in read(tmp_path, 'detect').manifest['audit'] if o['level'] == 'warning'][-1]['text'] == 'images turned as EXIF says'
+
 # --- real images
 
 REAL = os.environ.get('CMID_REALDATA')
