@@ -312,7 +312,7 @@ def predictions_figure(
     for ax, o in zip(axes[0], PANELS): ax.set_title(o, fontsize=8)
     _legend(fig, said, cols); return fig
 
-# %% ../nbs/32_segment.ipynb #c18dd9b9
+# %% ../nbs/32_segment.ipynb #1046ed1c
 def scene_figure(
     o:dict, # one of `look`
     names:list, # of the classes
@@ -323,5 +323,5 @@ def scene_figure(
     (h, w), (said, cols, below) = o['truth'].shape, _key([o['truth'], o['guess']], names, OTHERS); k = _step((h, w), 700)
     fig = Figure(figsize=(4.4, min(8., 4.3 * h / w) + .5 + below), dpi=80, layout='constrained'); axes = fig.subplots(2, 2).ravel(); _panels(axes, o, len(names), k)
     for t, l, b, r in outlined: axes[0].add_patch(Rectangle((l / k - .5, t / k - .5), (r - l) / k, (b - t) / k, fill=False, edgecolor='white', lw=.5, alpha=.6))
-    for ax, s in zip(axes, (f'{h} x {w} px, {len(outlined)} tiles', *PANELS[1:3], f'errors: {_right(o)}')): ax.set_title(s, fontsize=8)
+    for ax, s in zip(axes, (f'{h} x {w} px, {len(outlined)} tile{"s" * (len(outlined) != 1)}', *PANELS[1:3], f'errors: {_right(o)}')): ax.set_title(s, fontsize=8)
     _legend(fig, said, cols); return fig
