@@ -69,7 +69,7 @@ def test_submission_read_back(kind, tmp_path):
     found = {f'P{i:04}': dict(boxes=torch.tensor(boxes_of(9, g, 9000.)).float(), scores=torch.tensor(g.random(9)), classes=torch.tensor(g.integers(0, 2, 9))) for i in range(4)}
     path = tmp_path/'out'/('s.zip' if kind == 'zip' else 's'); write_submission(path, found, names)
     if kind == 'zip':
-        with zipfile.ZipFile(path) as z: files = {o: z.read(o).decode() for o in z.namelist()}
+        with zipfile.ZipFile(path) as z: files = {o: z.read(o).decode() for o in z.namelist()}; assert {o.date_time for o in z.infolist()} == {(1980, 1, 1, 0, 0, 0)}
         first = path.read_bytes(); write_submission(path, found, names); assert path.read_bytes() == first      # repeats exactly
     else: files = {o.name: o.read_text() for o in path.iterdir()}
     assert [o.name for o in (tmp_path/'out').iterdir()] == [path.name]                                # nothing half-written beside it
