@@ -189,7 +189,7 @@ def _trial_step(learn, act, x, y):
     with torch.autocast(act.on.type, dtype, enabled=dtype != torch.float32): losses = learn.model(x, y)
     sum(losses.values()).float().backward(); learn.opt.opt.step()
 
-# %% ../nbs/29_finetune.ipynb #a6d342af
+# %% ../nbs/29_finetune.ipynb #0d644044
 def train(
     model:nn.Module, # of a task; trained in place
     data:Dataset, # as of `learner`
@@ -204,7 +204,7 @@ def train(
 ) -> list: # a dict an epoch: loss, its parts, lr
     "Train a dense task's network. Raises `CmidError` as `fit`."
     seed_everything(seed, torch.are_deterministic_algorithms_enabled()); s = settings; act = FineTune(s, mean, std, section, schedule, say)
-    learn = learner(model, data, index, s, act, lambda groups: AdamW(groups, lr=s.lr) if s.optimiser == 'adamw' else torch.optim.SGD(groups, lr=s.lr, momentum=s.momentum), seed, on)
+    learn = learner(model, data, index, s, act, lambda groups: AdamW(groups, lr=s.lr, fused=True) if s.optimiser == 'adamw' else torch.optim.SGD(groups, lr=s.lr, momentum=s.momentum), seed, on)
     say(f"{len(index)} images an epoch, {len(learn.dls.train)} steps of {min(s.batch, len(index))} at most, {s.epochs} epochs, {s.optimiser}, lr {s.lr:g}, weight decay {s.weight_decay:g}")
     fit(learn, act, f'{section}.tile' if hasattr(s, 'tile') else f'{section}.crop')
     return act.epochs
