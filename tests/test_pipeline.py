@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 DVC = yaml.safe_load((ROOT/'dvc.yaml').read_text())['stages']
 BODY = {k: v.get('do', v) for k, v in DVC.items()}
 INITS = 'cmid-resnet18', 'random-resnet18'
+TASKS = dict(segment='land', change='dates', detect='objects')
 NOTEBOOKS = sorted(o.stem for o in (ROOT/'nbs/pipeline').glob('*.ipynb'))
 
 def defaults(stage): return {k: v['default'] for k, v in papermill.inspect_notebook(str(ROOT/f'nbs/pipeline/{stage}.ipynb')).items()}
@@ -71,8 +72,8 @@ class Study:
             if (ROOT/o).is_file() and not o.startswith(('results/', 'studies/')): (at/o).parent.mkdir(parents=True, exist_ok=True); (at/o).write_bytes((ROOT/o).read_bytes())
         for o in ('data.dvc', 'dvc.lock'): (at/o).unlink(missing_ok=True)
         text = (at/'params.yaml').read_text(); (at/'params.yaml').write_text(re.sub(r'^profile: \w+', 'profile: smoke', text, flags=re.M).replace('device: auto', 'device: cpu'))
-        from cmid.smoke import smoke_data
-        smoke_data(at)
+        from cmid.smoke import smoke_data, smoke_tasks
+        smoke_data(at); smoke_tasks(at, TASKS.values())
         git = lambda *a: subprocess.run(['git', '-c', 'user.name=cmid', '-c', 'user.email=cmid@example.com', *a], cwd=at, check=True, capture_output=True)
         git('init', '-q'); git('add', '-A'); git('commit', '-qm', 'study')
 
@@ -95,7 +96,7 @@ def study(tmp_path_factory):
     s = Study(tmp_path_factory.mktemp('study')); s.first = s.repro(); return s
 
 def test_everything_runs_once(study):
-    assert set(study.first) == {'digest', 'prepare@pool', 'prepare@scenes', 'pretrain@cmid-resnet18', 'baselines@random-resnet18',
+    assert set(study.first) == {'digest', 'prepare@pool', 'prepare@scenes', *(f'labels@{o}' for o in TASKS.values()), *(f'{s}@{d}-{i}' for s, d in TASKS.items() for i in INITS), 'pretrain@cmid-resnet18', 'baselines@random-resnet18',
                                 'reconstruct@cmid-resnet18', 'report',
                                 *(f'{s}@scenes-{i}' for s in ('probe', 'classify', 'features') for i in INITS), *(f'{s}@{i}' for s in ('attention', 'correspondence') for i in INITS)}
     assert study.repro() == []
@@ -108,6 +109,17 @@ def test_what_is_left(study):
     assert len((study.at/'results/pretrain/cmid-resnet18/curves/plots/metrics/total.tsv').read_text().splitlines()) == 7   # a head, 2 epochs of 3 steps
     assert '<html' in (study.at/'reports/report.html').read_text()
     assert 'resnet18' in (study.at/'reports/pretrain-cmid-resnet18.ipynb').read_text()
+
+def test_every_task_is_scored_and_in_the_report(study):
+    for stage, d in TASKS.items():
+        for i in INITS: assert study.metrics(stage, d, i)['images'] == 2
+    said = json.loads((study.at/'results/report/metrics.json').read_text()); page = (study.at/'reports/report.html').read_text()
+    assert said['missing'] == 0 and {*said['segment']['land']} == {*INITS} and {*said['change']['dates']['cmid-resnet18']} == {'bit', 'difference'} and 'Oriented detection' in page
+
+def test_tasks_may_be_left_out(study):
+    "As they are for what follows, which would train each anew with every edit."
+    for k, o in TASKS.items(): study.edit('params.yaml', f'  {k}: [{o}]', f'  {k}: []')
+    assert {o.split('@')[0] for o in study.repro()} == {'digest', 'report'} and study.repro() == []
 
 def test_timm_loads_the_export_by_itself(study):
     import timm, torch
@@ -175,9 +187,9 @@ def test_an_experiment_is_listed_and_keeps_checkpoints(study):
     study.repro('--md', '--only-changed', command=('exp', 'show')); assert '[fewer]' in study.said and 'neighbours' in study.said
 
 def test_a_study_without_labels(study):
-    values = yaml.safe_load((study.at/'params.yaml').read_text(encoding='utf-8')); values['study']['probes'] = []; del values['datasets']['scenes']
+    values = yaml.safe_load((study.at/'params.yaml').read_text(encoding='utf-8')); values['study']['probes'] = []; del values['datasets']['scenes']; values['tasks'] = {}
     values['health']['labelled'] = values['attention']['dataset'] = values['correspondence']['dataset'] = 'pool'
-    for o in ('probe', 'classify', 'features'): shutil.rmtree(study.at/'results'/o)                 # as in a fresh clone
+    for o in ('probe', 'classify', 'features', 'labels', *TASKS): shutil.rmtree(study.at/'results'/o)                 # as in a fresh clone
     (study.at/'params.yaml').write_text(yaml.safe_dump(values, sort_keys=False), encoding='utf-8'); ran = study.repro()
     assert {o.split('@')[0] for o in ran} >= {'pretrain', 'attention', 'correspondence', 'report'} and not [o for o in ran if o.startswith(('probe', 'classify', 'features'))]
     assert 'note: health was' in study.said and 'scenes' not in json.loads((study.at/'results/report/metrics.json').read_text())['probe']
