@@ -122,6 +122,7 @@ BAD = [
     ('detect', line('1 1 9 1 9 1e39 1 5 ship 0'), {}, ['train1.txt:4: a corner is not finite, or far from any image']),
     ('detect', line('1 1 9 1 9 1 1 1 ship 0'), {}, ['train1.txt:4: the box has no area']),
     ('detect', line('41 1 49 1 49 5 41 5 ship 0'), {}, ['train1.txt:4: the box lies outside its image of 40 x 40 pixels']),
+    ('detect', line('40 1 49 1 49 5 40 5 ship 0'), {}, ['train1.txt:4: the box lies outside its image']),
     ('detect', line('\0\1'), {}, ['train1.txt:4: ', 'is no box']),
     ('detect', lambda d: [line('1 2 3')(d), put(d/'labelTxt/test0.txt', '1 1 1 1\n')], {}, ['test0.txt:1: ', 'train1.txt:4: ']),
     ('detect', spoil('labelTxt/train1.txt', b'\xff\xfe\x00'), {}, ['labelTxt/train1.txt: is no UTF-8 text']),
@@ -241,6 +242,7 @@ def test_palettes_bits_and_16_bit_masks(tmp_path):
     table, colours = Table(dict(a=1, b=300), [0]), Table(dict(a='#FF0000', b='#FFFFFF'), ['000000'])
     x = np.array([[0, 1], [1, 0]], np.uint8); p = Image.fromarray(x); p.putpalette([0, 0, 0, 255, 0, 0]); p.save(tmp_path/'p.png'); Image.fromarray(x > 0).save(tmp_path/'1.png')
     assert read_mask(tmp_path/'p.png', table)[0].tolist() == read_mask(tmp_path/'p.png', colours)[0].tolist() == read_mask(tmp_path/'1.png', table)[0].tolist() == [[255, 0], [0, 255]]
+    assert read_mask(tmp_path/'p.png', Table(dict(a=['#00FF00', 1]), [0]))[0].tolist() == [[255, 0], [0, 255]]     # its colours are unknown: indices
     tiff(tmp_path/'16.tif', np.array([[[0, 1], [300, 300]]], 'uint16')); tiff(tmp_path/'f.tif', np.array([[[0, 1], [300, 300]]], 'float32')); tiff(tmp_path/'rgba.tif', np.stack([x * 255, x * 0, x * 0, x * 7]))
     for o in ('16.tif', 'f.tif'): assert read_mask(tmp_path/o, table)[0].tolist() == [[255, 0], [1, 1]] and not read_mask(tmp_path/o, table)[2]
     assert read_mask(tmp_path/'rgba.tif', colours)[0].tolist() == [[255, 0], [0, 255]]
