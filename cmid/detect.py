@@ -386,15 +386,20 @@ def scored(
     m = matched(found, [labelled.objects(i) for i in index], labelled.classes); both = {k: detection_map(m, k) for k in SECOND}
     return dict(images=len(index), objects=sum(sum(o) for o in m['truths'].values()), metric=metric) | both[metric] | {f'map50_{k}': both[k]['map'] for k in SECOND} | m
 
-# %% ../nbs/35_detect.ipynb #14533afa
+# %% ../nbs/35_detect.ipynb #c1315133
 def _unfit(folder, labelled, tiles, name, card):
     "Raise what no training can mend"
     if card.in_chans != labelled.bands: raise CmidError(f"{labelled.folder}: images have {labelled.bands} bands, {folder} was made for {card.in_chans}; take the same bands (labels.bands), or pretrain on these")
     if not len(tiles): raise CmidError(f"{labelled.folder}: no image of split {name!r} has an object to learn from; look at classes and ignore of the task in params.yaml")
 
+def _lone(model, tiles, batch):
+    "Raise where a batch norm that learns would see a single value"
+    least = min(-(-(b - t) // 32) * -(-(r - l) // 32) for _, (t, l, b, r), *_ in tiles.tiles) * (len(tiles) // -(-len(tiles) // batch))
+    if model.still is None and model.pyramid.encoder.has_batch_norm and least < 2: raise CmidError("params.yaml: detect.batch: batch norm would see one tile of 32 px, which is a single value; raise batch or tile")
+
 def _said(model, card, say):
     "What of the backbone stays as it is"
-    if model.still is not None: return say(f"{card.architecture} ({card.method}): {f'stem and {model.still} stages keep their weights' if model.still else 'all weights learn'}, batch norms keep their statistics")
+    if model.still is not None: return say(f"{card.architecture} ({card.method}): {f'its stem and first {model.still} of 4 stages keep their weights' if model.still else 'all weights learn'}, batch norms keep their statistics")
     say(f"{card.architecture} ({card.method}): all weights learn" + (", batch norms measure their statistics anew: random weights are not worth keeping" if model.pyramid.encoder.has_batch_norm else ""))
 
 def fine_tune(
@@ -409,7 +414,7 @@ def fine_tune(
     "Fine-tune the backbone of a folder on the tiles of some images; `CmidError` when bands differ or there is no object."
     s = resolved(settings, read_card(folder).architecture, PUBLISHED); seed_everything(seed, torch.are_deterministic_algorithms_enabled()); encoder, card = load_backbone(folder, s.drop_path)
     tiles = Tiles(labelled, index, s, card.mean, seed); _unfit(folder, labelled, tiles, s.train, card)
-    model = OrientedRCNN(encoder, len(labelled.classes), s, frozen(encoder, card.method, s.frozen_stages)); _said(model, card, say)
+    model = OrientedRCNN(encoder, len(labelled.classes), s, frozen(encoder, card.method, s.frozen_stages)); _lone(model, tiles, s.batch); _said(model, card, say)
     epochs = train(model, tiles, range(len(tiles)), s, card.mean, card.std, 'detect', falling(s.steps), seed, on or device(), say)
     return model.eval(), epochs
 

@@ -237,7 +237,7 @@ def command(
     sets = [f' \\\n  --set {k}=/where/{what}' for k, what in named]
     return f"```bash\ncmid_study studies/{Path(study).name}{''.join(sets)}\n```"
 
-# %% ../nbs/60_readme.ipynb #c5048f06
+# %% ../nbs/60_readme.ipynb #4e17d8f8
 def _scored(root, dataset, rows):
     "One dataset's table, with what it is of"
     runs = {i: o for (d, i), o in results(root, 'probe').items() if d == dataset}; mine = [i for (i,) in results(root, 'pretrain') if i in runs]
@@ -312,7 +312,8 @@ def _seeds(root, study, own):
 
 def studies(
     root, # the project's
+    but=(), # names of those that stand elsewhere
 ) -> str: # Markdown
     "All studies, in the order of their names."
-    found = sorted(o.parent for o in Path(root).glob('studies/*/params.yaml'))
+    found = sorted(o.parent for o in Path(root).glob('studies/*/params.yaml') if o.parent.name not in but)
     return '\n\n'.join(study_page(root, o) for o in found) or 'No study is here yet.'

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['WORK', 'HEADS', 'NAMES', 'JINJA', 'MARKS', 'INK', 'QUALITY', 'ROW', 'ACCURACIES', 'NOTE', 'TUNED', 'SPACES',
-           'MATCHED', 'LOOKS', 'TASK', 'DRAWN', 'SHOWN', 'SEEN', 'PRETRAINED', 'DATASETS', 'TABLE', 'RECORD', 'RECORDS',
-           'PAGES', 'STYLE', 'FIRST', 'PAGE', 'percent', 'points', 'share', 'verdict', 'sentence', 'purified',
-           'found_again', 'painted', 'detected', 'warned', 'headlines', 'summary', 'number', 'mark', 'soft', 'render',
-           'picture', 'image', 'table', 'probes', 'shown', 'fine_tuning', 'spaces', 'correspondences', 'looked',
-           'attentions', 'why', 'segmentations', 'changes', 'detections', 'pretraining', 'reconstructions', 'datasets',
-           'annotations', 'folded', 'parameters', 'record_rows', 'provenance_table', 'html']
+           'MATCHED', 'LOOKS', 'TASK', 'DRAWN', 'SHOWN', 'SEEN', 'PRETRAINED', 'DATASETS', 'ANNOTATED', 'TABLE',
+           'RECORD', 'RECORDS', 'PAGES', 'STYLE', 'FIRST', 'PAGE', 'percent', 'points', 'share', 'verdict', 'sentence',
+           'purified', 'found_again', 'painted', 'detected', 'warned', 'headlines', 'summary', 'number', 'mark', 'soft',
+           'render', 'picture', 'image', 'table', 'probes', 'shown', 'fine_tuning', 'spaces', 'correspondences',
+           'looked', 'attentions', 'why', 'segmentations', 'changes', 'detections', 'pretraining', 'reconstructions',
+           'datasets', 'annotations', 'folded', 'parameters', 'record_rows', 'provenance_table', 'html']
 
 # %% ../nbs/49_report.ipynb #9777147c
 import base64, io
@@ -417,7 +417,7 @@ def pretraining(root):
     found = results(root, 'pretrain')
     return render(PRETRAINED, runs=[_pretrained(k, o) for (k,), o in found.items()]) if found else None
 
-# %% ../nbs/49_report.ipynb #96981685
+# %% ../nbs/49_report.ipynb #05f2c10e
 def reconstructions(root):
     "What the students paint where they cannot see."
     found = {k: o for (k,), o in results(root, 'reconstruct').items()}
@@ -441,10 +441,19 @@ def datasets(root):
     found = {k: o for (k,), o in results(root, 'prepare').items()}
     return render(DATASETS, found=found, keys=('images', 'skipped', 'bands', 'side', 'classes'), image=image) if found else None
 
+ANNOTATED = '''
+{% for name, o in found.items() %}
+<h3>{{ name }}</h3>
+<p class="quiet">For {{ o.metrics.task }}: {% for k, n in o.metrics.images.items() %}{{ k }} {{ n | number }}{{ ', ' if not loop.last }}{% endfor %} images of {{ o.metrics.bands }} bands, {{ o.metrics.sizes.min | join(' x ') }} to {{ o.metrics.sizes.max | join(' x ') }} px.</p>
+{% if o.metrics.findings %}<p>The audit found:</p><ul>{% for _, level, count, text, examples in o.metrics.findings %}<li>{{ level }}: {{ text }}: {{ count | number }}{{ ' (' + examples[:3] | join(', ') + ')' if examples }}</li>{% endfor %}</ul>{% else %}<p>The audit found nothing to report.</p>{% endif %}
+<div class="pair">{{ image(o.folder/'images.png', 'A few images of ' + name + ' with their labels.') }}{{ image(o.folder/'classes.png', 'How much there is of each class of ' + name + ', by split.') }}</div>
+{% endfor %}
+'''
+
 def annotations(root):
     "Images with masks, pairs or boxes: what was read, and what its audit found."
-    found = {k: o for (k,), o in results(root, 'labels').items()}
-    return render(DATASETS + '{% for name, o in found.items() %}{{ image(o.folder/"classes.png", "Classes of " + name + ", a split each.") }}{% endfor %}', found=found, keys=('images', 'bands'), image=image) if found else None
+    found = {k: o for (k,), o in results(root, 'labels').items()}; _need(found.values(), 'task', 'images', 'bands', 'sizes', 'findings')
+    return render(ANNOTATED, found=found, image=image) if found else None
 
 # %% ../nbs/49_report.ipynb #d90b1b8c
 def _flat(value, at=''):

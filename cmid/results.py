@@ -107,7 +107,7 @@ def change_f1(
     tp, fp, fn, _ = np.moveaxis(np.asarray(counts, float), -1, 0); below = 2 * tp + fp + fn
     return np.divide(2 * tp, below, out=np.full(below.shape, np.nan), where=below > 0)
 
-# %% ../nbs/47_results.ipynb #913e388c
+# %% ../nbs/47_results.ipynb #c10fbe44
 RISE = {'random': (.30, .36, .41), 'imagenet': (.38, .50, .58)} # accuracy at few, some and all labels; anything else: .35, .49, .612
 
 def _accuracy(share, n, **more):
@@ -145,9 +145,9 @@ def _example_attention(init):
     "Metrics as the attention stage writes them."
     return dict(branch='student', kind='cosine with the pooled feature', asking='the pooled feature', where='last map', images=64, heads=1, places=16, mass=.6, entropy=.97, entropy_heads=.97, mass_area=.48, mass_area_even=.625)
 
-def _example_labels(name):
+def _example_labels():
     "Metrics as the labels stage writes them."
-    return dict(images=32, bands=3, classes=2, findings=['warning: images that are in train and in test: 1'])
+    return dict(task='segment', images=dict(train=16, test=8), classes={k: {'class 0': 9000, 'class 1': 800} for k in ('train', 'test')}, ignored=dict(train=90, test=0), bands=3, sizes=dict(min=[256, 256], max=[256, 256]), findings=[['split_overlap', 'warning', 1, 'images that are in train and in test', ['a.png']]])
 
 def _example_segment(init, images=8):
     "Metrics as segmentation writes them: two classes, each image a little different."
@@ -180,7 +180,7 @@ def _example_curves(epochs=20, each=5):
     curve = [dict(step=10 * (k + 1)) | point((k + 1) / epochs / each) | schedule((k + 1) / epochs / each) for k in range(epochs * each)]
     return curve, [dict(epoch=k + 1, step=10 * each * (k + 1), images_per_s=50 + 3 * math.sin(k)) | point((k + 1) / epochs) | health((k + 1) / epochs) | dict(prototypes_used=1 - fall(.9, .3, k / epochs), prototypes_perplexity=300 - fall(280, 60, k / epochs)) for k in range(epochs)]
 
-# %% ../nbs/47_results.ipynb #756b1ac9
+# %% ../nbs/47_results.ipynb #70054282
 @functools.cache
 def _example_picture():
     "A small picture, for where a stage would have drawn one."
@@ -195,7 +195,7 @@ def _example_run(stage, o, n):
     init = o[-1]; curve, epochs = _example_curves()
     if stage == 'pretrain': return dict(metrics=epochs[-1] | dict(warnings=[]), curve=curve, epochs=epochs)
     if stage == 'features': return dict(zip(('metrics', 'embedding'), _example_features(init)))
-    made = dict(segment=lambda: _example_segment(init), change=lambda: _example_change(init), detect=lambda: _example_detect(init), labels=lambda: _example_labels(o[0]), prepare=lambda: dict(images=24, skipped=1, bands=3, side=64, classes=0, findings=['warning: unreadable or truncated: 1']), baselines=lambda: dict(parameters=11176512), probe=lambda: _example_probe(init, n),
+    made = dict(segment=lambda: _example_segment(init), change=lambda: _example_change(init), detect=lambda: _example_detect(init), labels=_example_labels, prepare=lambda: dict(images=24, skipped=1, bands=3, side=64, classes=0, findings=['warning: unreadable or truncated: 1']), baselines=lambda: dict(parameters=11176512), probe=lambda: _example_probe(init, n),
                 classify=lambda: _example_classify(init, n), correspondence=lambda: _example_correspondence(init), attention=lambda: _example_attention(init), reconstruct=lambda: dict(images=3, mae=.6, mae_mean=.8, skill=.25, each=[.2, .25, .3]))
     return dict(metrics=made[stage]())
 
