@@ -417,7 +417,7 @@ def pretraining(root):
     found = results(root, 'pretrain')
     return render(PRETRAINED, runs=[_pretrained(k, o) for (k,), o in found.items()]) if found else None
 
-# %% ../nbs/49_report.ipynb #05f2c10e
+# %% ../nbs/49_report.ipynb #8a73a2d6
 def reconstructions(root):
     "What the students paint where they cannot see."
     found = {k: o for (k,), o in results(root, 'reconstruct').items()}
@@ -445,7 +445,7 @@ ANNOTATED = '''
 {% for name, o in found.items() %}
 <h3>{{ name }}</h3>
 <p class="quiet">For {{ o.metrics.task }}: {% for k, n in o.metrics.images.items() %}{{ k }} {{ n | number }}{{ ', ' if not loop.last }}{% endfor %} images of {{ o.metrics.bands }} bands, {{ o.metrics.sizes.min | join(' x ') }} to {{ o.metrics.sizes.max | join(' x ') }} px.</p>
-{% if o.metrics.findings %}<p>The audit found:</p><ul>{% for _, level, count, text, examples in o.metrics.findings %}<li>{{ level }}: {{ text }}: {{ count | number }}{{ ' (' + examples[:3] | join(', ') + ')' if examples }}</li>{% endfor %}</ul>{% else %}<p>The audit found nothing to report.</p>{% endif %}
+{% if o.metrics.findings %}<p>The audit found:</p><ul>{% for f in o.metrics.findings %}<li>{{ f.level }}: {{ f.text }}: {{ f.count | number }}{{ ' (' + f.examples[:3] | join(', ') + ')' if f.examples }}</li>{% endfor %}</ul>{% else %}<p>The audit found nothing to report.</p>{% endif %}
 <div class="pair">{{ image(o.folder/'images.png', 'A few images of ' + name + ' with their labels.') }}{{ image(o.folder/'classes.png', 'How much there is of each class of ' + name + ', by split.') }}</div>
 {% endfor %}
 '''

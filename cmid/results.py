@@ -107,7 +107,7 @@ def change_f1(
     tp, fp, fn, _ = np.moveaxis(np.asarray(counts, float), -1, 0); below = 2 * tp + fp + fn
     return np.divide(2 * tp, below, out=np.full(below.shape, np.nan), where=below > 0)
 
-# %% ../nbs/47_results.ipynb #c10fbe44
+# %% ../nbs/47_results.ipynb #54231bad
 RISE = {'random': (.30, .36, .41), 'imagenet': (.38, .50, .58)} # accuracy at few, some and all labels; anything else: .35, .49, .612
 
 def _accuracy(share, n, **more):
@@ -147,7 +147,7 @@ def _example_attention(init):
 
 def _example_labels():
     "Metrics as the labels stage writes them."
-    return dict(task='segment', images=dict(train=16, test=8), classes={k: {'class 0': 9000, 'class 1': 800} for k in ('train', 'test')}, ignored=dict(train=90, test=0), bands=3, sizes=dict(min=[256, 256], max=[256, 256]), findings=[['split_overlap', 'warning', 1, 'images that are in train and in test', ['a.png']]])
+    return dict(task='segment', images=dict(train=16, test=8), classes={k: {'class 0': 9000, 'class 1': 800} for k in ('train', 'test')}, ignored=dict(train=90, test=0), bands=3, sizes=dict(min=[256, 256], max=[256, 256]), findings=[dict(kind='split_overlap', level='warning', count=1, text='images that are in train and in test', examples=['a.png'])])
 
 def _example_segment(init, images=8):
     "Metrics as segmentation writes them: two classes, each image a little different."

@@ -258,5 +258,6 @@ def test_what_is_wrong_is_named(models):
     with pytest.raises(CmidError, match="detect.test: bars has no split 'val'"): go(test='val')
     with pytest.raises(CmidError, match="bars: no image of split 'none' has an object to learn from"): go(train='none')
     with pytest.raises(CmidError, match='images have 3 bands, .*random-resnet18-5 was made for 5; take the same bands'): go(models(bands=5))
+    with pytest.raises(CmidError, match='detect.batch: batch norm would see one tile of 32 px'): detect(models(), Bars(((32, 32), (64, 64)), 1), changed(QUICK, batch=1), on=CPU, say=quiet)
     with pytest.raises(CmidError, match='detect.precision: float16 needs a GPU'): go(precision='float16')
     with pytest.raises(CmidError, match=r'loss is not finite at step \d+ .*lower detect.lr'): go(lr=1e30, epochs=20, optimiser='sgd', clip=None)
