@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'DRAWS', 'RISE', 'PICTURES', 'KINDS', 'SCORED', 'params_of', 'cells', 'Result', 'read_json', 'results',
-           'missing', 'leftovers', 'draws', 'mean_iou', 'change_f1', 'example_results', 'accuracy_rows', 'probe_rows',
-           'score_rows', 'task_rows', 'every_score', 'most', 'seed_rows']
+           'missing', 'leftovers', 'draws', 'change_f1', 'example_results', 'accuracy_rows', 'probe_rows', 'score_rows',
+           'task_rows', 'every_score', 'most', 'seed_rows']
 
-# %% ../nbs/47_results.ipynb #ce2d63f4
+# %% ../nbs/47_results.ipynb #1d07e883
 import functools, io, json, math
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +15,7 @@ import numpy as np
 from .dota import average_precision
 from .params import CmidError, Params, write_json
 from .probe import difference, wilson
+from .segment import mean_iou
 from .viz.features import mean_interval
 
 # %% ../nbs/47_results.ipynb #c9bd7bc6
@@ -81,7 +82,7 @@ def leftovers(
     found = {o.parent.relative_to(root) for stage in cells(root) for o in (Path(root)/'results'/stage).rglob('run.json')}
     return sorted(o.as_posix() for o in found - due)
 
-# %% ../nbs/47_results.ipynb #d7e8b9e4
+# %% ../nbs/47_results.ipynb #6544da61
 DRAWS = 2000
 
 def draws(
@@ -91,14 +92,6 @@ def draws(
 ) -> np.ndarray: # int (n, images): how often each image is in each draw
     "Drawing images with replacement (the bootstrap): the same draws for everything that is scored on as many images."
     g = np.random.default_rng(seed); return np.vstack([np.ones((1, images), int), g.multinomial(images, [1 / images] * images, n - 1)])
-
-def mean_iou(
-    confusion, # (..., classes, classes): rows truth, columns prediction
-) -> np.ndarray: # (...,); NaN where there is nothing
-    "Mean over classes of the intersection over union; a class that is neither there nor predicted has none."
-    n = np.asarray(confusion, float); hit = np.diagonal(n, axis1=-2, axis2=-1); union = n.sum(-1) + n.sum(-2) - hit
-    iou = np.divide(hit, union, out=np.zeros_like(hit), where=union > 0); there = (union > 0).sum(-1)
-    return np.divide(iou.sum(-1), there, out=np.full(there.shape, np.nan), where=there > 0)
 
 def change_f1(
     counts, # (..., 4): hits, false alarms, missed, rightly unchanged

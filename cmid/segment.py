@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['POOLS', 'DROPOUT', 'TRIES', 'MOST', 'ERROR', 'PUBLISHED', 'PANELS', 'OTHERS', 'Bins', 'upernet', 'pixel_loss',
-           'Segmenter', 'window', 'cut', 'distort', 'Crops', 'palette', 'painted', 'picture', 'errors', 'confusion',
-           'mean_iou', 'scores', 'split_of', 'fine_tune', 'segment', 'look', 'largest', 'tiles', 'predictions_figure',
-           'scene_figure']
+           'Segmenter', 'window', 'cut', 'distort', 'Crops', 'painted', 'errors', 'confusion', 'mean_iou', 'scores',
+           'split_of', 'fine_tune', 'segment', 'look', 'largest', 'tiles', 'predictions_figure', 'scene_figure']
 
-# %% ../nbs/32_segment.ipynb #ab52e94c
+# %% ../nbs/32_segment.ipynb #32e4adcb
 import numpy as np, torch
 import torch.nn.functional as F
 from segmentation_models_pytorch.base.modules import Conv2dReLU
@@ -20,7 +19,7 @@ from .checkpoint import load_backbone, read_card
 from .classify import class_table
 from .finetune import blended, cosine, normalised, resolved, train, windows
 from .health import COLOURS
-from .labels import IGNORE
+from .labels import IGNORE, palette, picture
 from .params import CmidError, Segment, device, near, seed_everything
 from .pyramid import Pyramid
 from .views import blend, jitter, resample, step_generator
@@ -147,15 +146,7 @@ class Crops(Dataset):
         x, y = cut(self.labelled.image(i), self.labelled.mask(i), self.side, float(low + (high - low) * u[0]), u[3:].view(TRIES, 2), self.fill)
         return distort(x.flip(flips).float() / 255, g).mul(255).round().byte(), y.flip(flips)
 
-# %% ../nbs/32_segment.ipynb #e18f94fe
-def palette(
-    classes:int, # how many there are
-) -> np.ndarray: # float (classes, 3)
-    "A fixed colour for each class; after 21 they repeat."
-    from matplotlib.colors import to_rgb
-    o = np.array([to_rgb(c) for c in (COLOURS[0], *COLOURS[2:6], '#F0E442', '#999999')])
-    return np.resize(np.concatenate([o, o * .5, 1 - (1 - o) * .4]), (classes, 3))
-
+# %% ../nbs/32_segment.ipynb #bdc94459
 def painted(
     mask, # uint8 (H, W)
     classes:int, # how many there are
@@ -163,14 +154,8 @@ def painted(
     "A mask in the colours of its classes."
     return np.concatenate([palette(classes), np.ones((IGNORE + 1 - classes, 3))])[np.asarray(mask)]
 
-# %% ../nbs/32_segment.ipynb #dca27dd3
+# %% ../nbs/32_segment.ipynb #ee7567b5
 ERROR = COLOURS[1] # of wrong pixels
-
-def picture(
-    image, # uint8 (C, H, W)
-) -> np.ndarray: # uint8 (H, W, 3)
-    "The first three bands as red, green and blue; the first as grey where there are fewer."
-    return np.asarray(image)[[0, 1, 2] if len(image) > 2 else [0, 0, 0]].transpose(1, 2, 0)
 
 def errors(
     image, # uint8 (C, H, W)
