@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['RATIOS', 'SPREAD', 'WIDEST', 'TIE', 'NEAR', 'OVERLAP', 'PRECISION', 'FINEST', 'CANDIDATES', 'PUBLISHED', 'SECOND',
            'SHOWN', 'FEW', 'anchors_of', 'wrapped', 'encode_midpoints', 'decode_midpoints', 'assign', 'sampled',
-           'Proposals', 'propose', 'proposal_losses', 'encode_boxes', 'decode_boxes', 'pooled', 'BoxHead', 'drawn',
-           'head_losses', 'frozen', 'OrientedRCNN', 'mirrored', 'stacked', 'Tiles', 'detect_image', 'scored',
+           'Proposals', 'propose', 'overlaps', 'proposal_losses', 'encode_boxes', 'decode_boxes', 'pooled', 'BoxHead',
+           'drawn', 'head_losses', 'frozen', 'OrientedRCNN', 'mirrored', 'stacked', 'Tiles', 'detect_image', 'scored',
            'fine_tune', 'detect', 'judged', 'detections_figure', 'scene_figure']
 
-# %% ../nbs/35_detect.ipynb #aab4e7cc
+# %% ../nbs/35_detect.ipynb #8ad20a1b
 import math
 import numpy as np, torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset
-from torchvision.ops import FeaturePyramidNetwork, batched_nms, box_iou
+from torchvision.ops import FeaturePyramidNetwork, batched_nms
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from tqdm import tqdm
 from .backbones import ResNetEncoder
@@ -147,20 +147,32 @@ def propose(
     keep = batched_nms(bounds(boxes.flatten(0, 1)), s.flatten(), group.flatten(), OVERLAP)
     return [boxes[b, keep[keep // n == b][:count] - b * n] for b in range(B)]
 
-# %% ../nbs/35_detect.ipynb #b204eb52
+# %% ../nbs/35_detect.ipynb #d8867712
+def overlaps(
+    anchors:torch.Tensor, # (h * w * 3, 4), of one map, of `anchors_of`
+    size:tuple, # (h, w)
+    objects:torch.Tensor, # (m, 4): left, top, right, bottom
+) -> torch.Tensor: # (h * w * 3, m)
+    "Intersection over union of a map's anchors with upright rectangles."
+    grid, shared = anchors.view(*size, len(RATIOS), 4), lambda a, k: (torch.minimum(a[..., k, None] + a[..., k + 2, None] / 2, objects[:, k + 2]) - torch.maximum(a[..., k, None] - a[..., k + 2, None] / 2, objects[:, k])).clamp_min(0)
+    both = shared(grid[:, 0], 1)[:, None] * shared(grid[0], 0); areas = grid[0, 0, :, 2:].prod(1)[:, None] + (objects[:, 2:] - objects[:, :2]).prod(1)
+    return both.div_(areas - both).flatten(0, 2)
+
+# %% ../nbs/35_detect.ipynb #30e54bb3
 def _padded(x): "One row more, so that there is one to be asked for"; return F.pad(x, (0, 0, 0, 1), value=1.) if x.ndim == 2 else F.pad(x, (0, 1))
 
 def proposal_losses(
-    anchors:torch.Tensor, # (n, 4), of all maps
-    scores:torch.Tensor, # (B, n)
-    deltas:torch.Tensor, # (B, n, 6)
+    anchors:list, # of a map: (n, 4)
+    sizes:list, # (h, w) of each map
+    scores:torch.Tensor, # (B, all n)
+    deltas:torch.Tensor, # (B, all n, 6)
     boxes:list, # of an image: (m, 5), the objects
 ) -> dict: # objectness, offsets
     "Losses of the first stage: 256 anchors an image, half of them objects where there are as many (equation 3)."
-    c, half = anchors.split(2, 1); upright = torch.cat([c - half / 2, c + half / 2], 1); out = []
+    every, out = torch.cat(anchors), []
     for s, d, b in zip(scores, deltas, boxes):
-        kind, which = assign(box_iou(upright, bounds(b)), .7, .3, True); i, positive, counted = sampled(kind, 256, .5)
-        target = encode_midpoints(anchors[i], _padded(b)[which[i]]); off = F.smooth_l1_loss(d[i], target, beta=1 / 9, reduction='none').sum(1)
+        kind, which = assign(torch.cat([overlaps(a, size, bounds(b)) for a, size in zip(anchors, sizes)]), .7, .3, True); i, positive, counted = sampled(kind, 256, .5)
+        target = encode_midpoints(every[i], _padded(b)[which[i]]); off = F.smooth_l1_loss(d[i], target, beta=1 / 9, reduction='none').sum(1)
         out.append(torch.stack([F.binary_cross_entropy_with_logits(s[i], positive.float(), counted.float(), reduction='sum'), torch.where(positive, off, 0.).sum(), counted.sum()]))
     named, off, n = torch.stack(out).sum(0); return dict(objectness=named / n.clamp_min(1), offsets=off / n.clamp_min(1))
 
@@ -238,7 +250,7 @@ def head_losses(
     off = F.smooth_l1_loss(deltas, encode_boxes(rois, b), reduction='none').sum(1)
     return dict(classes=torch.where(counted, named, 0.).sum() / n, boxes=torch.where(positive, off, 0.).sum() / n)
 
-# %% ../nbs/35_detect.ipynb #fdf16df3
+# %% ../nbs/35_detect.ipynb #ad1d8254
 def frozen(
     encoder, # from `load_backbone`
     method:str, # of its card
@@ -277,7 +289,7 @@ class OrientedRCNN(nn.Module):
         anchors = anchors_of(sizes, [*STRIDES, 2 * STRIDES[-1]], self.settings.anchor, images.device); scores, deltas = self.proposals(maps)
         found = propose(anchors, scores, deltas, self.settings.proposals)
         if targets is None: return self.detected(maps[:4], found)
-        boxes, labels = targets; rois, *drawn_as = drawn(found, boxes); losses = proposal_losses(torch.cat(anchors), torch.cat(scores, 1), torch.cat(deltas, 1), boxes)
+        boxes, labels = targets; rois, *drawn_as = drawn(found, boxes); losses = proposal_losses(anchors, sizes, torch.cat(scores, 1), torch.cat(deltas, 1), boxes)
         return losses | head_losses(*self.head(maps[:4], rois), rois, *drawn_as, boxes, labels)
 
     def detected(self, maps, proposals):

@@ -142,11 +142,11 @@ def test_sampler_draws_what_there_is(n, objects, neither, count, share):
 def test_losses_vanish_where_all_is_said():
     "Scores and offsets that are right cost nothing; the same with one thing wrong cost something."
     boxes, labels = [torch.tensor([[30., 30., 24., 12., .4], [70., 40., 30., 20., -1.]]), torch.zeros(0, 5)], [torch.tensor([0, 2]), torch.zeros(0, dtype=torch.long)]
-    anchors = torch.cat(anchors_of([(16, 24), (8, 12)], [4, 8], 8.)); c, half = anchors.split(2, 1); half = half / 2; from torchvision.ops import box_iou
+    sizes = [(16, 24), (8, 12)]; maps = anchors_of(sizes, [4, 8], 8.); anchors = torch.cat(maps); c, half = anchors.split(2, 1); half = half / 2; from torchvision.ops import box_iou
     kind, which = assign(box_iou(torch.cat([c - half, c + half], 1), bounds(boxes[0])), .7, .3, True); n = len(anchors)
     scores = torch.stack([torch.where(kind == 1, 30., -30.), torch.full((n,), -30.)]); deltas = torch.stack([encode_midpoints(anchors, boxes[0][which]), torch.zeros(n, 6)])
-    torch.manual_seed(0); got = proposal_losses(anchors, scores, deltas, boxes); assert max(got.values()) < 1e-5
-    off = proposal_losses(anchors, scores, deltas + 1, boxes); per = 6 * (1 - 1 / 18); assert off['objectness'] < 1e-5      # six numbers off by one, each 1 - beta / 2
+    torch.manual_seed(0); got = proposal_losses(maps, sizes, scores, deltas, boxes); assert max(got.values()) < 1e-5
+    off = proposal_losses(maps, sizes, scores, deltas + 1, boxes); per = 6 * (1 - 1 / 18); assert off['objectness'] < 1e-5      # six numbers off by one, each 1 - beta / 2
     k = min((kind == 1).sum().item(), 128); assert off['offsets'].item() == pytest.approx(k * per / 512, rel=1e-4)          # 256 of each image
     proposals = [torch.cat([boxes[0] + .5, some(30)]), some(30, 1)]; torch.manual_seed(0); rois, *rest = drawn(proposals, boxes); which, positive, counted = rest
     assert positive[0].sum() == 4 and not positive[1].any() and all(o.all() for o in counted)                               # the objects themselves, and their near proposals
