@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np, pytest, shapely, torch
 
 from cmid.boxes import convert, from_polygon, paired_iou, to_polygon
-from cmid.dota import average_precision, cut, detection_map, matched, merged, write_submission
+from cmid.dota import average_precision, cut, detection_map, matched, merged, server_names, write_submission
 from cmid.finetune import windows
 from cmid.params import CmidError
 
@@ -85,6 +85,16 @@ def test_names_that_lines_cannot_hold(image, name, tmp_path):
     with pytest.raises(CmidError, match='cannot be written for DOTA'): write_submission(tmp_path/'s.zip', {image: none}, [name])
     assert not list(tmp_path.iterdir())
 
+def test_names_of_ones_own_reach_the_server(tmp_path):
+    "Spaces, slashes, equal names in two folders, bytes that are no text: each image has its lines, each class its file."
+    files = ['val1/images/P1.png', 'val2/images/P1.png', 'val2/images/P 2.png', 'P%202.png', 'w\udce9.png']; said = []; images, classes = server_names(files, ['air/port', 'small car'], said.append)
+    assert len({*images}) == 5 and images[:2] == ['val1%2Fimages%2FP1.png', 'val2%2Fimages%2FP1.png'] and images[2:] == ['val2%2Fimages%2FP%202.png', 'P%25202.png', 'w%E9.png'] and classes == ['air%2Fport', 'small%20car']
+    assert [o.split(':')[0] for o in said] == ['note', 'note'] and "'P1'" in said[0] and '7 names' in said[1]
+    one = dict(boxes=torch.tensor([[9., 9., 8., 4., 0.]]), scores=torch.tensor([.5]), classes=torch.tensor([1])); write_submission(tmp_path/'s.zip', dict.fromkeys(images, one), classes)
+    with zipfile.ZipFile(tmp_path/'s.zip') as z: rows = read_back({o: z.read(o).decode() for o in z.namelist()}, classes)
+    assert [r[0] for r in rows['small%20car']] == images and not rows['air%2Fport']
+    assert server_names(['b/P1.png', 'a/P2.png'], ['ship'], said.append) == (['P1', 'P2'], ['ship']) and len(said) == 2
+
 # Scores -----------------------------------------------------------------------------------------------------------
 def naive(detections, truths, c, iou, metric):
     "Average precision of class c: loops, shapely, and recall in fractions"
@@ -149,6 +159,15 @@ def test_an_image_that_counts_twice_is_two_images(metric):
             else: expected = sum(s * max(p for _, p, _ in points[j:]) for j, (*_, s) in enumerate(points)) / objects
             assert ap == pytest.approx(expected); seen += 0 < expected < 1
     assert seen > 15
+
+def test_draws_need_little_memory():
+    "2,000 draws of 4,000 detections: one table of all would be 64 MB, and there were six."
+    import tracemalloc
+    g = np.random.default_rng(0); rows = [[int(i), float(s), int(h)] for i, s, h in zip(g.integers(0, 50, 4000), np.sort(g.random(4000))[::-1], g.random(4000) < .5)]; times = g.multinomial(50, [1 / 50] * 50, 2000)
+    for metric in ('voc07', 'area'):
+        tracemalloc.start(); ap = average_precision(rows, [60] * 50, times, metric); most = tracemalloc.get_traced_memory()[1]; tracemalloc.stop()
+        assert most < 1e8 and len(ap) == 2000 and all(ap[k] == average_precision(rows, [60] * 50, times[k:k + 1], metric)[0] for k in (0, 261, 262, 263, 1999))  # 262 draws a block
+    with pytest.raises(ValueError, match="no metric 'foo'"): average_precision(rows, [60] * 50, metric='foo')
 
 def test_order_of_images_and_of_numbers():
     "Scores differ: nothing depends on the order of images. Tensors and arrays, polygons and boxes are the same."
