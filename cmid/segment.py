@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['POOLS', 'DROPOUT', 'TRIES', 'MOST', 'ERROR', 'PUBLISHED', 'PANELS', 'OTHERS', 'Bins', 'upernet', 'pixel_loss',
            'Segmenter', 'window', 'cut', 'distort', 'Crops', 'painted', 'errors', 'confusion', 'mean_iou', 'scores',
-           'split_of', 'fine_tune', 'segment', 'look', 'largest', 'tiles', 'predictions_figure', 'scene_figure']
+           'segment_splits', 'fine_tune', 'segment', 'look', 'largest', 'tiles', 'predictions_figure', 'scene_figure']
 
-# %% ../nbs/32_segment.ipynb #32e4adcb
+# %% ../nbs/32_segment.ipynb #aaea22d8
 import numpy as np, torch
 import torch.nn.functional as F
 from segmentation_models_pytorch.base.modules import Conv2dReLU
@@ -17,10 +17,10 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from .checkpoint import load_backbone, read_card
 from .classify import class_table
-from .finetune import blended, cosine, normalised, resolved, train, windows
+from .finetune import blended, check_masks, cosine, decided, normalised, resolved, splits_of, train, windows
 from .health import COLOURS
 from .labels import IGNORE, palette, picture
-from .params import CmidError, Segment, device, near, seed_everything
+from .params import CmidError, Segment, device, seed_everything
 from .pyramid import Pyramid
 from .views import blend, jitter, resample, step_generator
 
@@ -154,7 +154,7 @@ def painted(
     "A mask in the colours of its classes."
     return np.concatenate([palette(classes), np.ones((IGNORE + 1 - classes, 3))])[np.asarray(mask)]
 
-# %% ../nbs/32_segment.ipynb #ee7567b5
+# %% ../nbs/32_segment.ipynb #12c37cd6
 ERROR = COLOURS[1] # of wrong pixels
 
 def errors(
@@ -166,10 +166,10 @@ def errors(
     x = np.repeat(.45 + .5 * picture(image).mean(2, keepdims=True) / 255, 3, 2); truth = np.asarray(truth)
     x[(truth != guess) & (truth != IGNORE)] = to_rgb(ERROR); x[truth == IGNORE] = 1; return x
 
-def _step(size, most): "Pixels that become one, so that no side is longer than `most`"; return -(-max(size) // most)
+def _steps(size, most): "Rows and columns that become one, so that no side is longer than `most`"; k = -(-max(size) // most); return tuple(min(k, n) for n in size)
 
-def _smaller(image, k): "Means over k x k pixels"; h, w = (n // k for n in image.shape[1:]); return image[:, :h * k, :w * k].reshape(-1, h, k, w, k).mean((2, 4)).astype(np.uint8)
-def _thinned(mask, k): "The middle of k x k pixels"; h, w = (n // k for n in mask.shape); return mask[k // 2::k, k // 2::k][:h, :w]
+def _smaller(image, steps): "Means over a x b pixels"; (a, b), (h, w) = steps, (n // k for n, k in zip(image.shape[1:], steps)); return image[:, :h * a, :w * b].reshape(-1, h, a, w, b).mean((2, 4)).astype(np.uint8)
+def _thinned(mask, steps): "The middle of a x b pixels"; (a, b), (h, w) = steps, (n // k for n, k in zip(mask.shape, steps)); return mask[a // 2::a, b // 2::b][:h, :w]
 
 def _key(masks, names, more):
     "Patches of the classes that are seen, how many stand side by side, and how high that is"
@@ -206,20 +206,18 @@ def scores(
     per = {k: dict(iou=float(h / u) if u else None, f1=o['f1'], precision=o['precision'], recall=o['recall'], pixels=o['images']) for (k, o), h, u in zip(table.items(), n.diagonal(), union)}
     return dict(miou=float(mean_iou(n)), mf1=float(np.mean([o['f1'] for o in per.values() if o['f1'] is not None])), oa=float(n.trace() / n.sum()), per_class=per)
 
-# %% ../nbs/32_segment.ipynb #d7eed7f3
+# %% ../nbs/32_segment.ipynb #1388ea64
 PUBLISHED = dict(sgd=dict(lr=.01, weight_decay=1e-4), adamw=dict(lr=6e-5, weight_decay=.01), drop_path=.3)
 
-def split_of(
-    labelled, # `Labelled`, for segment
+def segment_splits(
+    labelled, # `Labelled`
     settings:Segment, # params.yaml: segment
-    key:str, # train | test
-) -> np.ndarray: # int (n,) numbers of images
-    "The images of a split; raises `CmidError` where there is none of this name, or no labelled pixel in it."
-    name = getattr(settings, key)
-    if name not in labelled.splits: raise CmidError(f"params.yaml: segment.{key}: {labelled.folder} has no split {name!r}{near(name, labelled.splits)}; known: {', '.join(labelled.splits) or 'none'}")
-    index = np.asarray(labelled.splits[name])
-    if not any((labelled.mask(i) != IGNORE).any() for i in index): raise CmidError(f"{labelled.folder}: no pixel of the {len(index)} images of split {name!r} is labelled; look at classes and ignore of the task in params.yaml")
-    return index
+) -> tuple: # int (n,) and (m,): numbers of what is learnt from, and of what is scored
+    "Both splits; raises `CmidError` as `finetune.splits_of` and `check_masks`, and where no pixel of a split is labelled."
+    both = splits_of(labelled, settings, 'segment'); check_masks(labelled, np.union1d(*both))
+    for name, index in zip((settings.train, settings.test), both):
+        if not any((labelled.mask(i) != IGNORE).any() for i in index): raise CmidError(f"{labelled.folder}: no pixel of the {len(index)} images of split {name!r} is labelled; look at classes and ignore of the task in params.yaml")
+    return both
 
 def _fits(folder, card, labelled, index, s):
     "Refuse other bands, and batches of which batch norm would see a single value"
@@ -242,9 +240,9 @@ def fine_tune(
     if labelled.bands != 3: say(f"note: saturation and hue are for RGB, and left out for {labelled.bands} bands")
     epochs = train(model, Crops(labelled, s.crop, s.scale, card.mean, seed), index, s, card.mean, card.std, 'segment', cosine, seed, on, say)
     logits = lambda x: model(normalised(x, card.mean, card.std)); model.eval()
-    return model, epochs, lambda image: blended(logits, image, s.crop, s.overlap, on=on).argmax(0).byte().numpy()
+    return model, epochs, lambda image: decided(blended(logits, image, s.crop, s.overlap, on=on))
 
-# %% ../nbs/32_segment.ipynb #0e6ea1bd
+# %% ../nbs/32_segment.ipynb #87961526
 def segment(
     folder, # models/<init>
     labelled, # `Labelled`, for segment
@@ -252,38 +250,42 @@ def segment(
     seed:int=0, # of everything random
     on:torch.device|None=None, # device
     say=print, # takes a line
-) -> tuple: # (dict as JSON takes it; epochs for `curves_figure`; what takes uint8 (C, H, W) and gives uint8 (H, W))
-    "Fine-tune on one split and score another, whole; raises `CmidError` as `split_of` and `fine_tune`."
-    learnt, test = (split_of(labelled, settings, k) for k in ('train', 'test')); names = labelled.classes
+    keep=(), # numbers of scored images whose predictions are wanted
+) -> tuple: # (dict as JSON takes it; epochs for `curves_figure`; number -> uint8 (H, W) of what is kept)
+    "Fine-tune on one split and score another, whole; raises `CmidError` as `segment_splits` and `fine_tune`."
+    (learnt, test), names, kept, each = segment_splits(labelled, settings), labelled.classes, {}, []
     _, epochs, predict = fine_tune(folder, labelled, learnt, settings, seed, on, say)
-    each = np.stack([confusion(labelled.mask(i), predict(labelled.image(i)), len(names)) for i in tqdm(test, desc='score', unit=' images')])
+    for i in tqdm(test, desc='score', unit=' images'):
+        guess = predict(labelled.image(i)); each.append(confusion(labelled.mask(i), guess, len(names)))
+        if i in keep: kept[i] = guess
+    each = np.stack(each)
     return dict(images=len(test), classes=list(names)) | scores(n := each.sum(0), names) | dict(confusion=n.tolist(), per_image=each.reshape(len(test), -1).tolist(),
-        epoch=settings.epochs, train_images=len(learnt), scored_on_training=bool(np.isin(test, learnt).any())), epochs, predict
+        epoch=settings.epochs, train_images=len(learnt), scored_on_training=bool(np.isin(test, learnt).any())), epochs, kept
 
-# %% ../nbs/32_segment.ipynb #47eb1df1
+# %% ../nbs/32_segment.ipynb #43007796
 PANELS = 'image', 'truth', 'prediction', 'errors'
 OTHERS = {'wrong': ERROR, 'not labelled': 'white'} # beside classes
 
 def look(
     labelled, # `Labelled`, for segment
     index, # numbers of images
-    predict, # of `segment`
+    guesses:dict, # number -> uint8 (H, W): what `segment` keeps
 ) -> list: # dicts: name, image, truth, guess
     "Some images, what is there and what is predicted."
-    return [dict(name=labelled.names[i], image=(x := np.asarray(labelled.image(i))), truth=np.asarray(labelled.mask(i)), guess=predict(x)) for i in index]
+    return [dict(name=labelled.names[i], image=np.asarray(labelled.image(i)), truth=np.asarray(labelled.mask(i)), guess=guesses[i]) for i in index]
 
 def largest(labelled, index): "The number of the largest image of a split."; return max(index, key=lambda i: int(np.prod(labelled.sizes[i])))
 
 def tiles(size, settings:Segment): "int (n, 4): what an image of a size (height, width) is put together from."; return windows(*(-(-int(n) // 32) * 32 for n in size), settings.crop, int(settings.overlap * settings.crop))
 
-def _panels(axes, o, classes, k):
-    "Image, truth, prediction and errors of one image, k x k pixels to one"
-    x, t, g = _smaller(o['image'], k), _thinned(o['truth'], k), _thinned(o['guess'], k)
+def _panels(axes, o, classes, steps):
+    "Image, truth, prediction and errors of one image, so many rows and columns to one"
+    x, t, g = _smaller(o['image'], steps), _thinned(o['truth'], steps), _thinned(o['guess'], steps)
     for ax, p in zip(axes, (picture(x), painted(t, classes), painted(g, classes), errors(x, t, g))): ax.imshow(p, interpolation='nearest'); ax.set(xticks=[], yticks=[])
 
 def _right(o): keep = o['truth'] != IGNORE; return f"{100 * (o['truth'] == o['guess'])[keep].mean():.0f} % right" if keep.any() else 'nothing labelled'
 
-# %% ../nbs/32_segment.ipynb #b9a81658
+# %% ../nbs/32_segment.ipynb #26daba6e
 def predictions_figure(
     seen:list, # of `look`
     names:list, # of the classes
@@ -293,11 +295,11 @@ def predictions_figure(
     tall = [min(1.6, 1.08 * o['truth'].shape[0] / o['truth'].shape[1]) + .2 for o in seen]
     said, cols, below = _key([m for o in seen for m in (o['truth'], o['guess'])], names, OTHERS)
     fig = Figure(figsize=(4.4, sum(tall) + below + .2), dpi=80, layout='constrained'); axes = fig.subplots(len(seen), 4, squeeze=False, height_ratios=tall)
-    for row, o in zip(axes, seen): _panels(row, o, len(names), _step(o['truth'].shape, 280)); row[0].set_xlabel(o['name'][-40:], fontsize=6, loc='left'); row[3].set_xlabel(_right(o), fontsize=6, loc='right')
+    for row, o in zip(axes, seen): _panels(row, o, len(names), _steps(o['truth'].shape, 280)); row[0].set_xlabel(o['name'][-40:], fontsize=6, loc='left'); row[3].set_xlabel(_right(o), fontsize=6, loc='right')
     for ax, o in zip(axes[0], PANELS): ax.set_title(o, fontsize=8)
     _legend(fig, said, cols); return fig
 
-# %% ../nbs/32_segment.ipynb #1046ed1c
+# %% ../nbs/32_segment.ipynb #f6b4ab2f
 def scene_figure(
     o:dict, # one of `look`
     names:list, # of the classes
@@ -305,8 +307,8 @@ def scene_figure(
 ): # matplotlib Figure, as wide as a phone
     "A whole image, assembled from tiles."
     from matplotlib.figure import Figure; from matplotlib.patches import Rectangle
-    (h, w), (said, cols, below) = o['truth'].shape, _key([o['truth'], o['guess']], names, OTHERS); k = _step((h, w), 700)
-    fig = Figure(figsize=(4.4, min(8., 4.3 * h / w) + .5 + below), dpi=80, layout='constrained'); axes = fig.subplots(2, 2).ravel(); _panels(axes, o, len(names), k)
-    for t, l, b, r in outlined: axes[0].add_patch(Rectangle((l / k - .5, t / k - .5), (r - l) / k, (b - t) / k, fill=False, edgecolor='white', lw=.5, alpha=.6))
+    (h, w), (said, cols, below) = o['truth'].shape, _key([o['truth'], o['guess']], names, OTHERS); a, b = _steps((h, w), 700)
+    fig = Figure(figsize=(4.4, min(8., 4.3 * h / w) + .5 + below), dpi=80, layout='constrained'); axes = fig.subplots(2, 2).ravel(); _panels(axes, o, len(names), (a, b))
+    for top, left, bottom, right in outlined: axes[0].add_patch(Rectangle((left / b - .5, top / a - .5), (right - left) / b, (bottom - top) / a, fill=False, edgecolor='white', lw=.5, alpha=.6))
     for ax, s in zip(axes, (f'{h} x {w} px, {len(outlined)} tile{"s" * (len(outlined) != 1)}', *PANELS[1:3], f'errors: {_right(o)}')): ax.set_title(s, fontsize=8)
     _legend(fig, said, cols); return fig

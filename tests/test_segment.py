@@ -1,15 +1,17 @@
 "Segmentation: every pixel counted once, batches of any size, crops that repeat, and whole scenes from tiles."
 import json, os
+from pathlib import Path
 
 os.environ['TQDM_DISABLE'] = '1'  # read when tqdm is imported
 
 import numpy as np, pytest, torch
 import torch.nn.functional as F
 from sklearn.metrics import confusion_matrix, f1_score, jaccard_score, precision_recall_fscore_support
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cmid import backbones
 from cmid.checkpoint import export_backbone
-from cmid.finetune import blended, resolved, windows
+from cmid.finetune import blended, decided, resolved, windows
 from cmid.params import CmidError, Params
 from cmid.pyramid import STRIDES, Pyramid
 from cmid.segment import IGNORE, PUBLISHED, Bins, Crops, Segmenter, confusion, cut, distort, errors, fine_tune, largest, look, mean_iou, painted, palette, pixel_loss, predictions_figure, scene_figure, scores, segment, tiles, upernet, window
@@ -24,7 +26,7 @@ changed = lambda settings, **o: settings.model_copy(update=o)
 
 class Fake:
     "Labelled images in memory."
-    folder = 'fake'
+    task, folder = 'segment', 'fake'
     def __init__(self, items, train, test, classes=3):
         self.items, self.splits, self.classes = items, dict(train=np.asarray(train), test=np.asarray(test)), [f'c{i}' for i in range(classes)]
         self.bands, self.sizes, self.names = len(items[0][0]), np.array([y.shape for _, y in items]), [f'img/{i}.png' for i in range(len(items))]
@@ -184,9 +186,9 @@ def test_many_confusions_at_once():
 
 def test_stripes_are_learnt_and_every_pixel_is_scored(models):
     data = stripes(4, (75, 101)); data.items[3][1][10:20] = IGNORE; s = changed(PLAIN, epochs=12, optimiser='adamw', lr=2e-3, overlap=.5, warmup_steps=4)
-    metrics, epochs, predict = segment(models(), data, s, on=CPU, say=quiet); n = np.array(metrics['confusion']); truth = data.mask(3)
+    metrics, epochs, kept = segment(models(), data, s, on=CPU, say=quiet, keep=[3]); n = np.array(metrics['confusion']); truth = data.mask(3)
     assert n.sum() == (truth != IGNORE).sum() and metrics['per_image'] == [n.ravel().tolist()] and [o['pixels'] for o in metrics['per_class'].values()] == [(truth == k).sum() for k in range(3)]
-    assert n.tolist() == confusion(truth, predict(data.image(3)), 3).tolist() and metrics['oa'] > 1.5 * max(n.sum(1)) / n.sum() and epochs[-1]['loss'] < epochs[0]['loss']
+    assert n.tolist() == confusion(truth, kept[3], 3).tolist() and list(kept) == [3] and metrics['oa'] > 1.5 * max(n.sum(1)) / n.sum() and epochs[-1]['loss'] < epochs[0]['loss']
     assert set(metrics) == {'images', 'classes', 'miou', 'mf1', 'oa', 'per_class', 'confusion', 'per_image', 'epoch', 'train_images', 'scored_on_training'} and (metrics['images'], metrics['train_images'], metrics['epoch'], metrics['scored_on_training']) == (1, 3, 12, False)
     assert json.loads(json.dumps(metrics, allow_nan=False)) == metrics
 
@@ -209,14 +211,25 @@ def test_tiles_cover_and_blend(models):
     for t, l, b, r in tiles((150, 101), changed(PLAIN, overlap=.25)): seen[t:b, l:r] += 1
     assert seen.min() >= 1 and seen.max() > 1
 
+def test_a_large_scene_needs_little_beside_its_logits():
+    "Of 12 classes: logits, weights and mask, and no second copy of the logits."
+    logits = lambda x: x[:, :1].float() * torch.arange(12.).view(-1, 1, 1); image = np.full((1, 1024, 1024), 9, 'uint8'); large = {}
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+            o = f(*args, **(kwargs or {})); large.update({x.untyped_storage().data_ptr(): x for x in [o] if isinstance(x, torch.Tensor) and x.nbytes >= 2**23}); return o
+    with Watch(): mask = decided(blended(logits, image, 128, 0.))
+    assert (mask == 11).all() and mask.dtype == np.uint8 and [tuple(o.shape) for o in large.values()] == [(12, 1024, 1024)]
+
 # --- what cannot be
 
 def test_bad_input_is_one_line(models):
     data = stripes(); run = lambda d=data, bands=3, **o: segment(models(bands=bands), d, changed(PLAIN, **o), on=CPU, say=quiet)
     none = Fake([(x, np.full_like(y, IGNORE)) for x, y in data.items], [0, 1], [2])
+    far, other, odd = stripes(), stripes(), stripes(); far.splits['test'] = np.array([2, 3]); other.task = 'change'; odd.items[3][1][0, 5] = 77; empty = stripes(); empty.splits['test'] = np.array([], int)
     half = Fake([(x, y if i else np.full_like(y, IGNORE)) for i, (x, y) in enumerate(data.items)], [0], [2])
     for call, why in {lambda: run(train='trian'): r"segment.train: fake has no split 'trian' \(did you mean 'train'\?\); known: train, test", lambda: run(test='val'): "segment.test: fake has no split 'val'",
-                      lambda: run(none): "no pixel of the 2 images of split 'train' is labelled", lambda: run(half): "no pixel of the 1 images of split 'train'", lambda: run(bands=4): r'fake: images have 3 bands, \S+ was made for 4',
+                      lambda: run(none): "no pixel of the 2 images of split 'train' is labelled", lambda: run(half): "no pixel of the 1 images of split 'train'", lambda: run(far): "fake: 1 images are in both 'train' and 'test', the first is img/2.png", lambda: run(other): 'fake: is for change, not for segment', lambda: run(empty): "segment.test: split 'test' of fake is empty",
+                      lambda: run(odd): r'fake: the mask of img/3.png holds 77, but classes are 0 to 2: .* cmid_stage labels -p dataset fake', lambda: run(bands=4): r'fake: images have 3 bands, \S+ was made for 4',
                       lambda: run(crop=32, batch=1): 'segment.batch: batch norm would see one crop of 32 px', lambda: run(lr=1e30, epochs=3): 'loss is not finite at step'}.items():
         with pytest.raises(CmidError, match=why) as e: call()
         assert '\n' not in str(e.value)
@@ -236,11 +249,23 @@ def test_errors_are_where_truth_and_prediction_differ():
 
 @pytest.mark.parametrize('bands,classes', [(1, 2), (3, 6), (13, 30)])
 def test_figures_of_any_scene(bands, classes):
-    data = stripes(3, (70, 300), bands, min(classes, 3)); data.classes = [f'a class with a long name {i}' for i in range(classes)]; seen = look(data, [0, largest(data, [1, 2])], lambda x: np.full(x.shape[1:], classes - 1, 'uint8'))
+    data = stripes(3, (70, 300), bands, min(classes, 3)); data.classes = [f'a class with a long name {i}' for i in range(classes)]; seen = look(data, [0, largest(data, [1, 2])], {i: np.full(y.shape, classes - 1, 'uint8') for i, (_, y) in enumerate(data.items)})
     a, b = predictions_figure(seen, data.classes), scene_figure(seen[0], data.classes, tiles(data.sizes[0], PLAIN)); panels = [o for o in a.axes if o.images]
     assert len(panels) == 8 and [o.get_title() for o in panels[:4]] == ['image', 'truth', 'prediction', 'errors'] and len([o for o in b.axes if o.images]) == 4
     assert {f'a class with a long name {i}' for i in {0, 1, min(classes, 3) - 1, classes - 1}} | {'wrong', 'not labelled'} <= {t.get_text() for t in a.legends[0].get_texts()}
     assert len(b.axes[0].patches) == len(windows(96, 320, 64, 0)); [o.savefig(os.devnull, format='png') for o in (a, b)]
+
+@pytest.mark.parametrize('size', [(3, 3000), (3000, 5), (1, 1), (1, 900)])
+def test_figures_of_strips(size):
+    rng = np.random.default_rng(0); y = rng.integers(0, 3, size).astype('uint8'); data = Fake([(rng.integers(0, 256, (3, *size)).astype('uint8'), y)], [0], [0]); seen = look(data, [0], {0: y})
+    for fig, most in (predictions_figure(seen, data.classes), 280), (scene_figure(seen[0], data.classes, tiles(size, PLAIN)), 700):
+        fig.savefig(os.devnull, format='png'); shapes = {o.images[0].get_array().shape[:2] for o in fig.axes if o.images}; k = -(-max(size) // most); assert shapes == {tuple(n // min(k, n) for n in size)}
+
+def test_scores_are_written_before_anything_is_drawn():
+    "A fault of a figure never costs a training."
+    for name in ('segment', 'change'):
+        cells = json.loads((Path(__file__).parents[1]/f'nbs/pipeline/{name}.ipynb').read_text())['cells']; code = ''.join(s for c in cells for s in [*c['source'], chr(10)] if c['cell_type'] == 'code')
+        assert 0 < code.index('stage.finish(') < code.index('stage.figure(')
 
 def test_the_largest_image_of_a_split():
     data = Fake([(np.zeros((3, h, w), 'uint8'), np.zeros((h, w), 'uint8')) for h, w in ((9, 9), (5, 20), (4, 4))], [0], [0, 2]); assert largest(data, [0, 2]) == 0 and largest(data, [0, 1, 2]) == 1
