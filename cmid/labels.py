@@ -275,7 +275,7 @@ def offset(
     r = np.fft.irfft2(cross / np.maximum(abs(cross), 1e-9), s=shape); at = np.unravel_index(r.argmax(), r.shape)
     return tuple(int(o - n if o > n // 2 else o) for o, n in zip(at, shape)), float(r.max() / max(r.std(), 1e-12))
 
-# %% ../nbs/24_labels.ipynb #609cf501
+# %% ../nbs/24_labels.ipynb #019d80ad
 FORMAT = 1 # of the folder, raised when older versions cannot read it
 OURS = 'manifest.json', 'images-*.bin', 'polygons.npy', 'classes.npy', 'difficult.npy'
 DATED, MASKED = {'change'}, {'segment', 'change'} # tasks with a second date, with a mask
@@ -284,6 +284,22 @@ def _is_ours(folder):
     "Was this folder written here?"
     try: return json.loads((folder/'manifest.json').read_text())['kind'] == 'labelled'
     except (OSError, ValueError, TypeError, KeyError, RecursionError): return False
+
+def _sound(m):
+    "Whether each key of a manifest that is read later holds what it must. Raises KeyError for one that is missing"
+    whole = lambda v, low=0, end=2**62: type(v) is int and low <= v < end
+    each = lambda v, ok: isinstance(v, list) and all(map(ok, v))
+    words = lambda v: each(v, lambda o: isinstance(o, str)) and 0 < len(v) == len({*v})
+    n, c = (len(m[k]) if isinstance(m[k], list) else 0 for k in ('names', 'classes')); detect = m['task'] == 'detect'
+    by_split = lambda v, ok: isinstance(v, dict) and isinstance(m['splits'], dict) and 0 < len(v) and {*v} == {*m['splits']} and all(map(ok, v.values()))
+    return dict(task=isinstance(m['task'], str) and m['task'] in FORMATS, bands=whole(m['bands'], 1, 2**16), names=words(m['names']), classes=words(m['classes']) and c < UNKNOWN, hash=isinstance(m['hash'], str) and m['hash'] != '',
+        splits=by_split(m['splits'], lambda v: each(v, lambda o: whole(o, 0, n)) and 0 < len(v) == len({*v})), unlabelled=each(m['unlabelled'], lambda o: isinstance(o, str) and o in m['splits']),
+        sizes=each(m['sizes'], lambda v: each(v, lambda o: whole(o, 1, 2**31)) and len(v) == 2) and len(m['sizes']) == n, shards=each(m['shards'], lambda o: isinstance(o, dict) and isinstance(o['file'], str) and whole(o['count'], 1)),
+        histogram=by_split(m['histogram'], lambda v: each(v, whole) and len(v) == c), ignored=by_split(m['ignored'], whole), objects=each(m['objects'], whole) and len(m['objects']) == n * detect,
+        gsd=each(m['gsd'], lambda o: o is None or isinstance(o, float)) and len(m['gsd']) == n * detect, audit=each(m['audit'], _is_finding))
+
+def _is_finding(o):
+    return isinstance(o, dict) and all(isinstance(o[k], str) for k in ('kind', 'level', 'text')) and type(o['count']) is int and isinstance(o['examples'], list) and all(isinstance(e, str) for e in o['examples'])
 
 class Labelled:
     "A folder that `label_dataset` wrote: images with masks, second dates or oriented boxes, memory-mapped."
@@ -300,6 +316,7 @@ class Labelled:
 
     def _open(self, m):
         if m['format'] != FORMAT: self._damaged(f"format {m['format']}, this version of cmid reads {FORMAT}")
+        for k, ok in _sound(m).items(): ok or self._damaged(f"manifest.json: {k} is not as the stage labels wrote it")
         self.task, self.classes, self.bands, self.names, self.hash = (m[k] for k in 'task classes bands names hash'.split())
         self.sizes = np.array(m['sizes'], 'i8').reshape(-1, 2); self.splits = {k: np.array(v, 'i8') for k, v in m['splits'].items()}; self._maps = {}
         self._planes = self.bands * (1 + (self.task in DATED)) + (self.task in MASKED); self._ends = np.cumsum([o['count'] for o in m['shards']]).astype('i8')
@@ -310,9 +327,7 @@ class Labelled:
         "What does not fit together is met here, not in the middle of a training"
         def need(ok, text):
             if not ok: raise ValueError(text)
-        n = len(self.names); need(self.task in FORMATS and isinstance(self.bands, int) and self.bands >= 1 and 0 < len(self.classes) < UNKNOWN, "task, bands and classes do not agree")
-        need(len(self.sizes) == n == self._ends[-1] and (self.sizes > 0).all(), "names, sizes and shards do not agree")
-        for k, v in self.splits.items(): need(v.ndim == 1 and len(v) and 0 <= v.min() and v.max() < n, f"split {k} names images that are not there")
+        n = len(self.names); need(n == self._ends[-1], "names and shards do not agree")
         if self.task == 'detect': self._check_boxes(need, n, *self._boxes)
         weights = self._planes * self.sizes.prod(1); self._starts = np.zeros(n, 'i8')
         for shard, a, b in zip(self.manifest['shards'], [0, *self._ends], self._ends):
@@ -321,7 +336,7 @@ class Labelled:
 
     def _check_boxes(self, need, n, xy, c, hard):
         total = (self._last[-1],)
-        need(len(self._last) == n and min(self.manifest['objects']) >= 0 and xy.shape == (*total, 4, 2) and c.shape == hard.shape == total, "boxes and images do not agree")
+        need(xy.shape == (*total, 4, 2) and c.shape == hard.shape == total, "boxes and images do not agree")
         need((xy.dtype, c.dtype, hard.dtype) == (np.float32, np.int64, bool) and np.isfinite(xy).all() and (not len(c) or 0 <= c.min() and c.max() < len(self.classes)), "boxes name classes or places that are not there")
 
     def __len__(self): return len(self.names)
@@ -390,7 +405,7 @@ def read_pixels(
             out[:, y:y+step] = x; holes += 0 if bad is None else int(bad.any(0).sum())
     return out, holes
 
-# %% ../nbs/24_labels.ipynb #56a8687b
+# %% ../nbs/24_labels.ipynb #424a461f
 class _Wrong(Exception): "What is wrong with one item"
 
 def _try(fn, path, *args):
@@ -415,7 +430,7 @@ def _truth(cfg, item, r):
     "The mask of an item; where a split has no labels, all of it is ignored"
     if (name := item[cfg.roles[-1]]) is None: r.arrays.append(np.full(r.size, IGNORE, np.uint8)); return
     lossy = cfg.lossy if name.lower().endswith(('.jpg', '.jpeg')) else None
-    mask, values, r.unknown = _try(read_mask, cfg.folder/name, lossy or cfg.table)
+    mask, values, r.unknown = _try(read_mask, cfg.folder/name, lossy or cfg.table); r.truth = hashlib.blake2b(mask, digest_size=16).hexdigest()
     if lossy: r.inexact = int(values[1] + values[3])
     else: r.values = values
     if mask.shape != r.size: raise _Wrong(f"{cfg.folder/name}: {_wh(mask.shape)} pixels, but {item[cfg.roles[0]]} has {_wh(r.size)}; an image and its label must be of equal size")
@@ -430,7 +445,7 @@ def _boxes(cfg, item, r):
 def _read_item(cfg, item, head):
     "Arrays, counts and remarks of one item"
     r = SimpleNamespace(arrays=[], size=head.size, geo=head.geo, notes=head.notes, counts=np.zeros(256, int), values=np.zeros(256, int), unknown={}, inexact=0,
-                        objects=None, holes=0, sha=hashlib.blake2b(digest_size=16), wrong=None, moved=None, apart=False)
+                        objects=None, holes=0, truth=None, sha=hashlib.blake2b(digest_size=16), wrong=None, moved=None, apart=False)
     try:
         dates = [_pixels_of(cfg, item, o, r) for o in cfg.roles[:1 + (cfg.task in DATED)]]
         if cfg.task in DATED and min(r.size) >= 64: r.moved = _moved_by(*dates)
@@ -549,14 +564,15 @@ def _refused(cfg, items, results):
         n = dict(zip(cfg.table.say, sum(r.values for r in results)))
         if n.get('1') and n.get('255'): raise CmidError(f"{cfg.at}: labels hold 0, 1 ({n['1']:,} px) and 255 ({n['255']:,} px); changed is either 1 or 255: convert them, or name what each stands for under classes")
 
-# %% ../nbs/24_labels.ipynb #59942487
+# %% ../nbs/24_labels.ipynb #1e5ec975
 def _copies(cfg, names, splits, results):
     "Findings about images of equal pixels, and images in two splits"
-    sha = np.array([o.sha for o in results]); _, group, size = np.unique(sha, return_inverse=True, return_counts=True)
-    same = [' = '.join(names[i] for i in np.flatnonzero(group == g)[:4]) for g in np.flatnonzero(size > 1)]
-    if same: yield _finding('duplicate', 'warning', (size[size > 1] - 1).sum(), "exact copies of another image", same)
+    groups, held = {}, {k: {results[i].sha for i in v} for k, v in splits.items()}
+    for name, r in zip(names, results): groups.setdefault(r.sha, []).append(name)
+    same = [o for o in groups.values() if len(o) > 1]
+    if same: yield _finding('duplicate', 'warning', sum(len(o) - 1 for o in same), "exact copies of another image", [' = '.join(o[:4]) for o in same])
     for a, b in combinations(splits, 2):
-        both = [names[i] for i in splits[b] if group[i] in {*group[splits[a]].tolist()}]
+        both = [names[i] for i in splits[b] if results[i].sha in held[a]]
         if both: yield _finding('leak', 'warning', len(both), f"images of {b} that are in {a} too", both)
 
 def _class_findings(cfg, splits, bare, counts):
@@ -588,7 +604,7 @@ def _findings(cfg, items, splits, bare, results, counts):
         if (n := sum(r.objects[key] for r in results if r.objects)): yield _finding(kind, 'warning', n, text, some(lambda r: r.objects and r.objects[key]))
     if cfg.task == 'detect' and (o := some(lambda r: r.objects and not len(r.objects['classes']))): yield _finding('empty', 'note', len(o), "images without an object", o)
 
-# %% ../nbs/24_labels.ipynb #736ce4b2
+# %% ../nbs/24_labels.ipynb #06e6f3b9
 def _write_boxes(part, results):
     "The boxes of all images as three arrays; how many each image has"
     none = dict(polygons=np.zeros((0, 4, 2), 'f4'), classes=np.zeros(0, 'i8'), difficult=np.zeros(0, bool)); rows = [r.objects or none for r in results]; made = hashlib.sha256()
@@ -603,7 +619,7 @@ def _write_manifest(part, cfg, items, splits, bare, results, shards):
         stretch=None if cfg.low is None else dict(percentiles=cfg.stretch, low=cfg.low, high=cfg.high), splits=splits, unlabelled=sorted(bare),
         histogram={k: v[:K].tolist() for k, v in counts.items()}, ignored={k: int(v[IGNORE]) for k, v in counts.items()},
         audit=[*_findings(cfg, items, splits, bare, results, {k: v[:K] for k, v in counts.items()})], shards=shards, names=[o[cfg.roles[0]] for o in items],
-        sizes=[list(r.size) for r in results], hashes=[r.sha for r in results], objects=boxes[0], objects_hash=boxes[1], gsd=[r.objects and r.objects['gsd'] for r in results if cfg.task == 'detect'])
+        sizes=[list(r.size) for r in results], hashes=[r.sha for r in results], truths=[r.truth for r in results], objects=boxes[0], objects_hash=boxes[1], gsd=[r.objects and r.objects['gsd'] for r in results if cfg.task == 'detect'])
     m['hash'] = hashlib.sha256(json.dumps({k: v for k, v in m.items() if k not in ('audit', 'shards')}, sort_keys=True).encode()).hexdigest(); write_json(part/'manifest.json', m)
 
 # %% ../nbs/24_labels.ipynb #a65abfb6

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FULL', 'LOCKED', 'Count', 'Natural', 'Share', 'Unit', 'Weight', 'Positive', 'Names', 'Pair', 'FORMATS', 'SECTIONS',
-           'DATA', 'CmidError', 'near', 'plain_name', 'writing', 'cli', 'Section', 'Dataset', 'Study', 'Prepare',
-           'Weights', 'Pretrain', 'Health', 'Probe', 'Reconstruct', 'Classify', 'Attention', 'Features',
+           'DATA', 'GROUPS', 'CmidError', 'near', 'plain_name', 'writing', 'cli', 'Section', 'Dataset', 'Study',
+           'Prepare', 'Weights', 'Pretrain', 'Health', 'Probe', 'Reconstruct', 'Classify', 'Attention', 'Features',
            'Correspondence', 'Task', 'Labels', 'Tuning', 'Segment', 'Change', 'Detect', 'Run', 'root', 'parse_yaml',
            'load_yaml', 'merge', 'check', 'Params', 'check_all', 'device', 'seed_everything', 'provenance', 'whole',
            'write_whole', 'write_json']
@@ -410,9 +410,10 @@ class Run(Section):
         if not re.fullmatch(r'auto|cpu|mps|cuda(:\d{1,3})?', self.device): raise ValueError(f"device: {self.device!r} is none of auto, cpu, mps, cuda and cuda:N{near(self.device, ('auto', 'cpu', 'mps', 'cuda', 'cuda:0'))}")
         return self
 
-# %% ../nbs/00_params.ipynb #35ad9f2a
+# %% ../nbs/00_params.ipynb #52609462
 SECTIONS = dict(study=Study, prepare=Prepare, labels=Labels, pretrain=Pretrain, health=Health, probe=Probe, classify=Classify, reconstruct=Reconstruct, attention=Attention, features=Features, correspondence=Correspondence, segment=Segment, change=Change, detect=Detect)
 DATA = 'dataset', 'labelled' # keys that name a dataset
+GROUPS = dict(datasets='datasets by name', tasks='images with labels by name; {} for none')
 
 # %% ../nbs/00_params.ipynb #1160b009
 def root(
@@ -490,7 +491,7 @@ def check(
     try: return model.model_validate(values)
     except ValidationError as e: raise CmidError(f"params.yaml: {_explain(e, model, where)}") from None
 
-# %% ../nbs/00_params.ipynb #59f25106
+# %% ../nbs/00_params.ipynb #89b95fa4
 class Params:
     "`params.yaml` with one profile laid over it; sections are attributes, checked when they are read."
     def __init__(self,
@@ -521,14 +522,20 @@ class Params:
         for o in section.probes if name == 'study' else [getattr(section, k) for k in DATA if hasattr(section, k)]: self.dataset(o)     # must be there
         return section
 
+    def _group(self, key, name=None):
+        "What params.yaml names under `datasets` or `tasks`; `name`, where one is asked for, is among it"
+        known, at = self.values.get(key), f'params.yaml: {key}'
+        if not isinstance(known, dict): raise CmidError(f"{at}: must hold {GROUPS[key]}")
+        if name is None: return known
+        if plain_name(name, at).lower().endswith('.partial'): raise CmidError(f"{at}: {name!r} ends like a folder that is being written; take a name without .partial")
+        if name not in known: raise CmidError(f"{at}: {name!r} is not there{near(name, known)}; known: {', '.join(map(str, known)) or 'none'}")
+        return known
+
     def dataset(self,
         name:str, # one of datasets
     ) -> Dataset: # its folder and lists
         "One dataset's entry. Raises `CmidError` with the near names."
-        known = self.values.get('datasets')
-        if not isinstance(known, dict): raise CmidError("params.yaml: datasets: must hold datasets by name")
-        plain_name(name, 'params.yaml: datasets')
-        if name not in known: raise CmidError(f"params.yaml: datasets: {name!r} is not there{near(name, known)}; known: {', '.join(known)}")
+        known = self._group('datasets', name)
         return check(Dataset, known[name], f'datasets.{name}')
 
     def task(self,
@@ -536,11 +543,8 @@ class Params:
         kind:str|None=None, # segment | change | detect, where it must be one of these
     ) -> Task: # its folder, splits and classes
         "One entry of tasks. Raises `CmidError` with the near names."
-        known = self.values.get('tasks')
-        if not isinstance(known, dict): raise CmidError("params.yaml: tasks: must hold images with labels by name")
-        plain_name(name, 'params.yaml: tasks')
-        if name not in known: raise CmidError(f"params.yaml: tasks: {name!r} is not there{near(name, known)}; known: {', '.join(known)}")
-        if name in self.values.get('datasets', {}): raise CmidError(f"params.yaml: tasks: {name!r} is the name of a dataset too, and both write prepared/{name}; rename one")
+        known = self._group('tasks', name)
+        if name in self._group('datasets'): raise CmidError(f"params.yaml: tasks: {name!r} is the name of a dataset too, and both write prepared/{name}; rename one")
         found = check(Task, known[name], f'tasks.{name}')
         if kind and found.task != kind: raise CmidError(f"params.yaml: study.{kind}: tasks.{name} is for {found.task}; name it there")
         return found
@@ -549,15 +553,23 @@ class Params:
         "A path of the study: relative ones are taken from its root."
         return self.root/relative
 
-# %% ../nbs/00_params.ipynb #6868147e
+# %% ../nbs/00_params.ipynb #621d1961
 def check_all(
     p:Params, # of a study
 ) -> Params: # the same
     "Check every section. Raises `CmidError` naming the first key that is wrong."
     for o in SECTIONS: getattr(p, o)
-    for o in p.values['datasets']: p.dataset(o)
-    for o in p.values['tasks']: p.task(o)
+    for o in p._group('datasets'): p.dataset(o)
+    for o in p._group('tasks'): p.task(o)
+    for kind in FORMATS: _check_splits(p, kind)
     return p
+
+def _check_splits(p, kind):
+    "What a stage learns from and scores must be a split of each task that it is run on"
+    section = getattr(p, kind)
+    for name in getattr(p.study, kind):
+        for k in ('train', 'test'):
+            if (o := getattr(section, k)) not in (known := p.task(name).splits): raise CmidError(f"params.yaml: {kind}.{k}: {o!r} is no split of tasks.{name}{near(o, known)}; known: {', '.join(known)}")
 
 # %% ../nbs/00_params.ipynb #c52f35e9
 def device(

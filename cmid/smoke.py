@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['DATASETS', 'OVER', 'CODES', 'TASKS', 'smoke_data', 'smoke_tasks', 'smoke_study']
 
-# %% ../nbs/24_smoke.ipynb #272ebfee
+# %% ../nbs/24_smoke.ipynb #712cb161
 import tempfile
 from pathlib import Path
 import yaml
 from .images import Prepared, prepare_dataset
-from .params import Params, load_yaml, merge, provenance, root, seed_everything, write_whole
+from .params import CmidError, Params, load_yaml, merge, provenance, root, seed_everything, write_whole
 
 # %% ../nbs/24_smoke.ipynb #4a6d5a92
 def smoke_data(
@@ -27,7 +27,7 @@ def smoke_data(
     for o in files:
         for name, content in o.items(): write_whole(Path(folder)/'data'/name, content)
 
-# %% ../nbs/24_smoke.ipynb #3e893b7d
+# %% ../nbs/24_smoke.ipynb #12c5dc65
 DATASETS = {o: dict(folder=f'data/{o}', lists=f'data/{o}') for o in ('pool', 'scenes')}
 OVER = dict(profile='smoke', device='cpu', deterministic=False, prepare=dict(tile=0, bands=None), pretrain=dict(dataset='pool', split=None), probe=dict(train='train', test='test'), classify=dict(train='train', test='test'), attention=dict(dataset='scenes', branch='student'), features=dict(split=None, branch='student'), correspondence=dict(dataset='scenes', branch='student'),
             labels=dict(bands=None), **{o: dict(train='train', test='test') for o in ('segment', 'change', 'detect')},
@@ -41,8 +41,9 @@ def smoke_tasks(
     folder, # the study's root: data/ is written there
     names, # of `TASKS`
 ):
-    "A little generated imagery with masks, second dates or boxes; the first ones of the sample data."
+    "A little generated imagery with masks, second dates or boxes; the first ones of the sample data. Raises `CmidError` for any other."
     from cmid import sample
+    if (other := [o for o in names if o not in TASKS]): raise CmidError(f"smoke: {other[0]!r} is no task of a smoke study, which has only {', '.join(TASKS)}; name one of these, or leave out --smoke")
     wanted = dict(land=(sample.segmentation_item, dict(train=4, val=2)), dates=(sample.change_item, dict(train=3, val=1, test=2)), objects=(sample.boxes_item, dict(train=3, val=2)))
     for make, counts in (wanted[o] for o in names):
         for split, i in ((k, i) for k, n in counts.items() for i in range(n)):

@@ -30,7 +30,7 @@ def with_set(
     hidden = isinstance(overlay, dict) and len(path) > 1 and path[1] in overlay                       # the profile speaks of it too, and would win
     return merge(values, merge(over, {'profiles': {values['profile']: deepcopy(over)}}) if hidden else over)      # a copy: YAML would write an alias
 
-# %% ../nbs/27_study.ipynb #d1c54f9c
+# %% ../nbs/27_study.ipynb #f8d20c6b
 HOW = 'seeds', 'stages', 'models'
 
 def study_params(
@@ -41,11 +41,13 @@ def study_params(
     "The project's parameters with a study's laid over. A study that names `datasets` or `tasks` brings all of its labelled images: `tasks`, and which of them are run, are its own."
     values = merge(base, {k: v for k, v in over.items() if k not in HOW})
     if 'datasets' in over: values['datasets'] = over['datasets']
-    if {'datasets', 'tasks'} & {*over}: values |= dict(tasks=over.get('tasks', {}), study=values.get('study', {}) | {k: over.get('study', {}).get(k, []) for k in FORMATS})
+    if {'datasets', 'tasks'} & {*over}:
+        own = over.get('study') if isinstance(over.get('study'), dict) else {}; values['tasks'] = over.get('tasks', {})
+        if isinstance(study := values.get('study', {}), dict): values['study'] = study | {k: own.get(k, []) for k in FORMATS}   # what is none is refused by its check
     for o in sets: values = with_set(values, o)
     return values
 
-# %% ../nbs/27_study.ipynb #267fccd6
+# %% ../nbs/27_study.ipynb #4bc3fd1c
 OWN = 'dvc.lock', 'results'  # of a study: the project's stay out of it
 
 def _git(work, *args):
@@ -72,7 +74,8 @@ def _clone(at, work):
 def _anchored(values, at):
     "Folders that are relative are those of the project, where it has them"
     for group, keys in dict(datasets=('folder', 'lists'), tasks=('folder',)).items():
-        for o in (o for o in (values.get(group) or {}).values() if isinstance(o, dict)): o.update({k: str(at/o[k]) for k in keys if isinstance(o.get(k), str) and (at/o[k]).exists()})
+        held = values[group].values() if isinstance(values.get(group), dict) else ()
+        for o in (o for o in held if isinstance(o, dict)): o.update({k: str(at/o[k]) for k in keys if isinstance(o.get(k), str) and (at/o[k]).exists()})
     return values
 
 def _check_folders(p, own):
@@ -92,18 +95,22 @@ def _borrow(at, work, own, inits):
         if (work/'models'/o).exists(): shutil.rmtree(work/'models'/o)
         shutil.copytree(there, work/'models'/o)
 
-# %% ../nbs/27_study.ipynb #694934db
+# %% ../nbs/27_study.ipynb #43fe181b
 def bring_back(
     work, # the clone
     to, # studies/<name>, or a folder in it for one seed
 ):
-    "Results (JSON only) take the place of those in the study's folder."
-    if not (Path(work)/'results').is_dir(): return
-    _remove(Path(to)/'results')
-    for o in sorted((Path(work)/'results').rglob('*.json')):
-        if 'curves' not in o.parts: write_whole(Path(to)/o.relative_to(work), o.read_text(encoding='utf-8'))
+    "Results (JSON only) take the place of those in the study's folder, all at once; a run that scored nothing leaves those that are there."
+    made, (now, new, old) = Path(work)/'results', (Path(to)/o for o in ('results', '.results.part', '.results.replaced'))
+    if old.exists() and not now.exists(): old.rename(now)                                     # an earlier one was stopped between the two renames
+    files = [o for o in sorted(made.rglob('*.json')) if 'curves' not in o.relative_to(made).parts]
+    if not any(o.name == 'metrics.json' for o in files): return
+    _remove(new); _remove(old)
+    for o in files: write_whole(new/o.relative_to(made), o.read_text(encoding='utf-8'))
+    if now.exists(): now.rename(old)
+    new.rename(now); _remove(old)
 
-# %% ../nbs/27_study.ipynb #be3db0a5
+# %% ../nbs/27_study.ipynb #91e6836c
 def run_study(
     folder, # studies/<name>
     sets=(), # assignments, see `with_set`
@@ -121,6 +128,7 @@ def run_study(
 def _targets(own, folder):
     "Stages that a study names"
     known, named = load_yaml(root()/'dvc.yaml')['stages'] if (root()/'dvc.yaml').exists() else {}, own.get('stages', [])
+    if not isinstance(named, list): raise CmidError(f"{folder/'params.yaml'}: stages: must be a list of stages (got {named!r})")
     for o in named:
         if o not in known: raise CmidError(f"{folder/'params.yaml'}: stages: {o!r} is none of dvc.yaml's{near(o, known)}")
     if 'models' in own and not named: raise CmidError(f"{folder/'params.yaml'}: models: names a study whose backbones are taken; name the stages to run with them too (stages: [labels, segment])")

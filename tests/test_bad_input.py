@@ -17,6 +17,7 @@ from cmid.images import Prepared, prepare, prepare_dataset
 from cmid.params import CmidError, Params, check_all, device, load_yaml, merge
 from cmid.pretrain import Batches, build, precision_of
 from cmid.probe import features, labelled_splits
+from cmid.smoke import smoke_tasks
 from cmid.stage import run_notebook
 from cmid.study import with_set
 from cmid.viz.reconstruct import load_decoder
@@ -138,6 +139,15 @@ PARAMS = [
     P('no section', lambda: without('probe'), 'params.yaml: probe: missing; add the section'),
     P('no key', lambda: without('pretrain.mask_ratio'), 'params.yaml: pretrain.mask_ratio: missing; add it'),
     P('no datasets', lambda: without('datasets'), 'params.yaml: datasets: must hold datasets by name'),
+    P('datasets of nothing', lambda: told() | dict(datasets=None), 'params.yaml: datasets: must hold datasets by name'),
+    P('no tasks', lambda: without('tasks'), 'params.yaml: tasks: must hold images with labels by name; {} for none'),
+    P('tasks of nothing', lambda: told() | dict(tasks=None), 'params.yaml: tasks: must hold images with labels by name; {} for none'),
+    P('tasks of nothing that are not run', lambda: told(study=dict(segment=[], change=[], detect=[])) | dict(tasks=None), 'params.yaml: tasks: must hold images with labels by name; {} for none'),
+    P('a task of nothing', lambda: told() | dict(tasks=dict(land=None)), 'params.yaml: tasks.land: missing'),
+    P('a task named like a working folder', lambda: told(tasks={'land.partial': told()['tasks']['land']}), "params.yaml: tasks: 'land.partial' ends like a folder that is being written"),
+    P('a dataset named like a working folder', lambda: told(datasets={'pool.Partial': dict(folder='a', lists='b')}), "params.yaml: datasets: 'pool.Partial' ends like a folder that is being written"),
+    *(S(f'{k}: a split that is none', f'{k}.{s}={v}', f"params.yaml: {k}.{s}: '{v}' is no split of tasks.{name} (did you mean '{s}'?); known: train") for k, name, s, v in
+      (('segment', 'land', 'train', 'trian'), ('change', 'dates', 'test', 'tset'), ('detect', 'objects', 'test', 'tests'))),
     P('misspelt key', lambda: told(pretrain=dict(mask_ratoi=.6)), "params.yaml: pretrain.mask_ratoi: unknown key (did you mean 'mask_ratio'"),
     P('misspelt section', lambda: told(pretrian={}), "params.yaml: pretrian: unknown section (did you mean 'pretrain'"),
     S('misspelt profile', 'profile=smoek', "params.yaml: profile: 'smoek'", "did you mean 'smoke'"),
@@ -448,6 +458,10 @@ def test_one_line_and_nothing_lost(case, tmp_path, monkeypatch):
     assert '\n' not in line and 'Traceback' not in line and len(line) < 700
     for o in case.says: assert o in line, line
     assert held(tmp_path) == before and not list(tmp_path.rglob('ran'))
+
+def test_a_smoke_study_has_tasks_of_its_own(tmp_path):
+    with pytest.raises(CmidError, match="smoke: 'other' is no task of a smoke study, which has only land, dates, objects"): smoke_tasks(tmp_path, ['land', 'other'])
+    assert not list(tmp_path.iterdir())
 
 def test_every_case_has_a_name_of_its_own():
     names = [o.id for o in CASES]; assert len(set(names)) == len(names) > 150
