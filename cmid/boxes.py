@@ -25,7 +25,7 @@ def convert(
     else: turn = w < h; quarters = 2 * ((t + turn * math.pi / 2 - STARTS[to]) / math.pi).floor() - turn.to(t.dtype)
     return torch.stack([x, y, torch.where(turn, h, w), torch.where(turn, w, h), t - quarters * (math.pi / 2)], -1)
 
-# %% ../nbs/34_boxes.ipynb #696e88cd
+# %% ../nbs/34_boxes.ipynb #9f750ac1
 CORNERS = (-1, 1, 1, -1), (-1, -1, 1, 1) # of a box, in halves of w and of h: clockwise on a screen
 
 def to_polygon(
@@ -33,7 +33,7 @@ def to_polygon(
 ) -> torch.Tensor: # (n, 4, 2): x, y in px, clockwise on a screen
     "Corners of boxes"
     x, y, w, h, t = boxes[..., None].unbind(-2); c, s = t.cos(), t.sin()
-    u, v = (boxes.new_tensor(o) * side / 2 for o, side in zip(CORNERS, (w, h)))
+    u, v = (torch.cat([k * side for k in o], -1) / 2 for o, side in zip(CORNERS, (w, h)))
     return torch.stack([x + c * u - s * v, y + s * u + c * v], -1)
 
 def bounds(
@@ -43,13 +43,13 @@ def bounds(
     x, y, w, h, t = boxes.unbind(-1); c, s = t.cos().abs() / 2, t.sin().abs() / 2; dx, dy = w * c + h * s, w * s + h * c
     return torch.stack([x - dx, y - dy, x + dx, y + dy], -1)
 
-# %% ../nbs/34_boxes.ipynb #51c22a5f
+# %% ../nbs/34_boxes.ipynb #711cc4fd
 def from_polygon(
     polygons:torch.Tensor, # (n, k, 2): x, y in px of k >= 2 points, in any order
 ) -> torch.Tensor: # (n, 5), le90
     "Rectangles of least area around points"
     middle = polygons.double().mean(1, keepdim=True); p = polygons - middle; i, j = torch.triu_indices(p.shape[1], p.shape[1], 1, device=p.device)
-    u = p[:, j] - p[:, i]; length = u.norm(dim=-1, keepdim=True); u = torch.where(length > 0, u / length, u.new_tensor([1., 0.])); v = torch.stack([-u[..., 1], u[..., 0]], -1)
+    u = p[:, j] - p[:, i]; length = u.norm(dim=-1, keepdim=True); u = torch.where(length > 0, u / length, torch.eye(2, dtype=u.dtype, device=u.device)[0]); v = torch.stack([-u[..., 1], u[..., 0]], -1)
     ends = [torch.stack([o.amin(-1), o.amax(-1)], -1) for o in (u @ p.mT, v @ p.mT)]                          # (n, lines, 2): reach along and across
     w, h = (o[..., 1] - o[..., 0] for o in ends); best = (w * h).argmin(1)
     centre = middle + u * ends[0].mean(-1, keepdim=True) + v * ends[1].mean(-1, keepdim=True)
@@ -72,7 +72,7 @@ def _area_within(x, y, W, H):
     start, stop = y + slope * off, y.roll(-1, 0) + slope * off.roll(-1, 0)
     return ((pressed - pressed.roll(-1, 0)) * _mean_clamped(start, stop, H)).sum(0)
 
-# %% ../nbs/34_boxes.ipynb #1a27ff1e
+# %% ../nbs/34_boxes.ipynb #546b4565
 def _measured(boxes):
     "Boxes as (7, n) of x, y, w, h, cos, sin, radius; those that are not finite are points at the origin"
     x, y, w, h, t = torch.where(boxes.isfinite().all(1, keepdim=True), boxes, 0.).to(torch.float32 if boxes.device.type == 'mps' else torch.float64).unbind(1)
@@ -82,7 +82,7 @@ def _measured(boxes):
 def _iou(a, b):
     "Of measured (7, p) pairs"
     x, y = a[0] - b[0], a[1] - b[1]; x, y = b[4] * x + b[5] * y, b[4] * y - b[5] * x                          # as b sees it
-    c, s = a[4] * b[4] + a[5] * b[5], a[5] * b[4] - a[4] * b[5]; u, v = (a.new_tensor(o)[:, None] * side / 2 for o, side in zip(CORNERS, a[2:4]))
+    c, s = a[4] * b[4] + a[5] * b[5], a[5] * b[4] - a[4] * b[5]; u, v = (torch.stack([k * side for k in o]) / 2 for o, side in zip(CORNERS, a[2:4]))
     area_a, area_b = a[2] * a[3], b[2] * b[3]; both = _area_within(x + c * u - s * v, y + s * u + c * v, b[2] / 2, b[3] / 2)
     both = both.clamp(min=0).minimum(area_a).minimum(area_b); either = area_a + area_b - both
     return torch.where(either > 0, both / torch.where(either > 0, either, 1.), 0.)

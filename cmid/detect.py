@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RATIOS', 'SPREAD', 'WIDEST', 'TIE', 'NEAR', 'OVERLAP', 'PRECISION', 'FINEST', 'CANDIDATES', 'PUBLISHED', 'SECOND',
-           'SHOWN', 'FEW', 'anchors_of', 'wrapped', 'encode_midpoints', 'decode_midpoints', 'assign', 'sampled',
+           'SHOWN', 'HARD', 'FEW', 'anchors_of', 'wrapped', 'encode_midpoints', 'decode_midpoints', 'assign', 'sampled',
            'Proposals', 'propose', 'overlaps', 'proposal_losses', 'encode_boxes', 'decode_boxes', 'pooled', 'BoxHead',
            'drawn', 'head_losses', 'frozen', 'OrientedRCNN', 'mirrored', 'stacked', 'Tiles', 'detect_image', 'scored',
            'fine_tune', 'detect', 'judged', 'detections_figure', 'scene_figure']
@@ -29,7 +29,7 @@ from .pyramid import STRIDES, Pyramid
 from .segment import picture
 from .views import step_generator
 
-# %% ../nbs/35_detect.ipynb #252e6384
+# %% ../nbs/35_detect.ipynb #2b4ebfb9
 RATIOS = .5, 1., 2. # height / width
 
 def anchors_of(
@@ -39,17 +39,19 @@ def anchors_of(
     device=None,
 ) -> list: # of a map: float (h * w * 3, 4), centre x, y, width, height in px
     "Upright boxes at all places of each map, row by row (section 3.1)."
-    root = torch.tensor(RATIOS, device=device).sqrt(); shapes = torch.stack([1 / root, root], 1) * anchor
+    root = torch.stack([torch.full((), o, device=device) for o in RATIOS]).sqrt(); shapes = torch.stack([1 / root, root], 1) * anchor
     def level(size, stride):
         y, x = torch.meshgrid(*(torch.arange(n, device=device) + .5 for n in size), indexing='ij')
         centres = torch.stack([x, y], 2).view(-1, 1, 2).expand(-1, len(RATIOS), 2)
         return torch.cat([centres, shapes.expand(len(centres), -1, -1)], 2).view(-1, 4) * stride
     return [level(*o) for o in zip(sizes, strides)]
 
-# %% ../nbs/35_detect.ipynb #12868299
+# %% ../nbs/35_detect.ipynb #caeb5480
 SPREAD = 1., 1., 1., 1., .5, .5 # what the six are divided by, so that the network's targets are of one size
 WIDEST = math.log(1000 / 16) # of the logarithms of sizes
 TIE = 1e-3 # px: of two vertices that are equally high, or nearly so, the right one is the topmost
+
+def _filled(numbers, like): "Numbers as a tensor, filled in where `like` is: a copy from the host would wait for it"; return torch.stack([like.new_full((), o) for o in numbers])
 
 def wrapped(
     angle:torch.Tensor, # radians, any
@@ -58,7 +60,7 @@ def wrapped(
     a = torch.remainder(angle + math.pi / 2, math.pi) - math.pi / 2
     return torch.where(a < math.pi / 2, a, a - math.pi)
 
-# %% ../nbs/35_detect.ipynb #407278ae
+# %% ../nbs/35_detect.ipynb #a5609422
 def encode_midpoints(
     anchors:torch.Tensor, # (n, 4): centre x, y, width, height
     boxes:torch.Tensor, # (n, 5)
@@ -67,14 +69,14 @@ def encode_midpoints(
     b = bounds(boxes); size = b[:, 2:] - b[:, :2]; x, y = to_polygon(torch.cat([torch.zeros_like(boxes[:, :2]), boxes[:, 2:]], 1)).unbind(2)
     k = torch.where(y <= y.amin(1, True) + TIE, x, -torch.inf).argmax(1, True)                                   # the topmost vertex; the next one, clockwise, is the right one
     moved, scaled = (boxes[:, :2] - anchors[:, :2]) / anchors[:, 2:], (size / anchors[:, 2:]).log()
-    return torch.cat([moved, scaled, torch.cat([x.gather(1, k), y.gather(1, (k + 1) % 4)], 1) / size], 1) / boxes.new_tensor(SPREAD)
+    return torch.cat([moved, scaled, torch.cat([x.gather(1, k), y.gather(1, (k + 1) % 4)], 1) / size], 1) / _filled(SPREAD, boxes)
 
 def decode_midpoints(
     anchors:torch.Tensor, # (n, 4)
     deltas:torch.Tensor, # (n, 6)
 ) -> torch.Tensor: # (n, 5), le90, no side under 1 px
     "The box that an anchor becomes: bounds, parallelogram, rectangle (equation 1 and figure 4)."
-    d = deltas * deltas.new_tensor(SPREAD); centre, size = anchors[:, :2] + d[:, :2] * anchors[:, 2:], anchors[:, 2:] * d[:, 2:4].clamp(-WIDEST, WIDEST).exp()
+    d = deltas * _filled(SPREAD, deltas); centre, size = anchors[:, :2] + d[:, :2] * anchors[:, 2:], anchors[:, 2:] * d[:, 2:4].clamp(-WIDEST, WIDEST).exp()
     shift, half = d[:, 4:].clamp(-.5, .5) * size, size / 2
     top, right = torch.stack([shift[:, 0], -half[:, 1]], 1), torch.stack([half[:, 0], shift[:, 1]], 1)          # from the centre: half the diagonals
     a, b = top.norm(dim=1, keepdim=True), right.norm(dim=1, keepdim=True); long = torch.maximum(a, b); top, right = top * long / a, right * long / b
@@ -176,7 +178,7 @@ def proposal_losses(
         out.append(torch.stack([F.binary_cross_entropy_with_logits(s[i], positive.float(), counted.float(), reduction='sum'), torch.where(positive, off, 0.).sum(), counted.sum()]))
     named, off, n = torch.stack(out).sum(0); return dict(objectness=named / n.clamp_min(1), offsets=off / n.clamp_min(1))
 
-# %% ../nbs/35_detect.ipynb #d9790f97
+# %% ../nbs/35_detect.ipynb #eb52f43c
 PRECISION = .1, .1, .2, .2, .1 # what the five are divided by
 
 def encode_boxes(
@@ -188,14 +190,14 @@ def encode_boxes(
     plain, turned = wrapped(boxes[:, 4] - rois[:, 4]), wrapped(boxes[:, 4] - rois[:, 4] + math.pi / 2); same = plain.abs() <= turned.abs()
     w, h = torch.where(same, w, h), torch.where(same, h, w)
     d = torch.stack([(c * x + s * y) / rois[:, 2], (c * y - s * x) / rois[:, 3], (w / rois[:, 2]).log(), (h / rois[:, 3]).log(), torch.where(same, plain, turned)], 1)
-    return d / boxes.new_tensor(PRECISION)
+    return d / _filled(PRECISION, boxes)
 
 def decode_boxes(
     rois:torch.Tensor, # (n, 5)
     deltas:torch.Tensor, # (n, 5)
 ) -> torch.Tensor: # (n, 5), le90, no side under 1 px
     "The boxes that proposals become."
-    d = deltas * deltas.new_tensor(PRECISION); c, s = rois[:, 4].cos(), rois[:, 4].sin(); x, y = (d[:, :2] * rois[:, 2:4]).T
+    d = deltas * _filled(PRECISION, deltas); c, s = rois[:, 4].cos(), rois[:, 4].sin(); x, y = (d[:, :2] * rois[:, 2:4]).T
     w, h = (rois[:, 2:4] * d[:, 2:4].clamp(-WIDEST, WIDEST).exp()).clamp_min(1).T
     return convert(torch.stack([rois[:, 0] + c * x - s * y, rois[:, 1] + s * x + c * y, w, h, rois[:, 4] + d[:, 4]], 1))
 
@@ -398,11 +400,16 @@ def scored(
     m = matched(found, [labelled.objects(i) for i in index], labelled.classes); both = {k: detection_map(m, k) for k in SECOND}
     return dict(images=len(index), objects=sum(sum(o) for o in m['truths'].values()), metric=metric) | both[metric] | {f'map50_{k}': both[k]['map'] for k in SECOND} | m
 
-# %% ../nbs/35_detect.ipynb #c1315133
+# %% ../nbs/35_detect.ipynb #dbc26411
 def _unfit(folder, labelled, tiles, name, card):
     "Raise what no training can mend"
     if card.in_chans != labelled.bands: raise CmidError(f"{labelled.folder}: images have {labelled.bands} bands, {folder} was made for {card.in_chans}; take the same bands (labels.bands), or pretrain on these")
     if not len(tiles): raise CmidError(f"{labelled.folder}: no image of split {name!r} has an object to learn from; look at classes and ignore of the task in params.yaml")
+
+def _rising(settings):
+    "Raise where steps or frozen stages make no sense"
+    if settings.steps != sorted({*settings.steps}): raise CmidError(f"params.yaml: detect.steps: {settings.steps} do not rise; name each epoch once, in order")
+    if settings.frozen_stages > 4: raise CmidError(f"params.yaml: detect.frozen_stages: {settings.frozen_stages} are more than the 4 stages that there are")
 
 def _lone(model, tiles, batch):
     "Raise where a batch norm that learns would see a single value"
@@ -423,8 +430,8 @@ def fine_tune(
     on:torch.device|None=None, # device
     say=print, # takes a line
 ) -> tuple: # (model in eval mode; epochs)
-    "Fine-tune the backbone of a folder on the tiles of some images; `CmidError` when bands differ or there is no object."
-    s = resolved(settings, read_card(folder).architecture, PUBLISHED); seed_everything(seed, torch.are_deterministic_algorithms_enabled()); encoder, card = load_backbone(folder, s.drop_path)
+    "Fine-tune the backbone of a folder on the tiles of some images; `CmidError` when bands differ, there is no object, or settings make no sense."
+    _rising(settings); s = resolved(settings, read_card(folder).architecture, PUBLISHED); seed_everything(seed, torch.are_deterministic_algorithms_enabled()); encoder, card = load_backbone(folder, s.drop_path)
     tiles = Tiles(labelled, index, s, card.mean, seed); _unfit(folder, labelled, tiles, s.train, card)
     model = OrientedRCNN(encoder, len(labelled.classes), s, frozen(encoder, card.method, s.frozen_stages)); _lone(model, tiles, s.batch); _said(model, card, say)
     epochs = train(model, tiles, range(len(tiles)), s, card.mean, card.std, 'detect', falling(s.steps), seed, on or device(), say)
@@ -444,20 +451,21 @@ def detect(
     found = [detect_image(model, labelled.image(i), settings, card.mean, card.std) for i in tqdm(test, desc='detect', unit=' images')]
     return scored(found, labelled, test, settings.metric) | dict(train_images=len(learnt), epoch=settings.epochs, scored_on_training=bool(np.isin(test, learnt).any())), epochs, found
 
-# %% ../nbs/35_detect.ipynb #fe2d1827
+# %% ../nbs/35_detect.ipynb #5f4c2d0f
 SHOWN = .3 # least score of what is drawn
+HARD = '#999999' # of what is found of difficult objects
 FEW = 30 # as many boxes have their scores written beside them
 
 def judged(
     found:dict, # of `detect_image`
     objects:dict, # of `Labelled`
-) -> tuple: # bool (n,): is it the first to find its object; bool (m,): was the object missed
-    "Detections of one image held against its objects, at an overlap of 1/2."
-    missed = np.ones(len(objects['classes']), bool); hits = np.zeros(len(found['classes']), bool)
-    if not len(missed) or not len(hits): return hits, missed
+) -> tuple: # bool (n,): is it the first to find its object; bool (n,): is it a false alarm; bool (m,): was the object missed
+    "Detections of one image held against its objects, at an overlap of 1/2; what is difficult is not missed, and it is not wrong to find it."
+    hard = np.asarray(objects['difficult'], bool); missed, hits = ~hard, np.zeros(len(found['classes']), bool); false = ~hits
+    if not len(missed) or not len(hits): return hits, false, missed
     best, which = torch.where(found['classes'][:, None] == torch.from_numpy(objects['classes']), rotated_iou(found['boxes'], from_polygon(torch.from_numpy(objects['polygons']))), 0.).max(1)
-    for k in (best > .5).nonzero().flatten().tolist(): hits[k], missed[which[k]] = missed[which[k]], False
-    return hits, missed
+    for k in (best > .5).nonzero().flatten().tolist(): hits[k], false[k], missed[which[k]] = missed[which[k]], not missed[which[k]] and not hard[which[k]], False
+    return hits, false, missed
 
 def _drawn(ax, image, groups, scores=None):
     "An image, and outlines in the colours of their groups: [(colour, (n, 4, 2))]; scores beside the boxes that have some"
@@ -479,16 +487,18 @@ def detections_figure(
     index, # numbers of images
     found:list, # of `detect_image`, of the same images
     least:float=SHOWN, # score
+    known:bool=True, # is it known what there is in these images?
 ): # matplotlib Figure, as wide as a phone
-    "Hits, false alarms and misses in some images, two a row; scores where boxes are few."
+    "Hits, false alarms and misses in some images, two a row; of images without labels all that is found. Scores where boxes are few."
     from matplotlib.figure import Figure
     rows = -(-len(index) // 2); tall = [max(labelled.sizes[i][0] / labelled.sizes[i][1] for i in index[k:k + 2]) for k in range(0, len(index), 2)]
     fig = Figure(figsize=(4.4, 2.1 * sum(tall) + .25 * rows + .4), dpi=80, layout='constrained'); axes = fig.subplots(rows, 2, squeeze=False, height_ratios=tall).ravel(); [o.axis('off') for o in axes[len(index):]]
     for ax, i, f in zip(axes, index, found):
-        f, objects = _above(f, least), labelled.objects(i); hits, missed = judged(f, objects); p = to_polygon(f['boxes']).numpy(); s = f['scores'].numpy()
-        _drawn(ax, labelled.image(i), [(COLOURS[2], p[hits]), (COLOURS[1], p[~hits]), (COLOURS[4], objects['polygons'][missed])], (s[hits], s[~hits]) if len(s) <= FEW else None)
-        ax.set_title(f"{hits.sum()} of {len(missed)} found, {(~hits).sum()} false", fontsize=8)
-    _legend(fig, [(COLOURS[2], 'found'), (COLOURS[1], 'false alarm'), (COLOURS[4], 'missed')]); fig.suptitle(f'score {least:g} and more, overlap above 1/2', fontsize=8); return fig
+        f, objects = _above(f, least), labelled.objects(i); hits, false, missed = judged(f, objects) if known else (o := np.ones(len(f['classes']), bool), ~o, np.zeros(len(objects['classes']), bool))
+        p, s, other = to_polygon(f['boxes']).numpy(), f['scores'].numpy(), ~hits & ~false; groups = [(COLOURS[2], hits), (COLOURS[1], false), (HARD, other)]
+        _drawn(ax, labelled.image(i), [(c, p[o]) for c, o in groups] + [(COLOURS[4], objects['polygons'][missed])], [s[o] for _, o in groups] if len(s) <= FEW else None)
+        ax.set_title(f"{hits.sum()} of {(~np.asarray(objects['difficult'], bool)).sum()} found, {false.sum()} false" if known else f"{len(s)} found, without labels", fontsize=8)
+    _legend(fig, [(COLOURS[2], 'found')] + [(COLOURS[1], 'false alarm'), (COLOURS[4], 'missed')] * known); fig.suptitle(f'score {least:g} and more' + ', overlap above 1/2' * known, fontsize=8); return fig
 
 def scene_figure(
     image, # uint8 (C, H, W)

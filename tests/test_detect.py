@@ -236,9 +236,26 @@ def test_learns_by_heart_and_says_so(models):
     assert r['map'] >= .9 and r['map'] == r['map50_voc07'] and (r['images'], r['objects'], r['train_images'], r['epoch'], r['scored_on_training'], r['metric']) == (3, 8, 3, 45, True, 'voc07')
     assert json.loads(json.dumps(r, allow_nan=False)) == r and list(r['per_class']) == data.classes and sum(o['objects'] for o in r['per_class'].values()) == 8 and len(r['matches']['red']) == r['per_class']['red']['detections']
     assert r['per_class']['red']['detections'] == sum((o['classes'] == 0).sum().item() for o in found) and len(epochs) == 45 and epochs[-1]['loss'] < epochs[0]['loss'] and len([o for o in said if o.startswith('epoch ')]) == 45
-    hits = [judged({k: v[o['scores'] > .5] for k, v in o.items()}, data.objects(i)) for i, o in enumerate(found)]; assert sum(m.sum() for _, m in hits) <= 1
-    fig = detections_figure(data, [0, 1, 2], found); assert [ax.get_title() for ax in fig.axes[:3]] == [f"{(h := judged({k: v[f['scores'] >= .3] for k, v in f.items()}, data.objects(i)))[0].sum()} of {len(h[1])} found, {(~h[0]).sum()} false" for i, f in enumerate(found)]
+    hits = [judged({k: v[o['scores'] > .5] for k, v in o.items()}, data.objects(i)) for i, o in enumerate(found)]; assert sum(m.sum() for *_, m in hits) <= 1
+    fig = detections_figure(data, [0, 1, 2], found); assert [ax.get_title() for ax in fig.axes[:3]] == [f"{(h := judged({k: v[f['scores'] >= .3] for k, v in f.items()}, data.objects(i)))[0].sum()} of {len(h[2])} found, {h[1].sum()} false" for i, f in enumerate(found)]
     scene = scene_figure(data.image(0), found[0], data.classes, windows(96, 96, 64, 16)); assert len(scene.axes[0].patches) == 4 and f"{(found[0]['scores'] >= .3).sum()} detections" in scene.axes[0].get_title(); scene.canvas.draw()
+
+def test_what_is_difficult_or_without_labels_is_not_held_against_it():
+    "Of two bars one is difficult: neither found nor missed, and detections of it are not false. Without labels nothing is false."
+    data = Bars(each=2); p = data.objects(0)['polygons']; data.made[0][1]['difficult'][1] = True
+    f = dict(boxes=from_polygon(torch.tensor(p)), scores=torch.tensor([.9, .8]), classes=torch.tensor([0, 1])); none = {k: v[:0] for k, v in f.items()}; title = lambda *o, **more: [ax.get_title() for ax in detections_figure(data, [0], *o, **more).axes[:1]]
+    assert [o.tolist() for o in judged(f, data.objects(0))] == [[True, False], [False, False], [False, False]] and [o.tolist() for o in judged(none, data.objects(0))] == [[], [], [True, False]]
+    assert title([f]) == ['1 of 1 found, 0 false'] and title([none]) == ['0 of 1 found, 0 false']
+    data.made[0] = data.made[0][0], {k: v[:0] for k, v in data.objects(0).items()}; assert title([f]) == ['0 of 0 found, 2 false'] and title([f], known=False) == ['2 found, without labels']
+
+def test_a_step_copies_no_numbers_from_the_host(monkeypatch):
+    "Forward and backward of a step make no tensor of numbers of Python's, which on a GPU would be a copy to wait for; values are the same."
+    net = network().train(); x, boxes = torch.randn(2, 3, 64, 96), [torch.tensor([[30., 30., 24., 12., .4], [70., 40., 30., 20., -1.]]), torch.zeros(0, 5)]; labels = [torch.tensor([0, 2]), torch.zeros(0, dtype=torch.long)]
+    row = module._filled(module.PRECISION, x); assert torch.equal(row, torch.tensor(module.PRECISION)); assert torch.equal(to_polygon(boxes[0])[0, 0], to_polygon(boxes[0].flip(0))[1, 0])
+    from sys import _getframe; asked = []
+    def seen(f): return lambda *o, **k: (asked.append(_getframe(1).f_globals['__name__']), f(*o, **k))[1]
+    for at, o in ((torch, 'tensor'), (torch, 'as_tensor'), (torch, 'from_numpy'), (torch.Tensor, 'new_tensor')): monkeypatch.setattr(at, o, seen(getattr(at, o)))
+    sum(net(x, (boxes, labels)).values()).backward(); assert not [o for o in asked if o.startswith('cmid')], asked                    # torchvision's suppression makes one
 
 def test_two_runs_agree_bit_for_bit(models):
     data, runs = Bars(each=3), []
@@ -259,5 +276,7 @@ def test_what_is_wrong_is_named(models):
     with pytest.raises(CmidError, match="bars: no image of split 'none' has an object to learn from"): go(train='none')
     with pytest.raises(CmidError, match='images have 3 bands, .*random-resnet18-5 was made for 5; take the same bands'): go(models(bands=5))
     with pytest.raises(CmidError, match='detect.batch: batch norm would see one tile of 32 px'): detect(models(), Bars(((32, 32), (64, 64)), 1), changed(QUICK, batch=1), on=CPU, say=quiet)
+    with pytest.raises(CmidError, match=r'detect.steps: \[11, 8\] do not rise'): go(steps=[11, 8])
+    with pytest.raises(CmidError, match='detect.frozen_stages: 5 are more than the 4'): go(frozen_stages=5)
     with pytest.raises(CmidError, match='detect.precision: float16 needs a GPU'): go(precision='float16')
     with pytest.raises(CmidError, match=r'loss is not finite at step \d+ .*lower detect.lr'): go(lr=1e30, epochs=20, optimiser='sgd', clip=None)
