@@ -11,7 +11,7 @@ __all__ = ['WORK', 'HEADS', 'NAMES', 'JINJA', 'MARKS', 'INK', 'QUALITY', 'ROW', 
            'looked', 'attentions', 'why', 'segmentations', 'changes', 'detections', 'pretraining', 'reconstructions',
            'datasets', 'annotations', 'folded', 'parameters', 'record_rows', 'provenance_table', 'html']
 
-# %% ../nbs/49_report.ipynb #9777147c
+# %% ../nbs/49_report.ipynb #cbafe45e
 import base64, io
 from pathlib import Path
 import numpy as np
@@ -21,7 +21,7 @@ from PIL import Image
 from .params import SECTIONS as PARAMETERS, CmidError
 from .health import CURVES, HEALTH, curves_figure, health_figure, lines_of
 from .probe import accuracy_figure
-from .results import KINDS, TASKS, Result, accuracy_rows, cells, leftovers, missing, most, params_of, probe_rows, read_json, results, score_rows, task_rows
+from .results import KINDS, TASKS, Result, accuracy_rows, cells, checked, leftovers, missing, most, params_of, probe_rows, read_json, results, score_rows, task_rows
 from .results import _need, _pick
 from .viz.features import embeddings_figure
 
@@ -417,7 +417,7 @@ def pretraining(root):
     found = results(root, 'pretrain')
     return render(PRETRAINED, runs=[_pretrained(k, o) for (k,), o in found.items()]) if found else None
 
-# %% ../nbs/49_report.ipynb #8a73a2d6
+# %% ../nbs/49_report.ipynb #ba0a14b2
 def reconstructions(root):
     "What the students paint where they cannot see."
     found = {k: o for (k,), o in results(root, 'reconstruct').items()}
@@ -452,7 +452,7 @@ ANNOTATED = '''
 
 def annotations(root):
     "Images with masks, pairs or boxes: what was read, and what its audit found."
-    found = {k: o for (k,), o in results(root, 'labels').items()}; _need(found.values(), 'task', 'images', 'bands', 'sizes', 'findings')
+    found = {k: checked('labels', o) for (k,), o in results(root, 'labels').items()}
     return render(ANNOTATED, found=found, image=image) if found else None
 
 # %% ../nbs/49_report.ipynb #d90b1b8c

@@ -237,3 +237,44 @@ def test_photographs_become_light(study):
     src = re.search('src="([^"]+)"', report.image(at, 'x'))[1]
     if len(b64decode(src.split(',')[1])) < at.stat().st_size: assert src.startswith('data:image/jpeg')
     assert Image.open(io.BytesIO(b64decode(src.split(',')[1]))).size == (400, 300) and b64decode(re.search('base64,([^"]+)', report.image(flat, 'x'))[1]) == flat.read_bytes()
+
+
+# files that were damaged in shape
+
+EACH = dict(segment='land', change='dates', detect='objects')
+
+def broken(stage, m):
+    "Ways in which the metrics of a stage can be wrong, and what is said of each."
+    one, head = next(iter(m.get('matches', {'x': 0}))), dict(m.get('heads', {}).get('bit', {}))
+    return dict(
+        segment=[(dict(per_image=[[1, 2]]), 'per_image is not of its images'), (dict(per_image=[[1, 2]] * 8), 'per_image is not of its classes'), (dict(per_class=None), 'per_class'), (dict(per_class={}), 'per_class is not of its classes'), (dict(miou='x', per_image='x'), 'per_image')],
+        change=[(dict(heads=dict(foo=head)), 'heads.foo'), (dict(heads=3), 'heads'), (dict(heads=dict(bit=head | dict(per_image=[[1, 2]] * 8))), 'heads.bit.per_image.0'), (dict(heads=dict(bit=head | dict(per_image=[]))), 'per_image is not of its images')],
+        detect=[(dict(images=3), 'truths are not of its images'), (dict(matches=m.get('matches', {}) | {one: [[99, .9, 1]]}), 'matches are not of its images'), (dict(matches=m.get('matches', {}) | {one: [[-1, .9, 1]]}), 'matches are not of its images'),
+                (dict(metric='foo'), 'metric'), (dict(truths={}), 'not of the same classes'), (dict(truths={}, matches={}), 'not of the same classes'), (dict(matches=[3]), 'matches')],
+        labels=[(dict(images=3), 'images'), (dict(findings=['a']), 'findings.0'), (dict(sizes=[]), 'sizes'), (dict(bands=None), 'bands')])[stage]
+
+@pytest.mark.parametrize('stage', ['segment', 'change', 'detect'])
+def test_damage_in_shape_is_named(study, plain, stage):
+    "Words, numbers and rows each end in one line that names the file; the page has it in its place, and stands."
+    at = study / 'results' / stage / EACH[stage] / 'cmid-resnet18/metrics.json'; m = json.loads(at.read_text())
+    for more, said in broken(stage, m):
+        change(at, **more)
+        for f in (report.headlines, report.summary, lambda o: results.task_rows(o, stage)):
+            with pytest.raises(CmidError, match=rf'cmid-resnet18/metrics.json: is damaged \(.*{re.escape(said)}.*\); run its stage again'): f(study)
+        write_json(at, m)
+    change(at, **more); text = page(study).text; assert text.count(f'{EACH[stage]}/cmid-resnet18/metrics.json: is damaged') == 2 and '1,000 steps' in text and 'Frozen features' in text   # in short, and its section
+    write_json(at, {k: v for k, v in m.items() if k != 'images'})
+    with pytest.raises(CmidError, match='metrics.json: has no images; run its stage again'): report.summary(study)
+
+def test_damaged_labels_are_named(study, plain):
+    at = study / 'results/labels/land/metrics.json'; m = json.loads(at.read_text())
+    for more, said in broken('labels', m):
+        write_json(at, m | more)
+        with pytest.raises(CmidError, match=rf'land/metrics.json: is damaged \(.*{re.escape(said)}'): report.annotations(study)
+    text = page(study).text; assert text.count('land/metrics.json: is damaged') == 1 and 'is not explained' in text
+
+def test_draws_are_counted_once_as_long_as_files_stay(study, plain, monkeypatch):
+    counted = []; drawn = results._drawn; monkeypatch.setattr(results, '_drawn', lambda stage, *o: (counted.append(stage), drawn(stage, *o))[1])
+    page(study); report.summary(study); first = len(counted); report.headlines(study); assert first == len(counted) == 4 * (1 + 2 + 1)                # inits; change has two heads
+    results.task_rows(study, 'detect')[0]['init'] = 'mine'; assert results.task_rows(study, 'detect')[0]['init'] == 'cmid-resnet18'
+    change(study / 'results/detect/objects/cmid-resnet18/metrics.json', scored_on_training=True); assert results.task_rows(study, 'detect')[0]['on_training'] and len(counted) == first + 4
