@@ -8,8 +8,9 @@ __all__ = ['WORK', 'HEADS', 'NAMES', 'JINJA', 'MARKS', 'INK', 'QUALITY', 'ROW', 
            'RECORD', 'RECORDS', 'PAGES', 'STYLE', 'FIRST', 'PAGE', 'percent', 'points', 'share', 'verdict', 'sentence',
            'purified', 'found_again', 'painted', 'detected', 'warned', 'headlines', 'summary', 'number', 'mark', 'soft',
            'render', 'picture', 'image', 'table', 'probes', 'shown', 'fine_tuning', 'spaces', 'correspondences',
-           'looked', 'attentions', 'why', 'segmentations', 'changes', 'detections', 'pretraining', 'reconstructions',
-           'datasets', 'annotations', 'folded', 'parameters', 'record_rows', 'provenance_table', 'html']
+           'looked', 'attentions', 'trivial', 'why', 'segmentations', 'changes', 'detections', 'pretraining',
+           'reconstructions', 'datasets', 'annotations', 'folded', 'parameters', 'record_rows', 'provenance_table',
+           'html']
 
 # %% ../nbs/49_report.ipynb #cbafe45e
 import base64, io
@@ -325,7 +326,7 @@ def attentions(root):
     kinds = 'Where a backbone looks, and how much of the image holds most of it. A CNN has no attention: shown is how much each place resembles the pooled feature.' if any('cosine' in _pick(o, 'kind') for o in found.values()) else 'Where a backbone looks, and how much of the image holds most of it.'
     return render(LOOKS, found=found, image=image, shown=shown, looked=looked, kinds=kinds) if found else None
 
-# %% ../nbs/49_report.ipynb #145b0ee2
+# %% ../nbs/49_report.ipynb #3d5d6fa8
 TASK = '''
 {% for d in datasets %}
 <h3>{{ d.name }}</h3>
@@ -333,7 +334,7 @@ TASK = '''
 {% for caption, rows in d.tables.items() %}
 <div class="scroll" tabindex="0" role="region" aria-label="{{ caption }} on {{ d.name }}"><table>
 <caption><b>{{ caption }}</b>: with its 95 % interval over images, differences in points</caption>
-{{ head(caption) }}<tbody>{% for o in rows %}{{ row(o, o.score) }}{% endfor %}</tbody></table></div>
+{{ head(score) }}<tbody>{% for o in rows %}{{ row(o, o.score) }}{% endfor %}</tbody></table></div>
 {% endfor %}
 {% for k, o in d.found.items() %}{{ shown(k, image(o.folder/(stage_figure + '.png'), 'What ' + k + ' says of ' + d.name + ', beside what is true.')) }}{% endfor %}
 {% for k, o in d.found.items() %}
@@ -347,7 +348,7 @@ TASK = '''
 {% endfor %}
 <p class="quiet">{{ note }}</p>
 '''
-DRAWN = 'Scores are counted over all test images together; intervals come from drawing these images anew two thousand times, the same draws for all backbones. They know the chance in the choice of images, not that of another seed'
+DRAWN = 'Scores are counted over all test images together; intervals come from drawing these images anew two thousand times, the same draws for all backbones. They know the chance in the choice of images, not that of another seed, and over fewer than some twenty images they are too narrow'
 SHOWN = dict(segment=('predictions', True, ('IoU', 'F1', 'precision', 'recall', 'pixels')), change=('predictions', False, ('precision', 'recall', 'F1', 'IoU', 'all pixels', 'F1 as published')), detect=('detections', True, ('AP', 'objects', 'detections')))
 
 def _details(stage, m):
@@ -355,11 +356,20 @@ def _details(stage, m):
     if stage == 'change': return [(HEADS[k], [o[f] for f in ('precision', 'recall', 'f1', 'iou', 'oa')] + [o['published_protocol']['f1']]) for k, o in m['heads'].items()]
     keys = ('iou', 'f1', 'precision', 'recall', 'pixels') if stage == 'segment' else ('ap', 'objects', 'detections'); return [(k, [o[f] for f in keys]) for k, o in m['per_class'].items()]
 
+def trivial(
+    stage:str, # segment | change | detect
+    m:dict, # metrics.json of the stage
+) -> str:
+    "What an answer scores that looks at no image: the most frequent class everywhere, or change everywhere."
+    if stage == 'segment': n = np.array(m['confusion']).sum(1); return f" Calling every pixel {m['classes'][n.argmax()]} scores {percent(n.max() / n.sum() / (n > 0).sum())}."
+    if stage == 'change': tp, fp, fn, tn = np.sum(next(iter(m['heads'].values()))['per_image'], 0); return f" Calling every pixel changed scores {percent(2 * (tp + fn) / (2 * (tp + fn) + fp + tn))}."
+    return ''
+
 def _of(stage, rows, found):
     "How much was learnt from and scored, in words"
     m = next(iter(found.values())).metrics; o = rows[0]; on = 'the same images are scored' if o['on_training'] else f"{o['images']:,} other images are scored, whole"
     said = f"{o['train_images']:,} images are learnt from, {on}."
-    return said + (f" Over {m['objects']:,} objects; average precision by {dict(voc07='eleven points', area='the area under the curve')[m['metric']]}, at a rotated IoU of one half." if stage == 'detect' else ' F1 as published is the mean over batches; it is no figure to compare.' if stage == 'change' else '')
+    return said + trivial(stage, m) + (f" Over {m['objects']:,} objects; average precision by {dict(voc07='eleven points', area='the area under the curve')[m['metric']]}, at a rotated IoU of one half." if stage == 'detect' else ' F1 as published is the mean over batches; it is no figure to compare.' if stage == 'change' else '')
 
 def why(
     root, # the study's
@@ -383,8 +393,9 @@ def _task(root, stage):
         for o in mine: tables.setdefault(WORK[stage][1] + (f" of {HEADS[o['head']]}" if o['head'] else ''), []).append(o)
         datasets.append(dict(name=name, found=found, tables=tables, said=_of(stage, mine, found) if mine else 'Nothing could be scored: there is nothing in the test images that counts.'))
     note = f"{DRAWN}. {why(root, rows)}" if rows else ''
-    return table(TASK, root, datasets=datasets, stage_figure=figure, scene=scene, columns=columns, details=lambda m: _details(stage, m), image=image, shown=shown, note=note)
+    return table(TASK, root, datasets=datasets, stage_figure=figure, score=WORK[stage][1], scene=scene, columns=columns, details=lambda m: _details(stage, m), image=image, shown=shown, note=note)
 
+# %% ../nbs/49_report.ipynb #7242acca
 def segmentations(root): "Segmentation: mIoU, each class, predictions."; return _task(root, 'segment')
 def changes(root): "Change detection: F1 of each head, predictions."; return _task(root, 'change')
 def detections(root): "Oriented detection: mAP, each class, boxes."; return _task(root, 'detect')
