@@ -47,7 +47,7 @@ def study_params(
     for o in sets: values = with_set(values, o)
     return values
 
-# %% ../nbs/27_study.ipynb #4bc3fd1c
+# %% ../nbs/27_study.ipynb #de12149d
 OWN = 'dvc.lock', 'results'  # of a study: the project's stay out of it
 
 def _git(work, *args):
@@ -80,12 +80,12 @@ def _anchored(values, at):
 
 def _check_folders(p, own):
     "The folders of every dataset, unless none is read, and of every task must be there before anything is run."
-    for name in p.values.get('tasks') or {}:
-        if not p.path(folder := p.task(name).folder).is_dir(): raise CmidError(f"tasks.{name}.folder: {folder} is no folder; name it with --set tasks.{name}.folder=/where/it/is")
     for name in () if 'models' in own else p.values.get('datasets') or {}:
         d = p.dataset(name)
         for k in ('folder', 'lists'):
             if not p.path(getattr(d, k)).is_dir(): raise CmidError(f"datasets.{name}.{k}: {getattr(d, k)} is no folder; name it with --set datasets.{name}.{k}=/where/it/is")
+    for name in p.values.get('tasks') or {}:
+        if not p.path(folder := p.task(name).folder).is_dir(): raise CmidError(f"tasks.{name}.folder: {folder} is no folder; name it with --set tasks.{name}.folder=/where/it/is")
 
 def _borrow(at, work, own, inits):
     "Backbones of another study, copied"

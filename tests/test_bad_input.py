@@ -426,6 +426,7 @@ STUDIES = [
     Y('misspelt key', "params.yaml: pretrain.epoch: unknown key (did you mean 'epochs'?)", own='pretrain: {epoch: 3}'),
     Y('dataset that is a command', "params.yaml: datasets: 'x; touch ran' is no name", own='datasets: {"x; touch ran": {folder: a, lists: b}, pool: {folder: a, lists: b}, scenes: {folder: a, lists: b}}'),
     Y('folder of images that is not there', 'datasets.pool.folder: data/pool is no folder; name it with --set datasets.pool.folder=/where/it/is'),
+    Y('folder of labels that is not there', 'tasks.land.folder: data/segmentation is no folder; name it with --set tasks.land.folder=/where/it/is', *(f'datasets.{o}.{k}=.' for o in ('pool', 'scenes') for k in ('folder', 'lists'))),
     Y('set without a value', '--set pretrain.epochs: write KEY=VALUE', 'pretrain.epochs'),
     Y('set a misspelt key', "--set pretrain.epoch: pretrain.epoch is no parameter (did you mean 'epochs'?)", 'pretrain.epoch=3'),
     Y('set what is no YAML', '--set pretrain.betas: not valid YAML', 'pretrain.betas=[1, 2'),
