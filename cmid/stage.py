@@ -114,7 +114,7 @@ def known_parameters(
     if not found: raise CmidError(f"{notebook}: no cell is tagged 'parameters'")
     return found
 
-# %% ../nbs/26_stage.ipynb #41bf5e4a
+# %% ../nbs/26_stage.ipynb #8c2135dd
 MENDED = 'CmidError', 'Damaged', 'Unusable', 'FileNotFoundError', 'FileExistsError', 'PermissionError', 'NotADirectoryError', 'IsADirectoryError'  # errors of a notebook that end in one line
 
 def _one_line(e, name):
@@ -134,12 +134,13 @@ def run_notebook(
     import papermill
     from nbclient.exceptions import DeadKernelError
     known = known_parameters(notebook)
+    end = 'graceful' if parameters.get('smoke') else 'immediate'             # everything is on disk; only a temporary study is left to be removed, and a process with torch takes more than a second to end by itself
     for o in parameters:
         if o not in known: raise CmidError(f"{notebook}: has no parameter {o!r}{near(o, known)}; known: {', '.join(known)}")
     name = Path(notebook).stem; logging.getLogger('papermill').setLevel(logging.CRITICAL)   # what is wrong is said below, once
     with writing(out):
         Path(out).parent.mkdir(parents=True, exist_ok=True)
-        try: papermill.execute_notebook(str(notebook), str(out), parameters, kernel_name='python3', progress_bar=False, log_output=True, stdout_file=sys.stdout, stderr_file=sys.stderr, cwd=str(Path.cwd()), extra_arguments=['--IPKernelApp.log_level=50'], **hooks)
+        try: papermill.execute_notebook(str(notebook), str(out), parameters, kernel_name='python3', progress_bar=False, log_output=True, stdout_file=sys.stdout, stderr_file=sys.stderr, cwd=str(Path.cwd()), extra_arguments=['--IPKernelApp.log_level=50'], shutdown_kernel=end, **hooks)
         except papermill.PapermillExecutionError as e: _one_line(e, name)
         except DeadKernelError: raise CmidError(f"{name}: its process was killed (out of memory?); run again, it goes on where it was") from None
         except OSError: Path(out).unlink(missing_ok=True); raise # the copy was cut short
