@@ -326,7 +326,7 @@ def attentions(root):
     kinds = 'Where a backbone looks, and how much of the image holds most of it. A CNN has no attention: shown is how much each place resembles the pooled feature.' if any('cosine' in _pick(o, 'kind') for o in found.values()) else 'Where a backbone looks, and how much of the image holds most of it.'
     return render(LOOKS, found=found, image=image, shown=shown, looked=looked, kinds=kinds) if found else None
 
-# %% ../nbs/49_report.ipynb #3d5d6fa8
+# %% ../nbs/49_report.ipynb #29ff9588
 TASK = '''
 {% for d in datasets %}
 <h3>{{ d.name }}</h3>
@@ -378,8 +378,8 @@ def why(
     "Why a pretrained backbone does not win, as far as the study can tell; nothing where each does."
     lost = dict.fromkeys(o['init'] for o in rows for a in o['against'] if a['low'] <= 0); runs = {k: o for (k,), o in results(root, 'pretrain').items()}
     seen = {k: r.run['images'] * r.run['parameters']['epochs'] for k in lost if (r := runs.get(k)) and 'images' in r.run and 'epochs' in r.run.get('parameters', {})}
-    said = ''.join(f" {k} was pretrained on {v:,} views of images, {v / SEEN:.1g} of the published {SEEN:,}." for k, v in seen.items())
-    return f"{' and '.join(lost)} {'does' if len(lost) == 1 else 'do'} not win here.{said} {rows[0]['images']} test images tell only large differences." if lost else ''
+    said = ''.join(f" {k} was pretrained on {v:,} images (each as often as it was seen), one for {round(SEEN / v):,} of the published {SEEN:,}." for k, v in seen.items())
+    return f"{' and '.join(lost)} {'does' if len(lost) == 1 else 'do'} not win every comparison here.{said} {rows[0]['images']} test images tell only large differences." if lost else ''
 
 SEEN = 990848 * 200 # images x epochs of the published pretraining on MillionAID (section IV-A)
 
