@@ -237,7 +237,7 @@ def command(
     sets = [f' \\\n  --set {k}=/where/{what}' for k, what in named]
     return f"```bash\ncmid_study studies/{Path(study).name}{''.join(sets)}\n```"
 
-# %% ../nbs/60_readme.ipynb #4e17d8f8
+# %% ../nbs/60_readme.ipynb #d5d1e7e2
 def _scored(root, dataset, rows):
     "One dataset's table, with what it is of"
     runs = {i: o for (d, i), o in results(root, 'probe').items() if d == dataset}; mine = [i for (i,) in results(root, 'pretrain') if i in runs]
@@ -274,10 +274,11 @@ def seed_table(
 ) -> str: # Markdown, or nothing
     "Means over seeds with standard deviations: a line a task, then the differences."
     lines, inits, pairs = {}, dict.fromkeys(o['init'] for o in rows), dict.fromkeys((o['init'], a['baseline']) for o in rows for a in o['against'])
-    for o in rows: lines.setdefault(f"{o['dataset']}: {o['task']}", {})[o['init']] = o
+    most = max((len(o['scores']) for o in rows), default=0); of = lambda o: f" ({len(o['scores'])} seeds)" if len(o['scores']) < most else ''
+    for o in rows: lines.setdefault(f"{o['dataset']}: {o['task']}{of(o)}", {})[o['init']] = o
     scored = lambda o: f"{100 * o['mean']:.1f}" + (f" ± {100 * o['std']:.1f}" if o['std'] is not None else '') if o else ''
     minus = lambda o, b: next((f"**{points(a['mean'])}** ({points(a['low'])} to {points(a['high'])})" for a in o.get('against', ()) if a['baseline'] == b), '')
-    return table((f"mean over {max(len(o['scores']) for o in rows)} seeds", *inits, *(f'{i} minus {b}' for i, b in pairs)), [(k, *(scored(o.get(i)) for i in inits), *(minus(o.get(i, {}), b) for i, b in pairs)) for k, o in lines.items()]) if rows else ''
+    return table((f"mean over {most} seeds", *inits, *(f'{i} minus {b}' for i, b in pairs)), [(k, *(scored(o.get(i)) for i in inits), *(minus(o.get(i, {}), b) for i, b in pairs)) for k, o in lines.items()]) if rows else ''
 
 def _tuned(root, dataset):
     "Rows of fine-tuning that are scored on what the probes are scored on"
