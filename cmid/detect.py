@@ -9,7 +9,7 @@ __all__ = ['RATIOS', 'SPREAD', 'WIDEST', 'TIE', 'NEAR', 'OVERLAP', 'PRECISION', 
            'drawn', 'head_losses', 'frozen', 'OrientedRCNN', 'mirrored', 'stacked', 'Tiles', 'detect_image', 'scored',
            'fine_tune', 'detect', 'judged', 'detections_figure', 'scene_figure']
 
-# %% ../nbs/35_detect.ipynb #8ad20a1b
+# %% ../nbs/35_detect.ipynb #a5b5225f
 import math
 import numpy as np, torch
 import torch.nn.functional as F
@@ -22,9 +22,9 @@ from .backbones import ResNetEncoder
 from .boxes import bounds, convert, from_polygon, rotated_iou, rotated_nms, rotated_roi_align, to_polygon
 from .checkpoint import load_backbone, read_card
 from .dota import cut, detection_map, matched, merged
-from .finetune import falling, normalised, resolved, train, windows
+from .finetune import falling, normalised, resolved, splits_of, train, windows
 from .health import COLOURS
-from .params import CmidError, Detect, device, near, seed_everything
+from .params import CmidError, Detect, device, seed_everything
 from .pyramid import STRIDES, Pyramid
 from .segment import picture
 from .views import step_generator
@@ -380,15 +380,9 @@ def _within(found, height, width):
     "Detections whose centre lies in the tile, not beside it"
     x, y = found['boxes'][:, :2].T; inside = (x >= 0) & (x < width) & (y >= 0) & (y < height); return {k: v[inside] for k, v in found.items()}
 
-# %% ../nbs/35_detect.ipynb #f7569851
+# %% ../nbs/35_detect.ipynb #e44519b6
 PUBLISHED = dict(sgd=dict(lr=.005, weight_decay=1e-4), adamw=dict(lr=1e-4, weight_decay=.05), drop_path=.2) # section IV-D
 SECOND = 'voc07', 'area' # ways to average a precision
-
-def _split(labelled, settings, key):
-    "Numbers of a split's images"
-    name = getattr(settings, key)
-    if name not in labelled.splits: raise CmidError(f"params.yaml: detect.{key}: {labelled.folder} has no split {name!r}{near(name, labelled.splits)}; known: {', '.join(labelled.splits) or 'none'}")
-    return np.asarray(labelled.splits[name])
 
 def scored(
     found:list, # of `detect_image`, one an image
@@ -400,7 +394,7 @@ def scored(
     m = matched(found, [labelled.objects(i) for i in index], labelled.classes); both = {k: detection_map(m, k) for k in SECOND}
     return dict(images=len(index), objects=sum(sum(o) for o in m['truths'].values()), metric=metric) | both[metric] | {f'map50_{k}': both[k]['map'] for k in SECOND} | m
 
-# %% ../nbs/35_detect.ipynb #dbc26411
+# %% ../nbs/35_detect.ipynb #a5a8a649
 def _unfit(folder, labelled, tiles, name, card):
     "Raise what no training can mend"
     if card.in_chans != labelled.bands: raise CmidError(f"{labelled.folder}: images have {labelled.bands} bands, {folder} was made for {card.in_chans}; take the same bands (labels.bands), or pretrain on these")
@@ -446,7 +440,7 @@ def detect(
     say=print, # takes a line
 ) -> tuple: # (dict as JSON takes it; epochs for `curves_figure`; detections of each image of the test split)
     "Fine-tune on one split and score another, whole; `CmidError` as `fine_tune`, or where a split is unknown."
-    learnt, test = (_split(labelled, settings, k) for k in ('train', 'test')); card = read_card(folder)
+    learnt, test = splits_of(labelled, settings, 'detect'); card = read_card(folder)
     model, epochs = fine_tune(folder, labelled, learnt, settings, seed, on, say)
     found = [detect_image(model, labelled.image(i), settings, card.mean, card.std) for i in tqdm(test, desc='detect', unit=' images')]
     return scored(found, labelled, test, settings.metric) | dict(train_images=len(learnt), epoch=settings.epochs, scored_on_training=bool(np.isin(test, learnt).any())), epochs, found

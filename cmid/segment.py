@@ -24,7 +24,7 @@ from .params import CmidError, Segment, device, seed_everything
 from .pyramid import Pyramid
 from .views import blend, jitter, resample, step_generator
 
-# %% ../nbs/32_segment.ipynb #8a08f953
+# %% ../nbs/32_segment.ipynb #34df3aa8
 POOLS = 1, 2, 3, 6 # bins a side of UPerNet's pyramid pooling
 DROPOUT = .1 # of the channels, before each classifier
 
@@ -41,7 +41,7 @@ class Bins(nn.Module):
 def upernet(
     channels:list, # of the four maps
     width:int, # of the decoder (512 in section IV-C)
-) -> nn.Module: # takes two placeholders and four maps, gives (B, width, H/4, W/4)
+) -> nn.Module: # takes the four maps, after the two finer ones that the decoder passes over, gives (B, width, H/4, W/4)
     "UPerNet's decoder (arXiv 1807.10221), for batches of any size."
     decoder = UPerNetDecoder([0, 0, *channels], decoder_channels=width)
     for block, size in zip(decoder.psp.blocks, POOLS): block[0], block[1][1] = Bins(size), nn.GroupNorm(1, width)
