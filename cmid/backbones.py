@@ -6,9 +6,11 @@
 __all__ = ['BLOCK', 'FAMILIES', 'supported_names', 'check_name', 'Encoder', 'ResNetEncoder', 'SwinEncoder', 'ViTEncoder',
            'create']
 
-# %% ../nbs/10_backbones.ipynb #d8b03a02
+# %% ../nbs/10_backbones.ipynb #ad1e0771
+from contextlib import contextmanager, nullcontext
 import timm, torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from timm.layers import PatchEmbed
 from timm.models.resnet import ResNet
 from timm.models.swin_transformer import SwinTransformer
@@ -38,7 +40,17 @@ def check_name(name:str): # timm name, with or without a weight tag (`resnet50.a
     if timm.is_model(arch): raise CmidError(f'backbone {name!r} is neither ResNet, Swin nor ViT: choose e.g. resnet50 or swin_tiny_patch4_window7_224')
     raise CmidError(f'backbone {name!r} is unknown to timm{near(arch, names) or ": choose e.g. resnet50 or swin_tiny_patch4_window7_224"}')
 
-# %% ../nbs/10_backbones.ipynb #63b0e5dc
+# %% ../nbs/10_backbones.ipynb #0077e189
+@contextmanager
+def _unmoved(block):
+    "Running statistics stay as they are"
+    norms = [(o, o.momentum, o.num_batches_tracked.clone()) for o in block.modules() if isinstance(o, nn.modules.batchnorm._BatchNorm)]
+    for o,*_ in norms: o.momentum = 0.
+    try: yield
+    finally:
+        for o,m,n in norms: o.momentum = m; o.num_batches_tracked.copy_(n) # the second time may end before the last norm
+
+# %% ../nbs/10_backbones.ipynb #2c6193f0
 class Encoder(nn.Module):
     "A timm network behind the contract; a family says in `stages` where its stem ends and which maps it has (section III-B)"
     def __init__(self,
@@ -55,6 +67,7 @@ class Encoder(nn.Module):
         self.feature_channels,self.strides = feature_channels,strides
         self.mask_token = nn.Parameter(torch.zeros(1, stem_channels, 1, 1))
         self.has_batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+        self.gradient_checkpointing = False # activations within a block are computed again for its gradient, not kept
 
     def add_token(self,
         x, # stem output, (B, C, H, W)
@@ -63,6 +76,15 @@ class Encoder(nn.Module):
         "`x` with the token added where `masks` is True"
         if masks is None: return x
         return x + (repeat_to(masks, x.shape[-2:])[:,None] * self.mask_token).to(x.dtype)
+
+    def through(self,
+        blocks, # modules, one after the other
+        x, # what the first one takes
+    ):
+        "`x` after all blocks"
+        kept = not (self.gradient_checkpointing and torch.is_grad_enabled())
+        for o in blocks: x = o(x) if kept else checkpoint(o, x, use_reentrant=False, context_fn=lambda o=o: (nullcontext(), _unmoved(o)))
+        return x
 
     def forward(self,
         images, # float (B, in_chans, H, W), H and W multiples of 32
@@ -74,24 +96,24 @@ class Encoder(nn.Module):
         if H % BLOCK or W % BLOCK: raise CmidError(f'images are {H} x {W} px: both sides must be multiples of {BLOCK}')
         return self.stages(images, masks)
 
-# %% ../nbs/10_backbones.ipynb #9eeafefd
+# %% ../nbs/10_backbones.ipynb #d691b3fc
 class ResNetEncoder(Encoder):
     "Four maps, strides 4, 8, 16, 32"
     def stages(self, x, masks):
         m = self.model
         x = self.add_token(m.maxpool(m.act1(m.bn1(m.conv1(x)))), masks)
-        return [x := layer(x) for layer in (m.layer1, m.layer2, m.layer3, m.layer4)]
+        return [x := self.through(layer, x) for layer in (m.layer1, m.layer2, m.layer3, m.layer4)]
 
-# %% ../nbs/10_backbones.ipynb #75e9b070
+# %% ../nbs/10_backbones.ipynb #de1484e5
 class SwinEncoder(Encoder):
     "Four maps, strides 4, 8, 16, 32, the last one after the final norm"
     def stages(self, x, masks):
         m = self.model
         x = self.add_token(m.patch_embed(x).permute(0, 3, 1, 2), masks).permute(0, 2, 3, 1)
-        maps = [x := layer(x) for layer in m.layers]
+        maps = [x := self.through(layer.blocks, layer.downsample(x)) for layer in m.layers]
         return [o.permute(0, 3, 1, 2) for o in (*maps[:-1], m.norm(maps[-1]))]
 
-# %% ../nbs/10_backbones.ipynb #cb093a69
+# %% ../nbs/10_backbones.ipynb #b799e6c5
 class ViTEncoder(Encoder):
     "One map at the patch size (stride 16), after the final norm, prefix tokens dropped"
     def stages(self, x, masks):
@@ -99,7 +121,7 @@ class ViTEncoder(Encoder):
         x = self.add_token(m.patch_embed(x).permute(0, 3, 1, 2), masks)
         B,C,H,W = x.shape
         x = m.norm_pre(m.patch_drop(m._pos_embed(x.permute(0, 2, 3, 1))))
-        x = m.norm(m.blocks(x))[:,m.num_prefix_tokens:]
+        x = m.norm(self.through(m.blocks, x))[:,m.num_prefix_tokens:]
         return [x.transpose(1, 2).reshape(B, C, H, W)]
 
 # %% ../nbs/10_backbones.ipynb #ecae8e9a

@@ -77,7 +77,7 @@ class Branch(nn.Module):
     "What student and teacher have in common: encoder, projector, prototype head."
     def __init__(self, encoder, projector, head): super().__init__(); self.encoder, self.projector, self.head = encoder, projector, head
 
-# %% ../nbs/20_cmid.ipynb #b88852b0
+# %% ../nbs/20_cmid.ipynb #53d46b1f
 class CMID(nn.Module):
     "Student, teacher, queue and centre (section III): `model(views) -> losses`."
     def __init__(self,
@@ -107,7 +107,7 @@ class CMID(nn.Module):
         self.teacher = teacher.copy_of(self.student)
         self.decoder = PixelDecoder(dim, self.stride, in_chans)
         self.predictor = Predictor(projector_dim) if byol else None
-        self.queue = None if byol else KeyQueue(projector_dim, queue)
+        self.queue, self.keys = None if byol else KeyQueue(projector_dim, queue), []   # keys: those of this step, of view B and of view A, a pair for each part of its batch
         self.prototype_loss = PrototypeLoss(prototypes, student_temperature, centre_momentum)
         self.matches = self._matches(matches)
         if fidelity == 'published' and not byol: self.queue.keys.copy_(nn.functional.normalize(torch.randn_like(self.queue.keys), dim=1))
@@ -136,7 +136,7 @@ class CMID(nn.Module):
         views, # (view A, view B), each a `views.View`
         teacher_temperature=.07, # of the prototypes, see `distillation.temperature_at`
     ) -> Losses: # scalars
-        "The losses of one batch. In train mode the centre moves; keys wait in `self.keys` for `enqueue`."
+        "The losses of one batch, or of a part of it. In train mode the centre moves; keys wait in `self.keys` for `enqueue`."
         a, b = views
         w_rec, w_con, w_dis = self.weights
         maps = [o[-1] for o in self.both(self.student.encoder, [fill_mean(a.images, a.masks), fill_mean(b.images, b.masks)], [a.masks, b.masks])]
@@ -160,7 +160,7 @@ class CMID(nn.Module):
         q = self.both(self.student.projector, maps)
         with torch.no_grad(): k = self.both(self.teacher.projector, whole)
         if self.variant == 'byol': return (byol_loss(self.predictor(q[0]), k[1]) + byol_loss(self.predictor(q[1]), k[0])) / 2
-        self.keys = torch.cat([k[1], k[0]])
+        if self.training: self.keys.append((k[1], k[0]))
         return (info_nce(q[0], k[1], self.queue.keys, self.temperature) + info_nce(q[1], k[0], self.queue.keys, self.temperature)) / 2
 
     def distil(self, maps, whole, views, temperature):
@@ -176,7 +176,7 @@ class CMID(nn.Module):
     def enqueue(self):
         "The step's teacher keys enter the queue, B's before A's, once each, from all processes; after `backward`."
         if self.queue is not None and self.weights[1]:
-            self.queue.enqueue(torch.cat([gather_keys(o) for o in self.keys.chunk(2)])); self.keys = None
+            self.queue.enqueue(torch.cat([gather_keys(torch.cat(o)) for o in zip(*self.keys)])); self.keys.clear()
 
     @torch.no_grad()
     def average(self,

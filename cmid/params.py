@@ -167,14 +167,19 @@ class Weights(Section):
         if not any((self.reconstruction, self.contrast, self.distillation)): raise ValueError("all three are 0: nothing would be learnt")
         return self
 
-# %% ../nbs/00_params.ipynb #e8f5cc5f
+# %% ../nbs/00_params.ipynb #6f3cff46
 class Pretrain(Section):
     "CMID's own settings (paper, sections III and IV-A)."
     dataset: str
-    split: str | None
+    split: str | Annotated[dict[str, Positive], Field(min_length=1)] | None
     epochs: Count
     epoch_images: Natural
     batch: Count
+    processes: Count
+    accumulate: Count
+    sync_batch_norm: bool
+    compile: bool
+    gradient_checkpointing: bool
     lr: Positive | None
     lr_min: Weight
     warmup_epochs: Natural
@@ -211,6 +216,7 @@ class Pretrain(Section):
         if 0 < self.focal_gamma < 1: raise ValueError(f"focal_gamma: {self.focal_gamma} has an infinite slope where prediction and target meet; use 0, or 1 and more")
         if self.warmup_epochs >= self.epochs: raise ValueError(f"warmup_epochs: {self.warmup_epochs} leaves nothing of {self.epochs} epochs; lower it or raise epochs")
         if 0 < self.epoch_images < self.batch: raise ValueError(f"epoch_images: {self.epoch_images} is less than one batch of {self.batch}")
+        if self.batch % (self.processes * self.accumulate): raise ValueError(f"batch: {self.batch} cannot be shared out over processes: {self.processes} in accumulate: {self.accumulate} equal parts each")
         return self
 
 # %% ../nbs/00_params.ipynb #61342701
