@@ -1,5 +1,5 @@
 "Any raster becomes uint8 arrays, damaged files are named, and what is interrupted goes on where it was."
-import csv, json, os, pickle, subprocess, sys, tarfile, time, warnings
+import csv, json, os, pickle, subprocess, sys, tarfile, time, tracemalloc, warnings
 from pathlib import Path
 
 os.environ['TQDM_DISABLE'] = '1'  # read when tqdm is imported
@@ -229,7 +229,7 @@ def test_workers_and_shards_change_nothing(tmp_path):
     one, two = (prepare(tmp_path/'in', tmp_path/f'w{w}', side=32, workers=w) for w in (1, 2))
     assert contents(one.folder) == contents(two.folder) and len(one) == 98
     small = prepare(tmp_path/'in', tmp_path/'small', side=32, workers=2, shard_mb=.1)
-    assert len(small.manifest['shards']) == 4 and small.hash == one.hash and (small[:] == one[:]).all() and small.mean == one.mean
+    assert len(small.manifest['shards']) == 3 and small.hash == one.hash and (small[:] == one[:]).all() and small.mean == one.mean
     (tmp_path/'elsewhere').mkdir(); os.rename(tmp_path/'in', tmp_path/'elsewhere/in')
     assert prepare(tmp_path/'elsewhere/in', tmp_path/'moved', side=32).hash == one.hash
 
@@ -251,18 +251,18 @@ CALL = "import sys\nfrom cmid.images import prepare\nprepare(sys.argv[1], sys.ar
 @pytest.mark.parametrize('workers, lines', [(1, 1), (2, 2), (1, 5)])
 def test_killed_and_resumed(tmp_path, monkeypatch, workers, lines):
     pictures(tmp_path/'in', 400, size=(200, 200)); (tmp_path/'in/017.png').write_bytes((tmp_path/'in/017.png').read_bytes()[:9000])
-    whole = prepare(tmp_path/'in', tmp_path/'whole', side=64, workers=1, shard_mb=.5)
+    made = []; real = images._make; monkeypatch.setattr(images, '_make', lambda job: (made.append(job['shard']), real(job))[1])
+    whole = prepare(tmp_path/'in', tmp_path/'whole', side=64, workers=1, shard_mb=.5); jobs = len(made); assert len(set(made)) > 5 and jobs >= 13; made.clear()
     script = tmp_path/'call.py'; script.write_text(CALL)  # without a __main__ guard: workers must not run it again
     run = subprocess.Popen([sys.executable, script, tmp_path/'in', tmp_path/'out', str(workers)], stderr=subprocess.DEVNULL)
     journal = tmp_path/'out.partial/items.jsonl'
     while run.poll() is None and not (journal.exists() and journal.read_bytes().count(b'\n') >= lines): time.sleep(.005)
     assert run.poll() is None, 'it was done before it could be killed'
     run.kill(); run.wait(); done = journal.read_bytes().count(b'\n')
-    assert lines <= done < 13 and not (tmp_path/'out').exists()
+    assert lines <= done < jobs and not (tmp_path/'out').exists()
     with open(journal, 'ab') as f: f.write(b'[{"sha": "cut sho')  # a line that was being written
-    made = []; real = images._make; monkeypatch.setattr(images, '_make', lambda job: (made.append(1), real(job))[1])
     p = prepare(tmp_path/'in', tmp_path/'out', side=64, workers=1, shard_mb=.5)
-    assert len(made) == 13 - done and contents(p.folder) == contents(whole.folder) and not (tmp_path/'out.partial').exists()
+    assert len(made) == jobs - done and contents(p.folder) == contents(whole.folder) and not (tmp_path/'out.partial').exists()
 
 def test_killed_before_the_last_rename(tmp_path, monkeypatch):
     pictures(tmp_path/'in', 5); whole = prepare(tmp_path/'in', tmp_path/'whole', side=32)
@@ -286,6 +286,38 @@ def test_two_at_once(tmp_path):
     with open(tmp_path/'out.partial/lock', 'a') as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         with pytest.raises(CmidError, match='another prepare'): prepare(tmp_path/'in', tmp_path/'out', side=32)
+
+# --- millions
+
+def test_one_image_more_or_less_changes_one_shard(tmp_path):
+    "600 images in shards of 30 or so: what comes or goes in the middle leaves all others as they were, byte by byte."
+    pictures(tmp_path/'in', 600, size=(32, 32)); sums = lambda p: {images._sha(p.folder/o['file']) for o in p.manifest['shards']}
+    def right(p):
+        for i in (0, 149, 150, 299, 300, 301, len(p) - 1): assert (p[i] == np.asarray(Image.open(tmp_path/'in'/p.source(i))).transpose(2, 0, 1)).all()
+    make = lambda name, **kw: prepare(tmp_path/'in', tmp_path/name, side=32, workers=1, **{'shard_mb': 30*3072/2**20, **kw})
+    one = make('one'); sizes = [o['count'] for o in one.manifest['shards']]; assert 15 <= len(sizes) <= 40 and min(sizes[:-1]) >= 15 and max(sizes) <= 45
+    picture(tmp_path/'in/300a.png', 999, size=(32, 32)); two = make('two'); right(two); (tmp_path/'in/150.png').unlink(); three = make('three'); right(three)
+    assert len(sums(two) - sums(one)) <= 2 and len(sums(three) - sums(two)) <= 2 and len(sums(three) & sums(one)) >= len(sizes) - 4
+    assert (two[[600, 301, 150]] == np.stack([two[i] for i in (600, 301, 150)])).all() and make('whole', shard_mb=1000).hash == three.hash
+    (tmp_path/'in/150.png').write_bytes(picture(tmp_path/'again.png', 150, size=(32, 32)).read_bytes()); (tmp_path/'in/300a.png').unlink(); assert sums(make('four')) == sums(one)
+
+def test_a_new_tile_or_a_hole_moves_no_other_shard(tmp_path):
+    for n in 'abcd': tiff(tmp_path/'in'/f'{n}.tif', RNG(ord(n)).integers(0, 256, (3, 320, 320), dtype='uint8'))
+    make = lambda name: prepare(tmp_path/'in', tmp_path/name, side=32, tile=32, workers=1, shard_mb=20*3072/2**20)
+    one = make('one'); tiff(tmp_path/'in/b.tif', np.pad(RNG(9).integers(0, 256, (3, 320, 64), dtype='uint8'), ((0, 0), (0, 0), (0, 256))), nodata=0); two = make('two')
+    assert len(one) == 400 and len(two) == 320 and two.source(120) == 'c.tif[0:32, 0:32]' and (two[120:] == one[200:]).all()
+    kept = {images._sha(one.folder/o['file']) for o in one.manifest['shards']} & {images._sha(two.folder/o['file']) for o in two.manifest['shards']}
+    assert len(kept) >= 10                                                                  # those of a, c and d but for the ones where b begins and ends
+
+def test_an_image_more_needs_less_than_300_bytes(tmp_path):
+    "So a million need less than 300 MB more than a thousand: with class folders, and a list of bare names."
+    def peak(n):
+        for i in range(n):
+            f = tmp_path/f'{n}'/f'{i // 100:05}'/f'image_{i:08}.png'; f.parent.mkdir(parents=True, exist_ok=True); Image.new('RGB', (32, 32), (i % 256, i // 256, 0)).save(f)
+        lists = listed(tmp_path, train=''.join(f'image_{i:08}.png\n' for i in range(n))); tracemalloc.start()
+        try: p = prepare(tmp_path/f'{n}', tmp_path/f'{n}-out', side=32, workers=1, lists=lists); p.source(n - 1); p[np.arange(n)[::7]]; return tracemalloc.get_traced_memory()[1]
+        finally: tracemalloc.stop()
+    peak(3); few, many = peak(500), peak(3000); assert many - few < 300 * 2500
 
 # --- reading
 
