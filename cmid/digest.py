@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['UNCOUNTED', 'bare_tree', 'notebook_tree', 'imported', 'reach', 'digest', 'cmid_digest']
 
-# %% ../nbs/25_digest.ipynb #af9660d6
-import argparse, ast, hashlib, json
+# %% ../nbs/25_digest.ipynb #45774d84
+import argparse, ast, functools, hashlib, json
 from pathlib import Path
 from .params import CmidError, Params, check_all, cli, device, root, write_json
 
@@ -47,7 +47,7 @@ def imported(
             found |= {base} | {f'{base}.{a.name}' for a in o.names}
     return {o.removeprefix('cmid').lstrip('.') for o in found if o.split('.')[0] == 'cmid'} - {''}
 
-# %% ../nbs/25_digest.ipynb #7e42caa9
+# %% ../nbs/25_digest.ipynb #d539bf83
 UNCOUNTED = {'smoke'}  # temporary studies: no number of a real one comes from there
 
 def _file(package, name):
@@ -55,33 +55,40 @@ def _file(package, name):
     path = Path(package, *name.split('.'))
     return next((o for o in (path.with_suffix('.py'), path/'__init__.py') if o.is_file()), None)
 
-def _module_tree(path):
-    try: return bare_tree(path.read_text(encoding='utf-8'))
+def _hash(tree): return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
+
+@functools.cache
+def _known(source, package):
+    "Hash of a module's text, and what that imports"
+    tree = bare_tree(source); return _hash(tree), imported(tree, package)
+
+def _module(path, package):
+    try: return _known(path.read_text(encoding='utf-8'), package)
     except SyntaxError as e: raise CmidError(f"{path}:{e.lineno or 1}: cannot be parsed ({e.msg}); mend it, or export the notebooks again") from None
     except ValueError as e: raise CmidError(f"{path}: cannot be parsed ({e}); mend it, or export the notebooks again") from None
 
 def reach(
     tree:ast.Module, # of a notebook
     package, # folder of the package's modules
-) -> dict: # module -> its bare tree
+) -> dict: # module -> hash of its bare tree
     "Every module that code reaches, with the modules that those reach. Raises `CmidError` naming file and line of one that is no Python."
     found, waiting = {}, imported(tree)
     while waiting:
         name = waiting.pop(); path = _file(package, name)
         if name in found or name in UNCOUNTED or path is None: continue
-        found[name] = _module_tree(path); parent = '.'.join(['cmid', *name.split('.')[:-1]])
-        waiting |= imported(found[name], parent if path.name != '__init__.py' else f'cmid.{name}') | ({name.rpartition('.')[0]} - {''})
+        parent = '.'.join(['cmid', *name.split('.')[:-1]])
+        found[name], more = _module(path, parent if path.name != '__init__.py' else f'cmid.{name}')
+        waiting |= more | ({name.rpartition('.')[0]} - {''})
     return found
 
-# %% ../nbs/25_digest.ipynb #d52d20ba
+# %% ../nbs/25_digest.ipynb #a98a94a5
 def digest(
     notebook, # a stage's path
     package, # folder of the package's modules
 ) -> dict: # part -> hash, and `all`
     "Hashes of what a stage reaches: its own cells and each module."
     tree = notebook_tree(notebook)
-    parts = {'notebook': tree} | dict(sorted(reach(tree, package).items()))
-    hashes = {k: hashlib.sha256(ast.dump(v).encode()).hexdigest()[:16] for k, v in parts.items()}
+    hashes = {'notebook': _hash(tree)} | dict(sorted(reach(tree, package).items()))
     return {'all': hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16]} | hashes
 
 # %% ../nbs/25_digest.ipynb #6a045ed3
