@@ -6,8 +6,8 @@
 __all__ = ['PREPARE', 'EPOCH', 'ORDER', 'many_images', 'watched', 'memory_at', 'raster_at', 'reading_at', 'photographs',
            'big_raster', 'memory_figure', 'cmid_scale']
 
-# %% ../nbs/51_scale.ipynb #2b96d79a
-import json, os, subprocess, sys, tempfile, time
+# %% ../nbs/51_scale.ipynb #86c76af1
+import json, os, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import numpy as np, psutil, rasterio
@@ -65,29 +65,31 @@ def watched(
         if p.returncode: raise CmidError(f"scale: {(err.read().strip().splitlines() or ['it was killed'])[-1]}")
         return json.loads(out.read().strip().splitlines()[-1]) | dict(resident_mb=round(float(most[0]), 1), own_mb=round(float(most[1]), 1))
 
-# %% ../nbs/51_scale.ipynb #5c185ebd
+# %% ../nbs/51_scale.ipynb #7318ed9b
 PREPARE = """
-import json, sys, time; from cmid.images import prepare
-folder, out, lists, side, tile, workers = sys.argv[1:]; begun = time.perf_counter()
+import json, os, sys, time; from cmid.images import prepare
+folder, out, lists, side, tile, workers = sys.argv[1:]; begun, cpu = time.perf_counter(), sum(os.times()[:4])
 p = prepare(folder, out, side=int(side), tile=int(tile), lists=dict(train=lists) if lists else None, workers=int(workers))
-print(json.dumps(dict(images=len(p), seconds=round(time.perf_counter() - begun, 2))))
+print(json.dumps(dict(images=len(p), seconds=round(time.perf_counter() - begun, 2), cpu_s=round(sum(os.times()[:4]) - cpu, 2))))
 """
 
 EPOCH = """
 import json, sys, time, torch; from cmid.batches import Batches, corpus; from cmid.images import Prepared
-torch.set_num_threads(1); p = Prepared(sys.argv[1]); b = Batches(p, corpus(p, 'train'), int(sys.argv[2])); begun = time.perf_counter()
+torch.set_num_threads(1); p = Prepared(sys.argv[1]); b = Batches(p, corpus(p, 'train'), int(sys.argv[2])); now = lambda: [time.perf_counter(), time.process_time()]; begun = now()
 for i, (x, rows) in enumerate(b):
-    if not i: first = time.perf_counter()
-p.source(len(p) - 1); seconds = time.perf_counter() - begun
-print(json.dumps(dict(images=len(b) * b.batch, epoch_start_s=round(first - begun, 3), images_per_s=round(len(b) * b.batch / seconds))))
+    if not i: first = now()
+p.source(len(p) - 1); end = now(); start, whole = ([round(v - u, 3) for u, v in zip(begun, o)] for o in (first, end))
+print(json.dumps(dict(images=len(b) * b.batch, start_s=start[0], start_cpu_s=start[1], seconds=whole[0], cpu_s=whole[1])))
 """
 
 ORDER = """
-import json, sys, time, numpy as np; from cmid.batches import Batches
-b = Batches(None, np.arange(int(sys.argv[1])), 256); begun = time.perf_counter(); b.order(0); print(json.dumps(dict(images=b.count, order_s=round(time.perf_counter() - begun, 3))))
+import json, sys, time, numpy as np; from cmid.batches import Batches, Mix
+n = int(sys.argv[1]); half = np.arange(n // 2); corpora = dict(one=np.arange(n), mix=Mix([half, half + n // 2], [1, 3])); took = {}
+for k, v in corpora.items(): begun = time.process_time(); Batches(None, v, 256).order(0); took[f'{k}_cpu_s'] = round(time.process_time() - begun, 3)
+print(json.dumps(dict(images=n) | took))
 """
 
-# %% ../nbs/51_scale.ipynb #990bdfe6
+# %% ../nbs/51_scale.ipynb #4fca4856
 def memory_at(
     n:int, # images
     work, # folder for images and arrays
@@ -96,8 +98,7 @@ def memory_at(
 ) -> dict: # what `prepare` and one epoch took
     "Prepare `n` generated images and read them once in random order."
     lists = many_images(work/f'{n}', n, side)
-    made = watched(PREPARE, work/f'{n}', work/f'{n}-prepared', lists, side, 0, workers)
-    return dict(images=n, prepare=made | dict(images_per_s=round(n / made['seconds'])), epoch=watched(EPOCH, work/f'{n}-prepared', 256))
+    return dict(images=n, prepare=watched(PREPARE, work/f'{n}', _away(work/f'{n}-prepared'), lists, side, 0, workers), epoch=watched(EPOCH, work/f'{n}-prepared', 256))
 
 def raster_at(
     side:int, # of the raster, pixels
@@ -108,7 +109,12 @@ def raster_at(
     "Cut one GeoTIFF of three bands, `side` x `side` pixels, into tiles of 512, prepared at 224."
     name = 'tiled' if tiled else 'striped'; folder = work/name; folder.mkdir(parents=True, exist_ok=True)
     big_raster(folder/'big.tif', side, tiled)
-    return dict(stored=name, side=side, gigapixels=round(side**2 / 1e9, 3)) | watched(PREPARE, folder, work/f'{name}-prepared', '', 224, 512, workers)
+    return dict(stored=name, side=side, gigapixels=round(side**2 / 1e9, 3)) | watched(PREPARE, folder, _away(work/f'{name}-prepared'), '', 224, 512, workers)
+
+def _away(out):
+    "A folder that `prepare` shall write, without what an earlier call left there"
+    for o in (out, out.with_name(f'{out.name}.partial')): shutil.rmtree(o, ignore_errors=True)
+    return out
 
 # %% ../nbs/51_scale.ipynb #dc45ede9
 def reading_at(
