@@ -27,9 +27,9 @@ def smoke_data(
     for o in files:
         for name, content in o.items(): write_whole(Path(folder)/'data'/name, content)
 
-# %% ../nbs/24_smoke.ipynb #12c5dc65
+# %% ../nbs/24_smoke.ipynb #cbefb7d5
 DATASETS = {o: dict(folder=f'data/{o}', lists=f'data/{o}') for o in ('pool', 'scenes')}
-OVER = dict(profile='smoke', device='cpu', deterministic=False, prepare=dict(tile=0, bands=None), pretrain=dict(dataset='pool', split=None), probe=dict(train='train', test='test'), classify=dict(train='train', test='test'), attention=dict(dataset='scenes', branch='student'), features=dict(split=None, branch='student'), correspondence=dict(dataset='scenes', branch='student'),
+OVER = dict(profile='smoke', device='cpu', deterministic=False, prepare=dict(tile=0, bands=None), pretrain=dict(dataset='pool', split=None, processes=1, accumulate=1, sync_batch_norm=False, compile=False, gradient_checkpointing=False), probe=dict(train='train', test='test'), classify=dict(train='train', test='test'), attention=dict(dataset='scenes', branch='student'), features=dict(split=None, branch='student'), correspondence=dict(dataset='scenes', branch='student'),
             labels=dict(bands=None), **{o: dict(train='train', test='test') for o in ('segment', 'change', 'detect')},
             study=dict(backbones=['resnet18'], methods=['cmid'], baselines=['random-resnet18'], inits=['cmid-resnet18', 'random-resnet18'], probes=['scenes'], segment=['land'], change=['dates'], detect=['objects']))  # whatever one's own study says
 CODES = {o: i for i, o in enumerate(('impervious', 'building', 'low vegetation', 'tree', 'vehicle', 'clutter'), 1)}

@@ -15,7 +15,8 @@ from cmid.backbones import create
 from cmid.checkpoint import STUDY, export_backbone, latest, load, load_backbone, read_card, save
 from cmid.images import Prepared, prepare, prepare_dataset
 from cmid.params import CmidError, Params, check_all, device, load_yaml, merge
-from cmid.pretrain import Batches, build, precision_of
+from cmid.batches import Batches
+from cmid.pretrain import build, precision_of
 from cmid.probe import features, labelled_splits
 from cmid.smoke import smoke_tasks
 from cmid.stage import run_notebook

@@ -3,7 +3,8 @@ import numpy as np, pytest, torch
 
 from cmid.model import CMID
 from cmid.params import CmidError, Params
-from cmid.pretrain import Batches, learner, run
+from cmid.batches import Batches
+from cmid.pretrain import learner, run
 from cmid.views import TwoViews, step_generator
 
 SMALL = dict(queue=64, projector_hidden=64, projector_dim=32, head_hidden=64, head_dim=32, prototypes=48)
