@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['MENDED', 'Stage', 'known_parameters', 'run_notebook', 'cmid_stage']
 
-# %% ../nbs/26_stage.ipynb #f3c84803
+# %% ../nbs/26_stage.ipynb #0667fd8c
 import argparse, io, logging, os, resource, signal, sys, tempfile, threading, time, warnings
 from collections import Counter
 from functools import partial
 from pathlib import Path
-import matplotlib, psutil
+import psutil
 import cmid
 from .digest import digest
 from .params import CmidError, Params, check_all, cli, device, near, plain_name, provenance, root, seed_everything, write_json, write_whole, writing
@@ -45,7 +45,7 @@ def _hold(folder, name, wait=10.):
         raise CmidError(f"{name}: is running already" + (f" as process {pid}: wait for it, or stop it with: kill -INT {pid}" if pid else ": wait for it, or stop it"))
     _held[folder] = fd
 
-# %% ../nbs/26_stage.ipynb #1319c940
+# %% ../nbs/26_stage.ipynb #76560af6
 def _smoke(upstream):
     "A temporary study; imported only where it is asked for."
     from cmid.smoke import smoke_study
@@ -60,12 +60,14 @@ class Stage:
         upstream:dict|None=None, # of `smoke_study`
         **identity, # which cell of the study, in the order of the results' folders
     ):
+        import matplotlib # here, so that the command need not load it
         warnings.filterwarnings('ignore', category=FutureWarning); self.begun = time.perf_counter()
         matplotlib.rcParams['text.parse_math'] = False                            # names of classes and files are names, dollars and all
         self.name, self.identity = name, {k: plain_name(v, k) for k, v in identity.items()}
         self.params = check_all(Params(_smoke(upstream) if smoke else root())); self.root = self.params.root
         self.settings = getattr(self.params, section) if section else None
-        self.run = self.params.run; seed_everything(self.run.seed, self.run.deterministic)
+        self.run = self.params.run
+        if 'torch' in sys.modules: seed_everything(self.run.seed, self.run.deterministic)
         self.results = self.root/'results'/name/Path(*identity.values())
         _hold(self.results, ' '.join([name, *identity.values()]))
 
@@ -99,7 +101,7 @@ class Stage:
         "Write metrics.json and run.json, whole or not at all."
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == 'darwin' else 2**10)
         record = dict(stage=self.name) | self.identity | dict(seconds=round(time.perf_counter() - self.begun, 1), peak_memory_mb=round(peak)) | facts
-        record |= provenance(self.device, self.root) | dict(run=self.run.model_dump(), parameters=self.settings.model_dump() if self.settings else {})
+        record |= provenance(self.device if 'torch' in sys.modules else None, self.root) | dict(run=self.run.model_dump(), parameters=self.settings.model_dump() if self.settings else {})
         write_json(self.results/'metrics.json', metrics); write_json(self.results/'run.json', record)
         print(f"{' '.join([self.name, *self.identity.values()])}: done in {record['seconds']:.0f} s, {record['peak_memory_mb']} MB at most")
 
