@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONDONTWRITEBYTECODE := 1
 EXPLAINED := CVE-2025-69872 # findings that stay, with their reasons in nbs/safety.ipynb
 
-.PHONY: help repro test notebooks readme lock audit clean
+.PHONY: help repro test bench notebooks readme lock audit clean
 help: ## these targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
 
@@ -28,6 +28,9 @@ test: .venv/installed ## export and clean leave no diff, notebooks run, tests pa
 	@sh tests/no_diff.sh
 	nbdev_test --n_workers 2 --do_print --timing
 	pytest
+
+bench: .venv/installed ## measure what a training step costs on this machine, for results/bench
+	cmid_bench --grid
 
 notebooks: .venv/installed ## execute the library notebooks in place, outputs and all
 	nbdev_export
