@@ -8,7 +8,7 @@ __all__ = ['ROLES', 'TILED', 'PLAIN', 'LABELLED', 'ERODED', 'LAYOUTS', 'TAILS', 
            'SHOW', 'pair_files', 'split_files', 'Table', 'read_mask', 'read_dota', 'offset', 'Labelled', 'labels_table',
            'read_pixels', 'label_dataset', 'palette', 'picture', 'items_figure', 'classes_figure', 'labels_metrics']
 
-# %% ../nbs/24_labels.ipynb #a6fe0673
+# %% ../nbs/24_labels.ipynb #6a33ca42
 import hashlib, io, json, math, os, re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
 from tqdm import tqdm
-from .health import COLOURS
+from .figures import COLOURS
 from .images import KINDS, open_image, stretched
 from .images import _choose_stretch, _clear, _decoders, _enough_room, _finding, _ordered, _reason
 from .params import FORMATS, CmidError, near, write_json, write_whole, writing

@@ -12,7 +12,7 @@ __all__ = ['WORK', 'HEADS', 'NAMES', 'JINJA', 'MARKS', 'INK', 'QUALITY', 'ROW', 
            'reconstructions', 'datasets', 'annotations', 'folded', 'parameters', 'record_rows', 'provenance_table',
            'html']
 
-# %% ../nbs/49_report.ipynb #cbafe45e
+# %% ../nbs/49_report.ipynb #d268b62a
 import base64, io
 from pathlib import Path
 import numpy as np
@@ -20,11 +20,9 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 from PIL import Image
 from .params import SECTIONS as PARAMETERS, CmidError
-from .health import CURVES, HEALTH, curves_figure, health_figure, lines_of
-from .probe import accuracy_figure
+from .figures import CURVES, HEALTH, accuracy_figure, curves_figure, embeddings_figure, health_figure, lines_of
 from .results import KINDS, TASKS, Result, accuracy_rows, cells, checked, leftovers, missing, most, params_of, probe_rows, read_json, results, score_rows, task_rows
 from .results import _need, _pick
-from .viz.features import embeddings_figure
 
 # %% ../nbs/49_report.ipynb #e675883b
 def percent(x, digits=1): "`.612` as 61.2 %"; return f'{100 * x:.{digits}f}\u202f%'

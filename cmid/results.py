@@ -7,17 +7,14 @@ __all__ = ['TASKS', 'DRAWS', 'RISE', 'PICTURES', 'KINDS', 'SCORED', 'Number', 'S
            'read_json', 'results', 'missing', 'leftovers', 'draws', 'change_f1', 'example_results', 'accuracy_rows',
            'probe_rows', 'score_rows', 'checked', 'task_rows', 'every_score', 'most', 'seed_rows']
 
-# %% ../nbs/47_results.ipynb #a6defae1
+# %% ../nbs/47_results.ipynb #e8002b08
 import copy, functools, io, json, math
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from .dota import average_precision
 from .params import CmidError, Count, Natural, Params, write_json
-from .probe import difference, wilson
-from .segment import mean_iou
-from .viz.features import mean_interval
+from .scores import average_precision, difference, mean_interval, mean_iou, wilson
 
 # %% ../nbs/47_results.ipynb #9ed18d96
 TASKS = dict(segment='miou', change='f1', detect='map') # stages of the dense tasks: the score of each

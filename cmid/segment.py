@@ -4,14 +4,12 @@
 
 # %% auto #0
 __all__ = ['POOLS', 'DROPOUT', 'TRIES', 'MOST', 'ERROR', 'PUBLISHED', 'PANELS', 'OTHERS', 'Bins', 'upernet', 'pixel_loss',
-           'Segmenter', 'window', 'cut', 'distort', 'Crops', 'painted', 'errors', 'confusion', 'mean_iou', 'scores',
+           'Segmenter', 'window', 'cut', 'distort', 'Crops', 'painted', 'errors', 'confusion', 'scores',
            'segment_splits', 'fine_tune', 'segment', 'look', 'largest', 'tiles', 'predictions_figure', 'scene_figure']
 
-# %% ../nbs/32_segment.ipynb #aaea22d8
+# %% ../nbs/32_segment.ipynb #d8a31857
 import numpy as np, torch
 import torch.nn.functional as F
-from segmentation_models_pytorch.base.modules import Conv2dReLU
-from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
 from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -22,9 +20,10 @@ from .health import COLOURS
 from .labels import IGNORE, palette, picture
 from .params import CmidError, Segment, device, seed_everything
 from .pyramid import Pyramid
+from .scores import mean_iou
 from .views import blend, jitter, resample, step_generator
 
-# %% ../nbs/32_segment.ipynb #34df3aa8
+# %% ../nbs/32_segment.ipynb #d0afcda6
 POOLS = 1, 2, 3, 6 # bins a side of UPerNet's pyramid pooling
 DROPOUT = .1 # of the channels, before each classifier
 
@@ -43,6 +42,7 @@ def upernet(
     width:int, # of the decoder (512 in section IV-C)
 ) -> nn.Module: # takes the four maps, after the two finer ones that the decoder passes over, gives (B, width, H/4, W/4)
     "UPerNet's decoder (arXiv 1807.10221), for batches of any size."
+    from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder # here, as below: other tasks import from this page
     decoder = UPerNetDecoder([0, 0, *channels], decoder_channels=width)
     for block, size in zip(decoder.psp.blocks, POOLS): block[0], block[1][1] = Bins(size), nn.GroupNorm(1, width)
     return decoder
@@ -56,7 +56,7 @@ def pixel_loss(
     x, y = logits.float().flatten(2).mT.flatten(0, 1), masks.flatten().long()   # as a list of pixels its gradient repeats on a GPU
     return F.cross_entropy(x, y, ignore_index=IGNORE, reduction='sum') / (y != IGNORE).sum().clamp_min(1)
 
-# %% ../nbs/32_segment.ipynb #eb51536e
+# %% ../nbs/32_segment.ipynb #9c076487
 def _classifier(channels, classes): return nn.Sequential(nn.Dropout2d(DROPOUT), nn.Conv2d(channels, classes, 1))
 
 class Segmenter(nn.Module):
@@ -67,6 +67,7 @@ class Segmenter(nn.Module):
         channels:int=512, # of the decoder
         auxiliary:float=.4, # weight of the auxiliary loss; 0 leaves its head out
     ):
+        from segmentation_models_pytorch.base.modules import Conv2dReLU
         super().__init__(); self.pyramid, self.weight = Pyramid(encoder), auxiliary
         self.decoder, self.head = upernet(self.pyramid.channels, channels), _classifier(channels, classes)
         self.auxiliary = nn.Sequential(Conv2dReLU(self.pyramid.channels[2], 256, 3, padding=1), _classifier(256, classes)) if auxiliary else None
@@ -180,7 +181,7 @@ def _key(masks, names, more):
 
 def _legend(fig, said, cols): fig.legend(handles=said, loc='outside lower center', ncols=cols, fontsize=7, frameon=False)
 
-# %% ../nbs/32_segment.ipynb #33d8bac3
+# %% ../nbs/32_segment.ipynb #074a274a
 def confusion(
     truth:np.ndarray, # uint8, any shape
     guess:np.ndarray, # of the same shape
@@ -189,13 +190,6 @@ def confusion(
     "Count pixels by truth and prediction, but for the ignored ones."
     keep = truth != IGNORE
     return np.bincount(classes * truth[keep].astype(np.int64) + guess[keep], minlength=classes**2).reshape(classes, classes)
-
-def mean_iou(
-    confusions, # int (..., classes, classes)
-) -> np.ndarray: # float (...)
-    "Mean intersection over union of one or many confusion matrices."
-    n = np.asarray(confusions); hits = n.diagonal(axis1=-2, axis2=-1); union = n.sum(-1) + n.sum(-2) - hits
-    return (hits / np.maximum(union, 1)).sum(-1) / np.maximum((union > 0).sum(-1), 1)
 
 def scores(
     n:np.ndarray, # int (classes, classes) of `confusion`

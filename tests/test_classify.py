@@ -15,7 +15,7 @@ from cmid.classify import Augmented, Classifier, class_table, classify, confusio
 from cmid.finetune import Shuffled, chance
 from cmid.images import prepare
 from cmid.params import Classify, CmidError, Params
-from cmid.probe import wilson
+from cmid.scores import wilson
 from cmid.views import crop, random_boxes, step_generator
 
 CPU = torch.device('cpu')

@@ -5,8 +5,10 @@ from types import SimpleNamespace
 import matplotlib, numpy as np, pytest, torch
 from threadpoolctl import threadpool_limits
 
+from cmid.figures import embeddings_figure, marks
 from cmid.params import CmidError, Features
-from cmid.viz.features import choose, chance_purity, embed, embeddings_figure, feature_space, knn_purity, labels_of, marks, mean_interval, neighbours_figure, proximity, strips
+from cmid.scores import mean_interval
+from cmid.viz.features import choose, chance_purity, embed, feature_space, knn_purity, labels_of, neighbours_figure, proximity, strips
 
 
 def settings(**more): return Features(**dict(split=None, images=2000, branch='student', perplexity=5., neighbours=4, queries=3) | more)

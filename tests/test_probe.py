@@ -9,9 +9,11 @@ from PIL import Image
 from torch import nn
 
 from cmid import backbones, knn, probe as module
+from cmid.figures import accuracy_figure
 from cmid.images import prepare
 from cmid.params import CmidError, Probe
-from cmid.probe import accuracy_figure, class_figure, difference, features, fit_linear, knn_predict, probe, subsample, wilson
+from cmid.probe import class_figure, features, fit_linear, knn_predict, probe, subsample
+from cmid.scores import difference, wilson
 
 SETTINGS = Probe(train='train', test='test', neighbours=5, temperature=.07, fractions=[1., .1], regularisation=[.1, 10.], batch=4)
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from cmid import report, results
 from cmid.params import CmidError, load_yaml, write_json, write_whole
-from cmid.probe import difference, wilson
+from cmid.scores import difference, wilson
 
 ROOT = Path(__file__).parent.parent
 VOID = {'meta', 'img', 'br', 'source', 'wbr'}
