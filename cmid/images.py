@@ -7,7 +7,7 @@ __all__ = ['KINDS', 'LARGE', 'HEADER', 'JOB', 'FORMAT', 'AHEAD', 'OURS', 'find_i
            'tile_start', 'Unusable', 'Prepared', 'audit_table', 'prepare', 'contact_sheet', 'class_figure',
            'prepare_dataset', 'cmid_prepare']
 
-# %% ../nbs/02_images.ipynb #80a4d23f
+# %% ../nbs/02_images.ipynb #b4039c4b
 import csv, hashlib, io, json, logging, mmap, multiprocessing, os, shutil, signal, struct, sys, threading, types, warnings
 from array import array
 from bisect import bisect_left
@@ -30,7 +30,7 @@ from tqdm import tqdm
 try: import fcntl
 except ImportError: fcntl = None  # Windows: no lock
 
-from .params import CmidError, cli, write_json, write_whole, writing
+from .params import CmidError, cli, whole, write_json, writing
 
 # %% ../nbs/02_images.ipynb #382db5cb
 KINDS = '.png', '.jpg', '.jpeg', '.tif', '.tiff'
@@ -48,6 +48,19 @@ def find_images(
         names += [prefix + o for o in files + dirs if o.lower().endswith(KINDS)]
         others.update(os.path.splitext(o)[1].lower() for o in files if not o.lower().endswith(KINDS))
     return sorted(names), others
+
+# %% ../nbs/02_images.ipynb #265cdfd4
+class _Names:
+    "Names in one block of bytes, each 8 bytes and its letters"
+    def __init__(self, names):
+        self.block, self.ends = bytearray(), array('q', [0])
+        for o in names: self.block += o.encode('utf-8', 'surrogateescape'); self.ends.append(len(self.block))
+
+    def __len__(self): return len(self.ends) - 1
+
+    def __getitem__(self, i):
+        i = range(len(self))[i]
+        return [self[k] for k in i] if isinstance(i, range) else self.block[self.ends[i]:self.ends[i+1]].decode('utf-8', 'surrogateescape')
 
 # %% ../nbs/02_images.ipynb #9aad2671
 LARGE = 2**28  # bytes of pixels that are read at once
@@ -462,19 +475,24 @@ def _gather(cfg, t, lay, names, part, total):
     g.n, g.file, g.sha = n, g.file[:n], g.sha[:n]
     return g
 
-# %% ../nbs/02_images.ipynb #8d874b14
+# %% ../nbs/02_images.ipynb #3f43ed33
 class _Finder:
     "The file that a line of a list names, and its label"
-    def __init__(self, names): self.names, self.short = names, None
+    def __init__(self, names): self.names, self.hashes = names, None
 
     def file(self, text):
         text = text.replace('\\', '/').removeprefix('./'); i = bisect_left(self.names, text)
         if i < len(self.names) and self.names[i] == text: return i
-        if '/' in text: return -1
-        if self.short is None:
-            self.short = {}
-            for k,o in enumerate(self.names): b = o.rpartition('/')[2]; self.short[b] = -1 if b in self.short else k
-        return self.short.get(text, -1)
+        return -1 if '/' in text else self._bare(text)
+
+    def _bare(self, text):
+        "The one file of this name in any folder; looked up by sorted hashes, which take 16 bytes a file"
+        last = lambda name: name.rpartition('/')[2]
+        if self.hashes is None:
+            h = np.fromiter((hash(last(o)) for o in self.names), 'i8', len(self.names)); self.order = np.argsort(h); self.hashes = h[self.order]
+        a, b = (np.searchsorted(self.hashes, hash(text), side) for side in ('left', 'right'))
+        found = [k for k in self.order[a:b].tolist() if last(self.names[k]) == text]
+        return found[0] if len(found) == 1 else -1
 
     def __call__(self, line):
         if (i := self.file(line)) >= 0: return i, None
@@ -546,7 +564,7 @@ def _items_of(files, item_file):
     a, b = (np.searchsorted(item_file, files, side) for side in ('left', 'right'))
     return np.repeat(a - np.cumsum(b - a) + (b - a), b - a) + np.arange((b - a).sum())
 
-# %% ../nbs/02_images.ipynb #cc7bb25e
+# %% ../nbs/02_images.ipynb #15717349
 def _family(a, b):
     "Are these two splits meant to share no image?"
     (ra, _, ta), (rb, _, tb) = a.partition('_'), b.partition('_')
@@ -556,11 +574,13 @@ def _family(a, b):
 def _finding(kind, level, count, text, examples=()):
     return dict(kind=kind, level=level, count=int(count), text=text, examples=[str(o) for o in examples][:5])
 
+def _firsts(ascending): return np.flatnonzero(np.diff(ascending, prepend=-1))
+
 def _duplicates(g, names, splits):
     "Findings about files of equal bytes, within the folder and across the splits of a family"
-    files, first = np.unique(g.file, return_index=True)
-    _, start, group, size = np.unique(g.sha[first], return_index=True, return_inverse=True, return_counts=True)
-    if len(size) == len(files): return
+    first = _firsts(g.file); files, sha = g.file[first], g.sha[first]
+    if len(np.unique(sha)) == len(sha): return
+    _, start, group, size = np.unique(sha, return_index=True, return_inverse=True, return_counts=True)
     same = lambda s: ' = '.join(names[files[k]] for k in np.flatnonzero(group == group[s])[:4])
     yield _finding('duplicate', 'warning', len(files) - len(size), "exact copies of another file", (same(s) for s in np.sort(start[size > 1])[:5]))
     for a,b in combinations(splits, 2):
@@ -788,17 +808,18 @@ def _retire(old):
     try: old.rmdir()
     except OSError: raise CmidError(f"{old}: holds files that prepare did not write: move them and remove it") from None
 
-# %% ../nbs/02_images.ipynb #5605bdd5
+# %% ../nbs/02_images.ipynb #af7cdecf
 def _write(cfg, t, lay, g, names, part, listed, others, mark, total):
     "Labels, splits, audit and manifest of a folder whose shards are done"
-    shape, used, (by_file, words_of, words, notes) = (cfg.channels, cfg.side, cfg.side), np.unique(g.file), listed
+    shape, used, (by_file, words_of, words, notes) = (cfg.channels, cfg.side, cfg.side), g.file[_firsts(g.file)], listed
     for k,v in by_file.items():
         for f in np.setdiff1d(v, used): _tally(notes, f'unread|{k}', names[f])
     how, classes, of_file = _label_files(cfg, names, used, by_file, words, words_of)
     labels, splits = None if classes is None else of_file[g.file].astype('i8'), {k: _items_of(v, g.file) for k,v in by_file.items()}
     audit = [*_findings(cfg, t, g, others, notes), *_duplicates(g, names, by_file), *_overlaps(by_file, names), *_label_findings(classes, labels, splits)]
     for k,v in {**({} if labels is None else {'labels': labels}), **{f'split-{k}': v for k,v in sorted(splits.items())}}.items():
-        np.save(f := io.BytesIO(), v, allow_pickle=False); write_whole(part/f'{k}.npy', f.getvalue()); g.hash.update(f"{k}\0".encode() + v.astype('<i8').tobytes())
+        with whole(part/f'{k}.npy', v.nbytes) as f: np.save(f, v, allow_pickle=False)
+        g.hash.update(f"{k}\0".encode()); g.hash.update(np.ascontiguousarray(v, '<i8').data)
     g.hash.update(json.dumps(classes).encode())
     shards = [_close_shard(part/f'images-{k:05}.part', g.keep[a:b], shape) for k,(a,b) in enumerate(pairwise(lay.cuts))]
     mean, std = _moments(g.sums, g.squares, g.n * cfg.side**2)
@@ -853,7 +874,7 @@ def _passes(cfg, names, part, run):
     _journalled(_make, _jobs(cfg, t, lay, names, part), [a for a,_ in lay.jobs], total, part/'items.jsonl', strict, 'preparing')
     return t, lay, total
 
-# %% ../nbs/02_images.ipynb #1194d021
+# %% ../nbs/02_images.ipynb #ae878462
 def prepare(
     folder, # of PNG, JPEG, TIFF or GeoTIFF, with everything below it; never written to
     out, # folder to write; while it is worked on it is called OUT.partial
@@ -874,6 +895,7 @@ def prepare(
         shard_mb=float(shard_mb), labelled=labelled, on_error=on_error)
     names, others = find_images(folder)
     if not names: raise CmidError(f"{folder}: holds no PNG, JPEG or TIFF")
+    names = _Names(names)
     images, mark, newest = _fingerprints(cfg, names, lists or {})
     if _finished(out, mark, newest): return Prepared(out)
     if _finished(half := out.with_name(out.name + '.partial'), mark, newest): _publish(half, out); return Prepared(out)

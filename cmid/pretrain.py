@@ -341,7 +341,7 @@ def normalisation(
     "The paper's statistics for RGB, the data's own for other bands (section IV-A)."
     return (list(RGB_MEAN), list(RGB_STD)) if images.bands == 3 else (list(images.mean), list(images.std))
 
-# %% ../nbs/23_pretrain.ipynb #dd5ab777
+# %% ../nbs/23_pretrain.ipynb #b46e5d42
 WAYS = 'processes', 'accumulate', 'compile', 'gradient_checkpointing' # how a batch is computed, not what
 
 def share_of(
@@ -362,7 +362,7 @@ def _method(settings, backbone, variant, images, on):
     "The model on its device, as the settings want it computed"
     model = build(settings, backbone, variant, images.bands, images.side).to(on, memory_format=torch.channels_last)
     token = model.student.encoder.mask_token; token.data = token.data.clone(memory_format=torch.contiguous_format)   # as its gradient is laid out
-    if settings.sync_batch_norm and world() > 1: synchronised(model)
+    if settings.sync_batch_norm and world() > 1: synchronised(model, on)
     model.student.encoder.gradient_checkpointing = settings.gradient_checkpointing
     if settings.compile: [o.encoder.compile(dynamic=False) for o in (model.student, model.teacher)]
     return model
