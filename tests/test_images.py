@@ -309,15 +309,24 @@ def test_a_new_tile_or_a_hole_moves_no_other_shard(tmp_path):
     kept = {images._sha(one.folder/o['file']) for o in one.manifest['shards']} & {images._sha(two.folder/o['file']) for o in two.manifest['shards']}
     assert len(kept) >= 10                                                                  # those of a, c and d but for the ones where b begins and ends
 
-def test_an_image_more_needs_less_than_300_bytes(tmp_path):
-    "So a million need less than 300 MB more than a thousand: with class folders, and a list of bare names."
+def test_an_image_more_needs_less_than_250_bytes(tmp_path, monkeypatch):
+    "So a million need less than 250 MB more than a thousand. Decoding is left out here, which keeps nothing; names, a list of bare names, class folders and the journals are not."
+    def make(job):
+        with open(job['shard'], 'ab') as f: f.truncate(images.HEADER + (job['row'] + len(job['items'])) * 3072)
+        return [dict(sha=f'{int(o[0][-12:-4]):064x}', array='00'*16, sum=[1, 2, 3], square=[1, 2, 3], holes=0) for o in job['items']]
+    monkeypatch.setattr(images, '_make', make); monkeypatch.setattr(images, '_probe', lambda job: [dict(width=32, height=32, bands=3, dtype='uint8', grey=False, notes=[], sha='') for _ in job[1]])
     def peak(n):
-        for i in range(n):
-            f = tmp_path/f'{n}'/f'{i // 100:05}'/f'image_{i:08}.png'; f.parent.mkdir(parents=True, exist_ok=True); Image.new('RGB', (32, 32), (i % 256, i // 256, 0)).save(f)
+        monkeypatch.setattr(images, 'find_images', lambda folder: ([f'{i // 100:05}/image_{i:08}.png' for i in range(n)], {})); (tmp_path/'in').mkdir(exist_ok=True)
         lists = listed(tmp_path, train=''.join(f'image_{i:08}.png\n' for i in range(n))); tracemalloc.start()
-        try: p = prepare(tmp_path/f'{n}', tmp_path/f'{n}-out', side=32, workers=1, lists=lists); p.source(n - 1); p[np.arange(n)[::7]]; return tracemalloc.get_traced_memory()[1]
+        try: p = prepare(tmp_path/'in', tmp_path/f'{n}', side=32, workers=1, lists=lists); assert len(p) == len(p.splits['train']) == n; return tracemalloc.get_traced_memory()[1]
         finally: tracemalloc.stop()
-    peak(3); few, many = peak(500), peak(3000); assert many - few < 300 * 2500
+    peak(100); few, many = peak(4_000), peak(12_000); assert 0 < many - few < 250 * 8_000
+
+def test_where_an_image_came_from_is_found_without_a_copy_of_the_table(tmp_path):
+    pictures(tmp_path/'in', 9); p = prepare(tmp_path/'in', tmp_path/'out', side=32); table = tmp_path/'out/items.csv'; lines = table.read_bytes().splitlines(True)
+    table.write_bytes(b''.join(lines[:9]) + lines[9].replace(b'008.png', b'x' * 3_000_000 + b'.png')); p = Prepared(tmp_path/'out'); tracemalloc.start()   # longer than a block that is read at once
+    try: assert p.source(3) == '003.png' and p.source(7) == '007.png' and tracemalloc.get_traced_memory()[1] < 2.5e6
+    finally: tracemalloc.stop()
 
 # --- reading
 
