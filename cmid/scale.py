@@ -6,7 +6,7 @@
 __all__ = ['PREPARE', 'EPOCH', 'ORDER', 'many_images', 'watched', 'memory_at', 'raster_at', 'reading_at', 'photographs',
            'big_raster', 'memory_figure', 'cmid_scale']
 
-# %% ../nbs/51_scale.ipynb #86c76af1
+# %% ../nbs/51_scale.ipynb #9a42d05e
 import json, os, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from .health import COLOURS
 from .images import prepare
-from .params import CmidError, cli, provenance, write_json
+from .params import CmidError, cli, provenance, root, write_json
 
 # %% ../nbs/51_scale.ipynb #42616efc
 def many_images(
@@ -116,7 +116,7 @@ def _away(out):
     for o in (out, out.with_name(f'{out.name}.partial')): shutil.rmtree(o, ignore_errors=True)
     return out
 
-# %% ../nbs/51_scale.ipynb #dc45ede9
+# %% ../nbs/51_scale.ipynb #3f68d368
 def reading_at(
     side:int, # of the JPEGs, pixels
     work, # folder for them and the array
@@ -125,8 +125,10 @@ def reading_at(
 ) -> dict: # images/s of both, and their ratio
     "How many JPEGs a thread decodes and resizes to 224 px in a second, and how many prepared rows it reads."
     folder = Path(work)/f'jpeg-{side}'; files = photographs(folder, n, side); p = prepare(folder, folder.with_name(f'{folder.name}-prepared'), workers=1); rng = np.random.default_rng(0)
-    def decode(): return [np.asarray(Image.open(o).convert('RGB').resize((224, 224), Image.Resampling.BICUBIC)) for o in files]
-    def read(): return [p[o] for o in rng.permutation(np.tile(np.arange(n), 16)).reshape(-1, 64)]
+    def decode():
+        for o in files: np.asarray(Image.open(o).convert('RGB').resize((224, 224), Image.Resampling.BICUBIC))
+    def read(): # nothing is kept: new memory would cost more than what is read into it
+        for o in rng.permutation(np.tile(np.arange(n), 16)).reshape(-1, 64): p[o]
     both = np.median([[n / _cpu(decode), 16*n / _cpu(read)] for _ in range(rounds)], 0)
     return dict(jpeg_side=side, kilobytes=round(sum(o.stat().st_size for o in files) / n / 1024, 1), decoded_per_s=round(both[0]), read_per_s=round(both[1]), ratio=round(both[1] / both[0], 1))
 
@@ -154,7 +156,7 @@ def big_raster(
             y = top // 64 + np.arange(4)[:, None]; cells = np.stack([(a*x + b*y + x*y // 16) % 256 for a, b in ((7, 31), (13, 5), (3, 17))]).astype('uint8')
             rows = cells.repeat(64, 1)[:, :side - top].repeat(64, 2)[:, :, :side]; f.write(rows, window=Window(0, top, side, rows.shape[1]))
 
-# %% ../nbs/51_scale.ipynb #49d089d7
+# %% ../nbs/51_scale.ipynb #286c69d0
 def memory_figure(
     found:dict, # what `cmid_scale` wrote
 ): # matplotlib Figure
@@ -178,7 +180,10 @@ def cmid_scale(
 ):
     "Memory of prepare and of an epoch, from a thousand images to a million, and for one large raster."
     with tempfile.TemporaryDirectory() as made:
-        work = Path(work or made); curve = []
-        for n in map(int, sizes.split(',')): curve.append(memory_at(n, work, side, workers)); print(json.dumps(curve[-1]), flush=True)
-        rasters = [raster_at(raster, work, o, workers) for o in (True, False)] if raster else []; print(json.dumps(rasters))
-        write_json(out, dict(side=side, workers=workers, curve=curve, rasters=rasters, orders=[watched(ORDER, n) for n in (10**6, 10**7)], reading=[reading_at(o, work) for o in (256, 512)], provenance=provenance()))
+        work = Path(work or made); found = dict(side=side, workers=workers, curve=[], rasters=[], provenance=provenance(), reading=[reading_at(o, work) for o in (256, 512)], orders=[watched(ORDER, n) for n in (10**6, 10**7)])
+        for n in map(int, sizes.split(',')): _found(out, found, 'curve', memory_at(n, work, side, workers))
+        for o in (True, False) if raster else (): _found(out, found, 'rasters', raster_at(raster, work, o, workers))
+
+def _found(out, found, key, row):
+    "Keep what was found so far, whatever comes after"
+    found[key].append(row); print(json.dumps(row), flush=True); write_json(out, found)
