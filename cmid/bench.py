@@ -10,8 +10,8 @@ __all__ = ['PARTS', 'JPEG', 'R50', 'SWIN', 'TARGETS', 'CHILD', 'COLUMNS', 'GROUP
            'target_table', 'measured_table', 'parts_figure', 'changes_table', 'measured_rate', 'checkpoint_bytes',
            'plan', 'plan_table', 'cmid_bench', 'cmid_plan']
 
-# %% ../nbs/50_bench.ipynb #7b911bac
-import itertools, json, math, platform, subprocess, sys, tempfile, time
+# %% ../nbs/50_bench.ipynb #264727fe
+import itertools, json, math, os, platform, shutil, subprocess, sys, tempfile, time
 from collections import Counter
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -24,7 +24,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from . import model
-from .health import COLOURS
+from .figures import COLOURS
 from .images import Prepared, prepare, resized
 from .masking import fill_mean
 from .model import CMID
@@ -344,13 +344,18 @@ def _rates(backbone, settings, learn, found):
     got = dict(images_per_s=speed, gflop_per_image=work['step'], gflop_encoder=work['encoder'], model_tflops=speed * work['step'] / 1e3, peak_tflops=peak, used=speed * work['step'] / 1e3 / peak)
     return got | (dict(loader_over_step=found['loader_images_per_s'] / speed) if 'loader_images_per_s' in found else {})
 
-# %% ../nbs/50_bench.ipynb #f3849c5d
+# %% ../nbs/50_bench.ipynb #f48e59f7
 def measure(
     backbone:str, batch:int=16, steps:int=5, side:int=224, bands:int=3, precision:str='auto', compile:bool=False,
     device:str='auto', accumulate:int=1, gradient_checkpointing:bool=False, disk:bool=False, quiet:bool=True, profile:str='paper',
 ) -> dict: # of `bench`
-    "`bench` of what a command line says."
-    return bench(backbone, bench_settings(batch, precision, compile, accumulate, gradient_checkpointing, profile), steps, side, bands, find_device(device), disk, quiet)
+    "`bench` of what a command line says. Raises `CmidError` for what does not fit into memory."
+    on, settings = find_device(device), bench_settings(batch, precision, compile, accumulate, gradient_checkpointing, profile)
+    try: return bench(backbone, settings, steps, side, bands, on, disk, quiet)
+    except torch.OutOfMemoryError: raise CmidError(f"--batch: {batch} images of {side} px do not fit into the memory of {on}; lower it, or add --accumulate 2 or --gradient_checkpointing") from None
+    except Exception as e:
+        if compile and type(e).__module__.startswith(('torch._dynamo', 'torch._inductor')): raise CmidError(f"--compile: {' '.join(str(e).split())[:200]}; install a C++ compiler (g++), or leave it out") from e
+        raise
 
 # %% ../nbs/50_bench.ipynb #056485a9
 R50, SWIN = 'resnet50', 'swin_base_patch4_window7_224'
@@ -393,12 +398,13 @@ def judge(
         x = (max if high else min)(found); return x, 'met' if (x <= t.bound if t.sign == '<=' else x >= t.bound) else 'missed'
     return [dict(name=t.name, backbone=t.where.get('backbone'), bound=f'{t.sign} {t.bound:g}', measured=x, verdict=v) for t in targets for x, v in [verdict(t)]]
 
-# %% ../nbs/50_bench.ipynb #de3e6592
+# %% ../nbs/50_bench.ipynb #c2979acd
 def grid(
     on:str, # cpu | cuda
-) -> list: # of keyword arguments, as `cmid_bench` takes them
+    compiler:bool=True, # is there one for C++?
+) -> list: # of keyword arguments, as `measure` takes them
     "What is measured on a kind of device."
-    names, both = (R50, SWIN, 'resnet18', 'vit_small_patch16_224'), (False, True)
+    names, both = (R50, SWIN, 'resnet18', 'vit_small_patch16_224'), (False, True)[:1 + compiler]
     if on == 'cpu': return [dict(backbone=b, batch=16, steps=3, precision='float32', compile=c, disk=not c) for b in names for c in both]
     return [dict(backbone=b, batch=n, steps=10, precision='bfloat16', compile=c, disk=n == 256) for b in names for n in (64, 256) for c in both] + [dict(backbone=R50, batch=256, steps=10, precision='float32', compile=False, disk=False)]
 
@@ -416,7 +422,7 @@ def run_grid(
     rows=None, # of the grid; None: all for this kind of device
 ) -> Path: # the file
     "Measure the grid and write its file. Raises `CmidError` with the row that failed."
-    found = find_device(on); asked = grid(found.type) if rows is None else rows; facts = provenance(found)
+    found = find_device(on); asked = grid(found.type, any(map(shutil.which, ('g++', 'clang++', os.environ.get('CXX', 'g++'))))) if rows is None else rows; facts = provenance(found)
     got = [_row(o, on) for o in tqdm(asked, desc='grid')]
     name = found.type if found.type != 'cuda' else '-'.join(torch.cuda.get_device_name(found).lower().split())
     write_json(path := Path(out or root()/'results'/'bench')/f'step-{name}.json', facts | dict(machine=machine(), rows=got)); return path
@@ -470,14 +476,15 @@ def parts_figure(
     ax.set_xlabel('seconds / seconds of the floor (line: floor; dashed: target)', fontsize=7); ax.tick_params(labelsize=7); ax.spines[['top', 'right']].set_visible(False); fig.legend(fontsize=7, ncols=4, loc='outside upper center', frameon=False)
     return fig
 
-# %% ../nbs/50_bench.ipynb #1d9ed90c
+# %% ../nbs/50_bench.ipynb #12b4eafd
 def changes_table(
     folder=None, # None: the study's results/bench
 ) -> str: # Markdown
     "Changes with the numbers before and after, of changes.json."
-    path = Path(folder or root()/'results'/'bench')/'changes.json'; held = json.loads(path.read_text('utf8'))['changes'] if path.exists() else []
-    line = lambda o: f"| {o['change']} | {o['what']} | {o['before']:.3g} | {o['after']:.3g} | {'kept' if o['kept'] else 'not kept'} |"
-    return '\n'.join(['| change | what was measured | before | after | |', '| --- | --- | --- | --- | --- |', *map(line, held)]) if held else 'No change is recorded.'
+    path = Path(folder or root()/'results'/'bench')/'changes.json'
+    if not path.exists(): return 'No change is recorded.'
+    held = json.loads(path.read_text('utf8')); line = lambda o: f"| {o['change']} | {o['what']} | {o['before']:.3g} | {o['after']:.3g} | {'kept' if o['kept'] else 'not kept'} |"
+    return '\n'.join(['| change | what was measured | before | after | |', '| --- | --- | --- | --- | --- |', *map(line, held['changes']), '', f"{held['machine']['processor']}: {held['how']}."])
 
 # %% ../nbs/50_bench.ipynb #b2adc94a
 def measured_rate(
