@@ -153,7 +153,7 @@ class CMIDCallback(Callback):
         if self.settings.fidelity == 'corrected' and not self.overflow: self.learn.model.average(self.momentum)
         self.learn.model.enqueue(); self.done += 1
 
-# %% ../nbs/23_pretrain.ipynb #fdfd7f3a
+# %% ../nbs/23_pretrain.ipynb #7eb6cc72
 LOSSES = 'total', 'reconstruction', 'contrast', 'distillation'
 
 class Journal(Callback):
@@ -181,7 +181,7 @@ class Journal(Callback):
 
     def losses(self):
         "Losses and gradient norms of this epoch so far, float (steps, 5), means over all processes, on the host. Raises `CmidError` where one is not finite."
-        a = self.learn.cmid; found = averaged(torch.cat([torch.stack(a.sums), torch.stack(a.norms)[:, None]], 1).float()).cpu().numpy()
+        a = self.learn.cmid; found = averaged(torch.cat([torch.stack(a.sums), torch.stack(a.norms)[:, None]], 1)).float().cpu().numpy()
         bad = ~np.isfinite(found[:, 1:] if not a.scaler.is_enabled() else found[:, 1:-1])                     # float16: a step whose gradients overflowed was left out
         if bad.any(): self._not_finite(*[int(o[0]) for o in np.nonzero(bad)], a.done - len(found))
         if not torch.stack([o.isfinite().all() for o in self.learn.model.state_dict().values() if o.is_floating_point()]).all(): self._not_finite(len(found) - 1, len(LOSSES), a.done - len(found))
