@@ -10,7 +10,7 @@ from cmid.params import Params, seed_everything, write_whole
 
 ROOT = Path(__file__).parent.parent
 FACTS = dict(mean=[.5]*3, std=[.2]*3, bands=['red', 'green', 'blue'], method='random', parameters={}, data_hash=None, data_licence=None, provenance={}, health={})
-BACKBONE, IMAGES, EPOCHS, KILLS = 'test_resnet', 24, 20, 20       # timm's smallest; three steps an epoch
+BACKBONE, IMAGES, EPOCHS, KILLS = 'test_resnet', 24, 12, 20       # timm's smallest; three steps an epoch
 
 class Images:
     "Generated images in the form of a prepared folder."
@@ -163,7 +163,7 @@ def test_killed_while_preparing(forks, tmp_path):
 @pytest.fixture(scope='module')
 def study(tmp_path_factory):
     from test_pipeline import Study
-    s = Study(tmp_path_factory.mktemp('study')); s.edit('params.yaml', 'pretrain: {epochs: 2,', 'pretrain: {epochs: 40,')
+    s = Study(tmp_path_factory.mktemp('study')); s.edit('params.yaml', 'pretrain: {epochs: 2,', 'pretrain: {epochs: 20,')
     for old, new in (('backbones: [resnet18]', f'backbones: [{BACKBONE}]'), ('inits: [cmid-resnet18,', f'inits: [cmid-{BACKBONE},')): s.edit('params.yaml', old, new)
     s.repro('prepare@pool'); yield s
     for o in psutil.process_iter():
