@@ -607,20 +607,20 @@ def _git(*args, cwd):
     try: return subprocess.run(['git', *args], cwd=cwd, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError): return None
 
-# %% ../nbs/00_params.ipynb #74e47665
+# %% ../nbs/00_params.ipynb #517533ad
 def provenance(
     device=None, # torch.device that was used
     folder=None, # the study's root; None: looked for
     **more, # further facts, such as data hashes
 ) -> dict: # commit, changed, versions, machine, ...
     "Commit, versions and device of this run, as JSON takes them."
-    import torch
+    torch = sys.modules.get('torch') # a stage that only reads and draws has not loaded it
     try: at = folder or root()
     except CmidError: at = Path.cwd()
     names = 'torch', 'torchvision', 'timm', 'fastai', 'numpy', 'cmid'
     # only code counts: parameters and data are recorded by themselves, and results are what a run writes
     changed = _git('status', '--porcelain', '--', ':(top)cmid', ':(top)nbs', ':(top)dvc.yaml', ':(top)requirements.lock', cwd=at)
-    name = torch.cuda.get_device_name(device) if getattr(device, 'type', '') == 'cuda' else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(device) if getattr(device, 'type', '') == 'cuda' else f"{platform.machine()} CPU, {torch.get_num_threads() if torch else os.cpu_count()} threads"
     return dict(commit=_git('rev-parse', 'HEAD', cwd=at), changed=bool(changed), device=name, platform=platform.system(),
                 versions=dict(python=platform.python_version()) | {o: version(o) for o in names}) | more
 
