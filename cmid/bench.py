@@ -10,7 +10,7 @@ __all__ = ['PARTS', 'JPEG', 'R50', 'SWIN', 'TARGETS', 'CHILD', 'COLUMNS', 'GROUP
            'target_table', 'measured_table', 'parts_figure', 'changes_table', 'measured_rate', 'checkpoint_bytes',
            'plan', 'plan_table', 'cmid_bench', 'cmid_plan']
 
-# %% ../nbs/50_bench.ipynb #264727fe
+# %% ../nbs/50_bench.ipynb #2e55e67d
 import itertools, json, math, os, platform, shutil, subprocess, sys, tempfile, time
 from collections import Counter
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -28,7 +28,7 @@ from .figures import COLOURS
 from .images import Prepared, prepare, resized
 from .masking import fill_mean
 from .model import CMID
-from .params import CmidError, Params, Pretrain, check, cli, device as find_device, provenance, root, write_json
+from .params import KEEP, CmidError, Params, Pretrain, check, cli, device as find_device, provenance, root, write_json
 from .pretrain import build, learner
 from .sample import scene
 from .views import View
@@ -398,7 +398,7 @@ def judge(
         x = (max if high else min)(found); return x, 'met' if (x <= t.bound if t.sign == '<=' else x >= t.bound) else 'missed'
     return [dict(name=t.name, backbone=t.where.get('backbone'), bound=f'{t.sign} {t.bound:g}', measured=x, verdict=v) for t in targets for x, v in [verdict(t)]]
 
-# %% ../nbs/50_bench.ipynb #c2979acd
+# %% ../nbs/50_bench.ipynb #d2c0a635
 def grid(
     on:str, # cpu | cuda
     compiler:bool=True, # is there one for C++?
@@ -412,7 +412,7 @@ CHILD = 'import json, sys; from cmid.bench import measure; print(json.dumps(meas
 
 def _row(asked, on):
     "One row, measured in a process of its own"
-    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', CHILD, json.dumps(asked | dict(device=on))], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', CHILD, json.dumps(asked | dict(device=on))], capture_output=True, text=True, env=KEEP | os.environ)
     if done.returncode: raise CmidError(f"{asked}: {(done.stderr.strip() or 'ended without a word').splitlines()[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FULL', 'LOCKED', 'Count', 'Natural', 'Share', 'Unit', 'Weight', 'Positive', 'Names', 'Pair', 'FORMATS', 'SECTIONS',
-           'DATA', 'GROUPS', 'CmidError', 'near', 'plain_name', 'writing', 'cli', 'Section', 'Dataset', 'Study',
+           'DATA', 'GROUPS', 'KEEP', 'CmidError', 'near', 'plain_name', 'writing', 'cli', 'Section', 'Dataset', 'Study',
            'Prepare', 'Weights', 'Pretrain', 'Health', 'Probe', 'Reconstruct', 'Classify', 'Attention', 'Features',
            'Correspondence', 'Task', 'Labels', 'Tuning', 'Segment', 'Change', 'Detect', 'Run', 'root', 'parse_yaml',
            'load_yaml', 'merge', 'check', 'Params', 'check_all', 'device', 'seed_everything', 'provenance', 'whole',
@@ -588,6 +588,9 @@ def device(
     n = torch.cuda.device_count() if found.type == 'cuda' else int(found.type != 'mps' or torch.backends.mps.is_available())
     if (found.index or 0) >= n: raise CmidError(f"params.yaml: device: {name!r} is not on this machine ({n} found); use device: auto or cpu")
     return found
+
+# %% ../nbs/00_params.ipynb #6d4ac76a
+KEEP = dict(MALLOC_MMAP_MAX_='0', MALLOC_TRIM_THRESHOLD_='-1') # environment of a process that trains; read by glibc alone
 
 # %% ../nbs/00_params.ipynb #55f40298
 def seed_everything(

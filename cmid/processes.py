@@ -6,13 +6,13 @@
 __all__ = ['rank', 'world', 'own_device', 'joined', 'averaged', 'Asked', 'HostSyncBatchNorm', 'synchronised', 'followed',
            'launch']
 
-# %% ../nbs/18_processes.ipynb #a14b1bad
+# %% ../nbs/18_processes.ipynb #6007fc72
 import os, subprocess, sys, threading
 from contextlib import contextmanager
 from datetime import timedelta
 import torch, torch.distributed as dist
 from torch import nn
-from .params import CmidError, device
+from .params import KEEP, CmidError, device
 
 # %% ../nbs/18_processes.ipynb #a17057ff
 def _together(): return dist.is_available() and dist.is_initialized()
@@ -99,7 +99,7 @@ def synchronised(
         o.__class__, o.process_group = HostSyncBatchNorm if on.type == 'cpu' else nn.SyncBatchNorm, None
     return model
 
-# %% ../nbs/18_processes.ipynb #eedaa1be
+# %% ../nbs/18_processes.ipynb #91cb8832
 def _follow(pid):
     "End with the process that started all this, however it ended"
     import psutil
@@ -121,7 +121,7 @@ def launch(
     "Run a command in several processes under torchrun. Raises `CmidError` with the line of the one that failed, `KeyboardInterrupt` where they were stopped."
     threads = str(max(1, torch.get_num_threads() // processes))
     run = subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={processes}', '--no-python', sys.executable, *command], text=True,
-                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | dict(OMP_NUM_THREADS=threads, CMID_LAUNCHER=str(os.getpid()), PYTHONUNBUFFERED='1') | env)
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=KEEP | os.environ | dict(OMP_NUM_THREADS=threads, CMID_LAUNCHER=str(os.getpid()), PYTHONUNBUFFERED='1') | env)
     failed, stopped = None, False
     while True:
         try:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MENDED', 'Stage', 'known_parameters', 'run_notebook', 'cmid_stage']
 
-# %% ../nbs/26_stage.ipynb #0667fd8c
+# %% ../nbs/26_stage.ipynb #77c5b9f8
 import argparse, io, logging, os, resource, signal, sys, tempfile, threading, time, warnings
 from collections import Counter
 from functools import partial
@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import cmid
 from .digest import digest
-from .params import CmidError, Params, check_all, cli, device, near, plain_name, provenance, root, seed_everything, write_json, write_whole, writing
+from .params import KEEP, CmidError, Params, check_all, cli, device, near, plain_name, provenance, root, seed_everything, write_json, write_whole, writing
 
 try: import fcntl
 except ImportError: fcntl = None  # Windows: no lock
@@ -182,7 +182,7 @@ def _stoppable(run, name):
     finally: [signal.signal(*o) for o in before.items()]
     if failed: raise KeyboardInterrupt(f'{name}: stopped') if stop.times > 1 or isinstance(failed[0], _Stopped) else failed[0]
 
-# %% ../nbs/26_stage.ipynb #0db93c82
+# %% ../nbs/26_stage.ipynb #2228e47b
 @cli
 def cmid_stage():
     "Run one stage of the pipeline through papermill."
@@ -190,7 +190,7 @@ def cmid_stage():
     parser.add_argument('stage', help='name of a notebook in nbs/pipeline, such as pretrain')
     parser.add_argument('-p', nargs=2, action='append', default=[], metavar=('NAME', 'VALUE'), dest='given', help='which cell of the study, such as -p dataset scenes; text; may be repeated')
     parser.add_argument('--smoke', action='store_true', help='in a temporary folder, on generated imagery, in seconds')
-    a = parser.parse_args(); at = root(); os.chdir(at)
+    a = parser.parse_args(); at = root(); os.chdir(at); os.environ.update(KEEP | os.environ)
     for k, n in Counter(k for k, _ in a.given).items():
         if n > 1: raise CmidError(f"-p {k}: is given {n} times; give it once")
     identity = '-'.join([plain_name(a.stage, 'stage'), *(plain_name(v, f'-p {k}') for k, v in a.given)])
