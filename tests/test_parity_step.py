@@ -72,7 +72,7 @@ def test_whole_step(dtype):
     keys, norms = r[f'{name}/grad_norm_keys'].tolist(), r[f'{name}/grad_norms']
     assert set(grads) == set(keys)
     counted = norms > 1e-6
-    np.testing.assert_allclose(np.array([grads[k] for k in keys])[counted], norms[counted], rtol=2e-3 if name == 'f32' else 1e-5)
+    np.testing.assert_allclose(np.array([grads[k] for k in keys])[counted], norms[counted], rtol=5e-3 if name == 'f32' else 1e-5)
     token, want = model.student.encoder.mask_token.grad, r[f'{name}/grad/mask_token']
     np.testing.assert_allclose(token, want, atol=1e-4 * abs(want).max())
     assert int(model.queue.ptr) == 8
