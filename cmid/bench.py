@@ -398,7 +398,7 @@ def judge(
         x = (max if high else min)(found); return x, 'met' if (x <= t.bound if t.sign == '<=' else x >= t.bound) else 'missed'
     return [dict(name=t.name, backbone=t.where.get('backbone'), bound=f'{t.sign} {t.bound:g}', measured=x, verdict=v) for t in targets for x, v in [verdict(t)]]
 
-# %% ../nbs/50_bench.ipynb #d2c0a635
+# %% ../nbs/50_bench.ipynb #cd1968f8
 def grid(
     on:str, # cpu | cuda
     compiler:bool=True, # is there one for C++?
@@ -421,20 +421,24 @@ def run_grid(
     out=None, # folder; None: results/bench
     rows=None, # of the grid; None: all for this kind of device
 ) -> Path: # the file
-    "Measure the grid and write its file. Raises `CmidError` with the row that failed."
+    "Measure the grid and write its file; rows that this device cannot do stand in it with their reason. Raises `CmidError` where it can do none."
     found = find_device(on); asked = grid(found.type, any(map(shutil.which, ('g++', 'clang++', os.environ.get('CXX', 'g++'))))) if rows is None else rows; facts = provenance(found)
-    got = [_row(o, on) for o in tqdm(asked, desc='grid')]
+    got, failed = [], []
+    for o in tqdm(asked, desc='grid'):
+        try: got.append(_row(o, on))
+        except CmidError as e: failed.append(o | dict(why=str(e))); print(e, file=sys.stderr)
+    if not got: raise CmidError(failed[0]['why'])
     name = found.type if found.type != 'cuda' else '-'.join(torch.cuda.get_device_name(found).lower().split())
-    write_json(path := Path(out or root()/'results'/'bench')/f'step-{name}.json', facts | dict(machine=machine(), rows=got)); return path
+    write_json(path := Path(out or root()/'results'/'bench')/f'step-{name}.json', facts | dict(machine=machine(), rows=got, failed=failed)); return path
 
-# %% ../nbs/50_bench.ipynb #69f9de88
+# %% ../nbs/50_bench.ipynb #0eef4097
 def read_bench(
     folder=None, # None: the study's results/bench
 ) -> list: # of rows, each with gpu, processor, threads, commit and file
     "All measurements that are kept. Raises `CmidError` naming a file that is damaged."
     rows = []
     for path in sorted(Path(folder or root()/'results'/'bench').glob('step-*.json')):
-        try: held = json.loads(path.read_text('utf8')); about = dict(gpu=held['machine']['gpu'], processor=held['machine']['processor'], threads=held['machine']['threads'], commit=held['commit'], changed=held['changed'], file=path.name); rows += [o | about for o in held['rows']]
+        try: held = json.loads(path.read_text('utf8')); about = dict(gpu=held['machine']['gpu'], processor=held['machine']['processor'], threads=held['machine']['threads'], commit=held['commit'], changed=held['changed'], file=path.name); rows += [o | about for o in held['rows'] if all(o[k] > 0 for k in ('side', 'bands', 'batch', 'step_s', 'floor_s')) and o['backbone']]
         except (OSError, ValueError, KeyError, TypeError): raise CmidError(f"{path}: is no measurement of cmid_bench; remove it and run make bench again") from None
     return rows
 
@@ -503,7 +507,7 @@ def checkpoint_bytes(
     "Model, and Adan's four numbers a learnt parameter."
     return sum(o.numel() * o.element_size() for o in m.state_dict().values()) + 4 * sum(p.numel() * p.element_size() for p in m.parameters() if p.requires_grad)
 
-# %% ../nbs/50_bench.ipynb #8e7aac2b
+# %% ../nbs/50_bench.ipynb #d1b4f266
 def plan(
     backbone:str, # timm name
     images:int=990_848, epochs:int=200, # of MillionAID's test split
@@ -515,7 +519,7 @@ def plan(
     "What a pretraining will cost. Raises `CmidError` where no rate is known."
     for k, v in dict(images=images, epochs=epochs, devices=devices).items():
         if v < 1: raise CmidError(f"--{k}: {v} makes no run; give 1 or more")
-    if min(images_per_s, price) < 0: raise CmidError("--images_per_s and --price cannot be negative")
+    if not all(0 <= o < math.inf for o in (images_per_s, price)): raise CmidError("--images_per_s and --price must be numbers from 0")
     row = dict(rate=images_per_s) if images_per_s else measured_rate(backbone, side, bands, folder)
     with torch.device('meta'): m = build(Params(profile='paper').pretrain, backbone, 'cmid', bands, side)
     hours = images * epochs / (row['rate'] * devices) / 3600
@@ -527,13 +531,13 @@ def _measured(row):
     if 'commit' not in row: return None
     return {k: row[k] for k in ('file', 'commit', 'changed', 'processor', 'threads', 'gpu', 'batch', 'precision', 'compiled')} | dict(end_to_end='end_to_end_s' in row)
 
-# %% ../nbs/50_bench.ipynb #33e0e338
+# %% ../nbs/50_bench.ipynb #54116d53
 def plan_table(
     p:dict, # of `plan`
 ) -> str:
     "A plan for people."
     m = p['measured']; source = 'as given (--images_per_s)' if m is None else f"measured on {m['gpu'] or m['processor'] + ' with ' + str(m['threads']) + ' threads'}, batch {m['batch']}, {m['precision']}{', compiled' * m['compiled']}, {'end to end' if m['end_to_end'] else 'without the loader'}, at commit {(m['commit'] or 'unknown')[:8]}{' with changes' * m['changed']} ({m['file']})"
-    lines = {'run': f"{p['epochs']} epochs of {p['images']:,} images of {p['side']} px, {p['bands']} bands, {p['backbone']}", 'rate': f"{p['images_per_s']:,.4g} images/s {source}{', times ' + str(p['devices']) + ' devices: the best that they can do' if p['devices'] > 1 else ''}",
+    lines = {'run': f"{p['epochs']} epochs of {p['images']:,} images of {p['side']} px, {p['bands']} bands, {p['backbone']}", 'rate': f"{p['images_per_s'] / p['devices']:,.4g} images/s {source}{', x ' + str(p['devices']) + ' devices: at best ' + format(p['images_per_s'], ',.4g') if p['devices'] > 1 else ''}",
              'time': f"{p['hours']:,.1f} h ({p['days']:,.1f} days)", 'prepared arrays': f"{p['prepared_gb']:,.1f} GB", 'checkpoints': f"{p['checkpoints_gb']:,.1f} GB (two that are kept, one that is written)"}
     if p['price']: lines['cost'] = f"{p['cost']:,.0f} ({p['device_hours']:,.0f} device-hours at {p['price']:g})"
     return '\n'.join(f'{k:16} {v}' for k, v in lines.items())

@@ -10,7 +10,7 @@ __all__ = ['FULL', 'LOCKED', 'Count', 'Natural', 'Share', 'Unit', 'Weight', 'Pos
            'load_yaml', 'merge', 'check', 'Params', 'check_all', 'device', 'seed_everything', 'provenance', 'whole',
            'write_whole', 'write_json']
 
-# %% ../nbs/00_params.ipynb #a8f9370c
+# %% ../nbs/00_params.ipynb #a71c3a4c
 import errno, functools, os, platform, random, re, shutil, subprocess, sys
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np, yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 # %% ../nbs/00_params.ipynb #2c856d6a
 class CmidError(ValueError):
@@ -167,7 +167,7 @@ class Weights(Section):
         if not any((self.reconstruction, self.contrast, self.distillation)): raise ValueError("all three are 0: nothing would be learnt")
         return self
 
-# %% ../nbs/00_params.ipynb #6f3cff46
+# %% ../nbs/00_params.ipynb #92bdcc40
 class Pretrain(Section):
     "CMID's own settings (paper, sections III and IV-A)."
     dataset: str
@@ -209,6 +209,12 @@ class Pretrain(Section):
     momentum: Annotated[list[Unit], Field(min_length=2, max_length=2)]
     fidelity: Literal['corrected', 'published']
     checkpoint_epochs: Count
+
+    @field_validator('split', mode='before')
+    @classmethod
+    def _weighted(cls, split):
+        if isinstance(split, dict) and not (split and all(isinstance(o, (int, float)) and 0 < o < float('inf') for o in split.values())): raise ValueError("weights must be above 0, such as {one: 1.0, two: 2.0}")
+        return split
 
     @model_validator(mode='after')
     def _agree(self):

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['UNDECAYED', 'LOSSES', 'WAYS', 'peak_lr', 'lr_at', 'parameter_groups', 'precision_of', 'CMIDCallback', 'Journal',
            'clock', 'Checkpoints', 'plainly', 'stoppable', 'build', 'normalisation', 'share_of', 'learner', 'run',
-           'too_large', 'deterministic_cost', 'view_figure', 'Curves', 'export', 'export_baseline', 'summary']
+           'too_large', 'deterministic_cost', 'view_figure', 'Curves', 'export', 'export_baseline', 'summary',
+           'trained_seconds']
 
 # %% ../nbs/23_pretrain.ipynb #fe578ecb
 import gc, hashlib, json, math, signal, threading, time, warnings
@@ -373,7 +374,7 @@ def _lean(callbacks, learn):
 
 def _silent(_): "What other processes than the first say"
 
-# %% ../nbs/23_pretrain.ipynb #45cd8db2
+# %% ../nbs/23_pretrain.ipynb #b2cdfd69
 def learner(
     images, # images.Prepared: uint8 rows, with bands, side, mean and std
     index, # which of them are the corpus: what `batches.corpus` gives
@@ -406,13 +407,13 @@ def learner(
 
 def _announce(learn, settings, batches, on, dtype, say):
     "What the run is about to do, before it does it."
-    shared = f" ({world()} processes" + f" x {settings.accumulate} parts" * (settings.accumulate > 1) + ")" if world() * settings.accumulate > 1 else ""
+    ways = [f"{n} {what}" for n, what in ((world(), 'processes'), (settings.accumulate, 'parts')) if n > 1]; shared = f" ({' x '.join(ways)})" if ways else ""
     say(f"{batches.count} images an epoch, {len(batches)} steps of {settings.batch}{shared}, {settings.epochs} epochs on {on}, {str(dtype).split('.')[-1]}")
     for o in [learn.cmid.rule, *(learn.journal.watch.notes if learn.journal.watch else ())]: say(o)
     if learn.model.queue is not None and settings.queue > batches.count:
         say(f"note: the queue of {settings.queue} keys is longer than the {batches.count} images: each is its own negative several times; lower pretrain.queue")
 
-# %% ../nbs/23_pretrain.ipynb #9a464fe5
+# %% ../nbs/23_pretrain.ipynb #2833abb0
 def run(
     learn:Learner, # of `learner`
     until:int|None=None, # stop after this many epochs; None: all
@@ -423,7 +424,7 @@ def run(
     done = keeper.restore(learn) if keeper else 0
     if learn.cmid.done: learn.journal.say(f"going on after step {learn.cmid.done}, epoch {done}")
     try:
-        if learn.cmid.on.type == 'cuda' and torch.are_deterministic_algorithms_enabled(): learn.journal.say(f"deterministic: a step takes {deterministic_cost(learn):.2f} times as long as without")
+        if done < learn.cmid.settings.epochs and learn.cmid.on.type == 'cuda' and torch.are_deterministic_algorithms_enabled(): learn.journal.say(f"deterministic: a step takes {deterministic_cost(learn):.2f} times as long as without")
         with stoppable(keeper), plainly(): learn.fit(until or learn.cmid.settings.epochs, start_epoch=done, cbs=Curves(curves) if curves else None)
         return learn
     except torch.OutOfMemoryError: pass                                          # its traceback holds the step's tensors: go on without it
@@ -515,7 +516,7 @@ class Curves(Callback):
                 if k not in ('epoch', 'step', *LOSSES): self.live.log_metric(k, v)
         self.live.end()
 
-# %% ../nbs/23_pretrain.ipynb #ffe9fd18
+# %% ../nbs/23_pretrain.ipynb #d095aeac
 def _card(images, mean, std, method, parameters, health, made, trained=True):
     "What a backbone's card says of these images."
     bands = ['red', 'green', 'blue'] if images.bands == 3 else [f'band {i + 1}' for i in range(images.bands)]
@@ -554,3 +555,9 @@ def summary(
 ) -> dict: # numbers that repeat
     "Losses and health of the last epoch, and what idled."
     return {k: v for k, v in learn.journal.epochs[-1].items() if k != 'images_per_s'} | (dict(skipped=learn.cmid.skipped) if learn.cmid.skipped else {}) | dict(warnings=list(learn.journal.warnings.values()))
+
+def trained_seconds(
+    learn:Learner, # trained
+) -> float: # s
+    "How long its epochs took, wherever they were trained."
+    images = len(learn.dls.train) * learn.cmid.settings.batch; return sum(images / o['images_per_s'] for o in learn.journal.epochs)

@@ -6,11 +6,11 @@
 __all__ = ['rank', 'world', 'own_device', 'joined', 'averaged', 'Asked', 'HostSyncBatchNorm', 'synchronised', 'followed',
            'launch']
 
-# %% ../nbs/18_processes.ipynb #6007fc72
+# %% ../nbs/18_processes.ipynb #74c6a414
 import os, subprocess, sys, threading
 from contextlib import contextmanager
 from datetime import timedelta
-import torch, torch.distributed as dist
+import psutil, torch, torch.distributed as dist
 from torch import nn
 from .params import KEEP, CmidError, device
 
@@ -66,7 +66,7 @@ class Asked:
     def _ask(self, mine): flag = torch.tensor([float(mine)]); return flag, dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True)
     def _answer(self, asked): asked[1].wait(); return bool(asked[0])
 
-# %% ../nbs/18_processes.ipynb #aeaa4188
+# %% ../nbs/18_processes.ipynb #4feea173
 class _Mean(torch.autograd.Function):
     "Mean over processes, and of gradients over processes"
     @staticmethod
@@ -80,9 +80,10 @@ class HostSyncBatchNorm(nn.BatchNorm2d):
     def forward(self, x):
         if not self.training or world() == 1: return super().forward(x)
         axes, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2); n = x.numel() // x.shape[1] * world()
-        mean = _Mean.apply(x.mean(axes)); d = x - mean.view(shape); var = _Mean.apply(d.square().mean(axes))
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))                   # statistics are not for half precision
+        mean = _Mean.apply(wide.mean(axes)); d = wide - mean.view(shape); var = _Mean.apply(d.square().mean(axes))
         self._move(mean.detach(), var.detach() * n / max(n - 1, 1))
-        return d * (var + self.eps).rsqrt().mul(self.weight).view(shape) + self.bias.view(shape)
+        return (d * (var + self.eps).rsqrt().mul(self.weight).view(shape) + self.bias.view(shape)).to(x.dtype)
 
     def _move(self, mean, var):
         self.num_batches_tracked += 1
@@ -99,10 +100,9 @@ def synchronised(
         o.__class__, o.process_group = HostSyncBatchNorm if on.type == 'cpu' else nn.SyncBatchNorm, None
     return model
 
-# %% ../nbs/18_processes.ipynb #91cb8832
+# %% ../nbs/18_processes.ipynb #75696f84
 def _follow(pid):
     "End with the process that started all this, however it ended"
-    import psutil
     def wait():
         try: psutil.Process(pid).wait()
         except psutil.Error: pass
@@ -131,7 +131,7 @@ def launch(
             break
         except KeyboardInterrupt:
             if stopped: run.kill(); raise
-            stopped = True; run.terminate()                                        # torchrun asks its processes
+            stopped = True; [o.terminate() for o in psutil.Process(run.pid).children()]   # not torchrun, which grants them half a minute: two steps and a checkpoint may take longer
     if run.wait() == 0: return
     if stopped: raise KeyboardInterrupt(failed or 'stopped')
     raise CmidError(failed or f"{processes} processes ended with status {run.returncode}; what went wrong stands above")

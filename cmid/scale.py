@@ -156,15 +156,14 @@ def big_raster(
             y = top // 64 + np.arange(4)[:, None]; cells = np.stack([(a*x + b*y + x*y // 16) % 256 for a, b in ((7, 31), (13, 5), (3, 17))]).astype('uint8')
             rows = cells.repeat(64, 1)[:, :side - top].repeat(64, 2)[:, :, :side]; f.write(rows, window=Window(0, top, side, rows.shape[1]))
 
-# %% ../nbs/51_scale.ipynb #286c69d0
+# %% ../nbs/51_scale.ipynb #df879028
 def memory_figure(
     found:dict, # what `cmid_scale` wrote
 ): # matplotlib Figure
-    "Most memory held, over the number of images."
+    "Most memory held, file pages apart, over the number of images."
     fig = Figure(figsize=(4.4, 2.8), dpi=80, layout='constrained'); ax = fig.subplots(); n = [o['images'] for o in found['curve']]
-    for (what, text), colour in zip((('prepare', 'prepare, with its workers'), ('epoch', 'an epoch of training')), COLOURS):
-        for key, line, more in (('resident_mb', ':', ', file pages too'), ('own_mb', '-', '')):
-            ax.plot(n, [o[what][key] for o in found['curve']], line, marker='o', ms=3, color=colour, label=text + more)
+    for (what, text), colour in zip((('prepare', 'prepare, with its workers'), ('epoch', 'reading an epoch')), COLOURS):
+        ax.plot(n, [o[what]['own_mb'] for o in found['curve']], marker='o', ms=3, color=colour, label=text)
     ax.set(xscale='log', xlabel='images', ylabel='MB held at most', ylim=(0, None)); ax.legend(fontsize=7, frameon=False); ax.spines[['top', 'right']].set_visible(False)
     return fig
 
@@ -176,9 +175,10 @@ def cmid_scale(
     raster:int=30000, # side of the large raster, pixels; 0: none
     workers:int=2, # of prepare
     work:str='', # folder for what is generated, kept; empty: a temporary one
-    out:str='results/bench/scale.json', # what was found
+    out:str='', # file to write what was found, such as results/bench/scale.json; empty: only said
 ):
     "Memory of prepare and of an epoch, from a thousand images to a million, and for one large raster."
+    if min(map(int, sizes.split(','))) < 256: raise CmidError("--sizes: give 256 images or more: an epoch is read in batches of 256")
     with tempfile.TemporaryDirectory() as made:
         work = Path(work or made); found = dict(side=side, workers=workers, curve=[], rasters=[], provenance=provenance(), reading=[reading_at(o, work) for o in (256, 512)], orders=[watched(ORDER, n) for n in (10**6, 10**7)])
         for n in map(int, sizes.split(',')): _found(out, found, 'curve', memory_at(n, work, side, workers))
@@ -186,4 +186,5 @@ def cmid_scale(
 
 def _found(out, found, key, row):
     "Keep what was found so far, whatever comes after"
-    found[key].append(row); print(json.dumps(row), flush=True); write_json(out, found)
+    found[key].append(row); print(json.dumps(row), flush=True)
+    if out: write_json(out, found)

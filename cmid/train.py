@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['study_learner', 'trained_by', 'pretrain_study', 'cmid_pretrain', 'train_study']
 
-# %% ../nbs/28_train.ipynb #6779c735
+# %% ../nbs/28_train.ipynb #2bc206b3
 import argparse, os, time, warnings
 from pathlib import Path
 import cmid
-from .batches import corpus
+from .batches import Mix, corpus, shares
 from .digest import digest
 from .images import Prepared
 from .params import CmidError, Params, check_all, cli, provenance, root, seed_everything
 from .pretrain import learner, run
 from .processes import followed, joined, launch, own_device
 
-# %% ../nbs/28_train.ipynb #472291c7
+# %% ../nbs/28_train.ipynb #f73af205
 def study_learner(
     p:Params, # of the study
     method:str, backbone:str, # cmid | byol; timm name
@@ -27,7 +27,9 @@ def study_learner(
     "The learner of one cell of a study. Raises `CmidError` naming the key or folder that is wrong."
     settings, health = p.pretrain, p.health
     prepared, labelled = (Prepared(p.path('prepared')/o) for o in (settings.dataset, health.labelled))
-    return learner(prepared, corpus(prepared, settings.split), settings, backbone, method, p.run.seed, on, p.path('checkpoints')/f'{method}-{backbone}', prepared.hash, code, provenance(folder=p.root)['commit'], say, health, labelled)
+    index = corpus(prepared, settings.split)
+    if isinstance(index, Mix): say("an epoch mixes " + ', '.join(f'{n:,} of {k}' for k, n in zip(settings.split, shares(settings.epoch_images or len(index), index.weights))))
+    return learner(prepared, index, settings, backbone, method, p.run.seed, on, p.path('checkpoints')/f'{method}-{backbone}', prepared.hash, code, provenance(folder=p.root)['commit'], say, health, labelled)
 
 # %% ../nbs/28_train.ipynb #608c4df1
 def trained_by() -> str: # hexadecimal
@@ -58,7 +60,7 @@ def cmid_pretrain():
     try: pretrain_study(a.method, a.backbone, a.code)
     except (CmidError, OSError): _after_the_first(); raise
 
-# %% ../nbs/28_train.ipynb #c11227c4
+# %% ../nbs/28_train.ipynb #f97b7693
 def train_study(
     learn, # of `study_learner`
     curves=None, # folder for DVCLive
@@ -67,8 +69,10 @@ def train_study(
     "Train as `pretrain.processes` says: here, or in processes of their own whose last checkpoint is then loaded."
     n, k = learn.cmid.settings.processes, learn.checkpoints
     if n > 1 and not _finished(learn):
+        learn.model.cpu()                                                          # its GPU belongs to the first process
         launch(n, ['-c', 'from cmid.train import cmid_pretrain; cmid_pretrain()', k.parameters['variant'], k.parameters['backbone'], '--code', k.parameters['code']], 'cmid_pretrain', say, CMID_ROOT=str(k.folder.parent.parent.parent))
         if not _finished(learn): raise CmidError(f"{k.folder}: the {n} processes left no last checkpoint; what went wrong stands above")
+        learn.model.to(learn.cmid.on)
     return run(learn, curves=curves)
 
 def _finished(learn):

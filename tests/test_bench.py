@@ -35,10 +35,10 @@ def test_mistakes_are_one_line(capsys, more, said):
 
 def test_grid_is_written_whole_or_not_at_all(tmp_path):
     tiny = dict(backbone='test_resnet', batch=4, steps=1, side=64, precision='float32', profile='smoke')
-    with pytest.raises(CmidError, match='multiple of 32'): run_grid('cpu', tmp_path, [tiny, tiny | dict(side=65)])
+    with pytest.raises(CmidError, match='multiple of 32'): run_grid('cpu', tmp_path, [tiny | dict(side=65)])
     assert not list(tmp_path.iterdir())
-    held = json.loads(run_grid('cpu', tmp_path, [tiny, tiny | dict(backbone='test_vit')]).read_text()); assert [o.name for o in tmp_path.iterdir()] == ['step-cpu.json']
-    assert {'commit', 'changed', 'versions', 'machine', 'rows'} <= set(held) and len(held['rows']) == 2
+    held = json.loads(run_grid('cpu', tmp_path, [tiny, tiny | dict(side=65), tiny | dict(backbone='test_vit')]).read_text()); assert [o.name for o in tmp_path.iterdir()] == ['step-cpu.json']
+    assert {'commit', 'changed', 'versions', 'machine', 'rows'} <= set(held) and len(held['rows']) == 2 and ['multiple of 32' in o['why'] for o in held['failed']] == [True]
     rows = read_bench(tmp_path); assert {o['verdict'] for o in judge(rows)} == {'open'}              # of no row that a target speaks of
     assert plan('test_vit', side=64, folder=tmp_path, images=1000, epochs=2)['hours'] == pytest.approx(2000 * rows[1]['step_s'] / 4 / 3600)
 
