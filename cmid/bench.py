@@ -431,14 +431,14 @@ def run_grid(
     name = found.type if found.type != 'cuda' else '-'.join(torch.cuda.get_device_name(found).lower().split())
     write_json(path := Path(out or root()/'results'/'bench')/f'step-{name}.json', facts | dict(machine=machine(), rows=got, failed=failed)); return path
 
-# %% ../nbs/50_bench.ipynb #0eef4097
+# %% ../nbs/50_bench.ipynb #619c2191
 def read_bench(
     folder=None, # None: the study's results/bench
 ) -> list: # of rows, each with gpu, processor, threads, commit and file
     "All measurements that are kept. Raises `CmidError` naming a file that is damaged."
     rows = []
     for path in sorted(Path(folder or root()/'results'/'bench').glob('step-*.json')):
-        try: held = json.loads(path.read_text('utf8')); about = dict(gpu=held['machine']['gpu'], processor=held['machine']['processor'], threads=held['machine']['threads'], commit=held['commit'], changed=held['changed'], file=path.name); rows += [o | about for o in held['rows'] if all(o[k] > 0 for k in ('side', 'bands', 'batch', 'step_s', 'floor_s')) and o['backbone']]
+        try: held = json.loads(path.read_text('utf8')); about = dict(gpu=held['machine']['gpu'], processor=held['machine']['processor'], threads=held['machine']['threads'], commit=held['commit'], changed=held['changed'], file=path.name); rows += [o | about for o in held['rows'] if all(o[k] > 0 for k in ('side', 'bands', 'batch', 'step_s')) and o['backbone']]
         except (OSError, ValueError, KeyError, TypeError): raise CmidError(f"{path}: is no measurement of cmid_bench; remove it and run make bench again") from None
     return rows
 
