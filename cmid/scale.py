@@ -17,7 +17,7 @@ from PIL import Image
 from rasterio.windows import Window
 from tqdm import tqdm
 
-from .health import COLOURS
+from .figures import COLOURS
 from .images import prepare
 from .params import CmidError, cli, provenance, root, write_json
 
