@@ -345,8 +345,8 @@ class Tiles(Dataset):
 
     def __len__(self): return len(self.tiles)
     def __getitem__(self, at): # uint8 (B, C, H, W), ([boxes (m, 5)], [labels (m,)])
-        (step, rows), chance = at, torch.rand(3, len(at[1]), generator=step_generator(self.seed, at[0]))
-        coins = (chance < torch.tensor([[.5], [.5], [self.settings.turn]])).T.tolist()
+        (step, rows), s, chance = at, self.settings, torch.rand(3, len(at[1]), generator=step_generator(self.seed, at[0]))
+        coins = (chance < torch.tensor([[s.flip], [s.flip], [s.turn]])).T.tolist()
         images, boxes = zip(*[mirrored(self._pixels(r), self.tiles[r][2], *o) for r, o in zip(rows, coins)])
         return stacked(images, self.fill), (list(boxes), [self.tiles[r][3] for r in rows])
 

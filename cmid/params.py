@@ -398,6 +398,7 @@ class Detect(Tuning):
     head_hidden: Count
     proposals: Count
     anchor: Positive
+    flip: Unit
     turn: Unit
     frozen_stages: Natural
     score: Unit
