@@ -531,32 +531,34 @@ class Params:
         if name not in SECTIONS: raise AttributeError(name)
         mine = self.values.get(name)
         section = check(SECTIONS[name], merge(mine, self.overlay.get(name, {})) if isinstance(mine, dict) else mine, name)
-        if name == 'study': [self.task(o, k) for k in FORMATS for o in getattr(section, k)]      # must be there
-        for o in section.probes if name == 'study' else [getattr(section, k) for k in DATA if hasattr(section, k)]: self.dataset(o)     # must be there
+        if name == 'study': [self.task(o, k, f'study.{k}') for k in FORMATS for o in getattr(section, k)]      # must be there
+        for k, o in [('probes', o) for o in section.probes] if name == 'study' else [(k, getattr(section, k)) for k in DATA if hasattr(section, k)]: self.dataset(o, f'{name}.{k}')     # must be there
         return section
 
-    def _group(self, key, name=None):
-        "What params.yaml names under `datasets` or `tasks`; `name`, where one is asked for, is among it"
+    def _group(self, key, name=None, by=None):
+        "What params.yaml names under `datasets` or `tasks`; `name`, where one is asked for (by the key `by`), is among it"
         known, at = self.values.get(key), f'params.yaml: {key}'
         if not isinstance(known, dict): raise CmidError(f"{at}: must hold {GROUPS[key]}")
         if name is None: return known
         if plain_name(name, at).lower().endswith('.partial'): raise CmidError(f"{at}: {name!r} ends like a folder that is being written; take a name without .partial")
-        if name not in known: raise CmidError(f"{at}: {name!r} is not there{near(name, known)}; known: {', '.join(map(str, known)) or 'none'}")
+        if name not in known: raise CmidError(f"params.yaml: {by or key}: {name!r} is none of {key}{near(name, known)}; known: {', '.join(map(str, known)) or 'none'}")
         return known
 
     def dataset(self,
         name:str, # one of datasets
+        by:str|None=None, # key that names it, for the error
     ) -> Dataset: # its folder and lists
         "One dataset's entry. Raises `CmidError` with the near names."
-        known = self._group('datasets', name)
+        known = self._group('datasets', name, by)
         return check(Dataset, known[name], f'datasets.{name}')
 
     def task(self,
         name:str, # one of tasks
         kind:str|None=None, # segment | change | detect, where it must be one of these
+        by:str|None=None, # key that names it, for the error
     ) -> Task: # its folder, splits and classes
         "One entry of tasks. Raises `CmidError` with the near names."
-        known = self._group('tasks', name)
+        known = self._group('tasks', name, by)
         if name in self._group('datasets'): raise CmidError(f"params.yaml: tasks: {name!r} is the name of a dataset too, and both write prepared/{name}; rename one")
         found = check(Task, known[name], f'tasks.{name}')
         if kind and found.task != kind: raise CmidError(f"params.yaml: study.{kind}: tasks.{name} is for {found.task}; name it there")
