@@ -531,7 +531,7 @@ class Params:
         if name not in SECTIONS: raise AttributeError(name)
         mine = self.values.get(name)
         section = check(SECTIONS[name], merge(mine, self.overlay.get(name, {})) if isinstance(mine, dict) else mine, name)
-        if name == 'study': [self.task(o, k, f'study.{k}') for k in FORMATS for o in getattr(section, k)]      # must be there
+        if name == 'study': [self.task(o, k) for k in FORMATS for o in getattr(section, k)]      # must be there
         for k, o in [('probes', o) for o in section.probes] if name == 'study' else [(k, getattr(section, k)) for k in DATA if hasattr(section, k)]: self.dataset(o, f'{name}.{k}')     # must be there
         return section
 
@@ -555,10 +555,9 @@ class Params:
     def task(self,
         name:str, # one of tasks
         kind:str|None=None, # segment | change | detect, where it must be one of these
-        by:str|None=None, # key that names it, for the error
     ) -> Task: # its folder, splits and classes
         "One entry of tasks. Raises `CmidError` with the near names."
-        known = self._group('tasks', name, by)
+        known = self._group('tasks', name, kind and f'study.{kind}')
         if name in self._group('datasets'): raise CmidError(f"params.yaml: tasks: {name!r} is the name of a dataset too, and both write prepared/{name}; rename one")
         found = check(Task, known[name], f'tasks.{name}')
         if kind and found.task != kind: raise CmidError(f"params.yaml: study.{kind}: tasks.{name} is for {found.task}; name it there")

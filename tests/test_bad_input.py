@@ -153,6 +153,7 @@ PARAMS = [
     P('misspelt section', lambda: told(pretrian={}), "params.yaml: pretrian: unknown section (did you mean 'pretrain'"),
     S('misspelt profile', 'profile=smoek', "params.yaml: profile: 'smoek'", "did you mean 'smoke'"),
     S('misspelt dataset', 'pretrain.dataset=pol', "params.yaml: pretrain.dataset: 'pol' is none of datasets (did you mean 'pool'?)"),
+    S('misspelt task', 'study.detect=[objcts]', "params.yaml: study.detect: 'objcts' is none of tasks (did you mean 'objects'?)"),
     S('misspelt method', 'study.methods=[cmit]', "params.yaml: study.methods.0: should be 'cmid' or 'byol' (got 'cmit')"),
     S('misspelt device', 'device=gpu', "params.yaml: device: 'gpu' is none of auto, cpu, mps, cuda"),
     S('text for a number', 'pretrain.epochs="3"', "params.yaml: pretrain.epochs: should be a valid integer (got '3')"),
