@@ -58,12 +58,12 @@ def filled(dtype):
     return model.to(dtype)
 
 @pytest.mark.parametrize('dtype', (torch.float32, torch.float64))
-def test_whole_step(dtype, request):
+def test_whole_step(dtype):
     "Losses, gradient norms, centre and queue of the first training step of ResNet-50."
     r = reference('step_resnet50'); name = {torch.float32: 'f32', torch.float64: 'f64'}[dtype]
     tensor = lambda k: torch.from_numpy(r[k].astype('float64')).to(dtype)
     views = [View(tensor(i), torch.from_numpy(r[m]).bool()[:, ::8, ::8], tensor(c).flatten(1, 2)) for i, m, c in (('img', 'mask', 'locations1'), ('view', 'view_mask', 'locations2'))]
-    model = filled(dtype); threads = torch.get_num_threads(); torch.set_num_threads(2); request.addfinalizer(lambda: torch.set_num_threads(threads))   # float32 sums depend on it
+    model = filled(dtype)
     from cmid.distillation import temperature_at
     losses = model(views, temperature_at(1)); losses.total.backward(); model.enqueue()
     ours = [losses.reconstruction, losses.contrast, losses.distillation, losses.total]
@@ -71,8 +71,11 @@ def test_whole_step(dtype, request):
     grads = {published(k): p.grad.double().norm().item() for k, p in model.named_parameters() if p.grad is not None}
     keys, norms = r[f'{name}/grad_norm_keys'].tolist(), r[f'{name}/grad_norms']
     assert set(grads) == set(keys)
-    counted = norms > 1e-6
-    np.testing.assert_allclose(np.array([grads[k] for k in keys])[counted], norms[counted], rtol=2e-3 if name == 'f32' else 1e-5)
-    token, want = model.student.encoder.mask_token.grad, r[f'{name}/grad/mask_token']
-    np.testing.assert_allclose(token, want, atol=1e-4 * abs(want).max())
+    token = model.student.encoder.mask_token.grad; counted = norms > 1e-6
+    if name == 'f64':
+        np.testing.assert_allclose(np.array([grads[k] for k in keys])[counted], norms[counted], rtol=1e-5)
+        np.testing.assert_allclose(token, r['f64/grad/mask_token'], atol=1e-4 * abs(r['f64/grad/mask_token']).max())
+    else:   # float32 sums depend on the processor: at most three times as far from float64 as the reference's own float32 is
+        for ours, exact, rounded in ((np.array([grads[k] for k in keys])[counted], r['f64/grad_norms'][counted], norms[counted]), (token.numpy(), r['f64/grad/mask_token'], r['f32/grad/mask_token'])):
+            size = exact if exact.ndim == 1 else abs(exact).max(); assert (abs(ours - exact) / size).max() < 3 * (abs(rounded - exact) / size).max()
     assert int(model.queue.ptr) == 8
