@@ -6,8 +6,8 @@
 __all__ = ['RATIOS', 'SPREAD', 'WIDEST', 'TIE', 'NEAR', 'OVERLAP', 'PRECISION', 'FINEST', 'CANDIDATES', 'PUBLISHED', 'SECOND',
            'SHOWN', 'HARD', 'FEW', 'anchors_of', 'wrapped', 'encode_midpoints', 'decode_midpoints', 'assign', 'sampled',
            'Proposals', 'propose', 'overlaps', 'proposal_losses', 'encode_boxes', 'decode_boxes', 'pooled', 'BoxHead',
-           'drawn', 'head_losses', 'frozen', 'OrientedRCNN', 'mirrored', 'stacked', 'Tiles', 'detect_image', 'scored',
-           'fine_tune', 'detect', 'judged', 'detections_figure', 'scene_figure']
+           'drawn', 'head_losses', 'frozen', 'OrientedRCNN', 'mirrored', 'stacked', 'looks', 'shown', 'Tiles',
+           'detect_image', 'scored', 'fine_tune', 'detect', 'judged', 'detections_figure', 'scene_figure']
 
 # %% ../nbs/35_detect.ipynb #a5b5225f
 import math
@@ -330,6 +330,25 @@ def stacked(
     return out
 
 # %% ../nbs/35_detect.ipynb #5fd63724
+def looks(
+    size:tuple, # (height, width) of an image, px
+    settings:Detect, # params.yaml: detect
+) -> list: # of a scale each: (scale, int (n, 4): top, left, bottom, right in px of the image)
+    "The tiles of an image at every scale, of `tile / scale` px each."
+    sides = [(s, int(settings.tile / s)) for s in settings.scales]
+    return [(s, windows(*size, side, min(int(settings.gap / s), side - 1))) for s, side in sides]
+
+def shown(
+    image, # uint8 (C, H, W) array
+    window, # of `looks`
+    scale:float,
+) -> torch.Tensor: # uint8 (C, h, w): a point at x, y of the window lies at scale * x, scale * y, edges of pixels being whole numbers
+    "What the network sees of a tile, averaged where it is made smaller."
+    top, left, bottom, right = window; x = np.array(image[:, top:bottom, left:right])
+    if scale == 1: return torch.from_numpy(x)
+    short = [(0, max(0, math.ceil(1 / scale) - n)) for n in x.shape[1:]]                                               # one pixel must remain
+    return F.interpolate(torch.from_numpy(np.pad(x, ((0, 0), *short), 'edge'))[None], scale_factor=scale, mode='bilinear', antialias=True)[0]
+
 class Tiles(Dataset):
     "Tiles with objects of some images; a batch is asked for by (step, numbers of tiles)."
     def __init__(self,
@@ -340,8 +359,8 @@ class Tiles(Dataset):
         seed:int=0, # of mirroring
     ):
         self.labelled, self.settings, self.fill, self.seed = labelled, settings, _colour(mean), seed
-        at = {i: windows(*labelled.sizes[i], settings.tile, settings.gap) for i in index}
-        self.tiles = [(i, w, *o) for i in at for w, o in zip(at[i], map(_learnt, cut(_eased(labelled.objects(i)), at[i]))) if len(o[0])]
+        at = [(i, *o) for i in index for o in looks(labelled.sizes[i], settings)]
+        self.tiles = [(i, w, *o, scale) for i, scale, tiles in at for w, o in zip(tiles, (_learnt(o, scale) for o in cut(_eased(labelled.objects(i)), tiles))) if len(o[0])]
 
     def __len__(self): return len(self.tiles)
     def __getitem__(self, at): # uint8 (B, C, H, W), ([boxes (m, 5)], [labels (m,)])
@@ -350,14 +369,16 @@ class Tiles(Dataset):
         images, boxes = zip(*[mirrored(self._pixels(r), self.tiles[r][2], *o) for r, o in zip(rows, coins)])
         return stacked(images, self.fill), (list(boxes), [self.tiles[r][3] for r in rows])
 
-    def _pixels(self, r): i, (t, l, b, m), *_ = self.tiles[r]; return torch.from_numpy(np.array(self.labelled.image(i)[:, t:b, l:m]))
+    def _pixels(self, r): i, window, *_, scale = self.tiles[r]; return shown(self.labelled.image(i), window, scale)
 
 def _eased(objects): "What is difficult is learnt like anything else, as published"; return objects | dict(difficult=np.zeros(len(objects['classes']), bool))
 
-def _learnt(objects):
-    "Boxes and classes of a tile's objects, but for those of which most is outside; sides of 1 px at least"
-    seen = torch.from_numpy(~objects['difficult']); boxes = from_polygon(torch.from_numpy(objects['polygons'])[seen])
+def _learnt(objects, scale):
+    "Boxes, as the network sees them, and classes of a tile's objects, but for those of which most is outside; sides of 1 px at least"
+    seen = torch.from_numpy(~objects['difficult']); boxes = _scaled(from_polygon(torch.from_numpy(objects['polygons'])[seen]), scale)
     return torch.cat([boxes[:, :2], boxes[:, 2:4].clamp_min(1), boxes[:, 4:]], 1), torch.from_numpy(objects['classes'])[seen]
+
+def _scaled(boxes, by): "(n, 5)"; return torch.cat([boxes[:, :4] * by, boxes[:, 4:]], 1)
 
 def _colour(mean): return torch.as_tensor(mean).mul(255).round().clamp(0, 255).to(torch.uint8)
 
@@ -369,16 +390,18 @@ def detect_image(
     settings:Detect, # params.yaml: detect
     mean, std, # per band, of images in [0, 1]: the card's
 ) -> dict: # boxes (n, 5), scores (n,), classes (n,), best first, on the CPU
-    "What is found in an image, tile by tile."
-    on, tiles, found = next(model.parameters()).device, windows(*image.shape[1:], settings.tile, settings.gap), []
-    for k in range(0, len(tiles), settings.batch):
-        part = tiles[k:k + settings.batch]; x = stacked([torch.from_numpy(np.array(image[:, t:b, l:r])) for t, l, b, r in part], _colour(mean))
-        found += [_within(o, b - t, r - l) for o, (t, l, b, r) in zip(model(normalised(x.to(on), mean, std)), part)]
-    return {k: v.cpu() for k, v in merged(found, tiles, settings.nms).items()}
+    "What is found in an image, scale by scale and tile by tile."
+    on, found, at = next(model.parameters()).device, [], looks(image.shape[1:], settings)
+    for scale, tiles in at:
+        for k in range(0, len(tiles), settings.batch):
+            part = [shown(image, o, scale) for o in tiles[k:k + settings.batch]]; x = stacked(part, _colour(mean))
+            found += [_within(o, *p.shape[1:], scale) for o, p in zip(model(normalised(x.to(on), mean, std)), part)]
+    return {k: v.cpu() for k, v in merged(found, np.concatenate([o for _, o in at]), settings.nms).items()}
 
-def _within(found, height, width):
-    "Detections whose centre lies in the tile, not beside it"
-    x, y = found['boxes'][:, :2].T; inside = (x >= 0) & (x < width) & (y >= 0) & (y < height); return {k: v[inside] for k, v in found.items()}
+def _within(found, height, width, scale):
+    "Detections whose centre lies in the tile, not beside it; in pixels of the image"
+    x, y = found['boxes'][:, :2].T; inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    return {k: v[inside] for k, v in (found | dict(boxes=_scaled(found['boxes'], 1 / scale))).items()}
 
 # %% ../nbs/35_detect.ipynb #e44519b6
 PUBLISHED = dict(sgd=dict(lr=.005, weight_decay=1e-4), adamw=dict(lr=1e-4, weight_decay=.05), drop_path=.2) # section IV-D
@@ -407,7 +430,7 @@ def _rising(settings):
 
 def _lone(model, tiles, batch):
     "Raise where a batch norm that learns would see a single value"
-    least = min(-(-(b - t) // 32) * -(-(r - l) // 32) for _, (t, l, b, r), *_ in tiles.tiles) * (len(tiles) // -(-len(tiles) // batch))
+    least = min(math.ceil(max(1, int((b - t) * s)) / 32) * math.ceil(max(1, int((r - l) * s)) / 32) for _, (t, l, b, r), *_, s in tiles.tiles) * (len(tiles) // -(-len(tiles) // batch))
     if model.still is None and model.pyramid.encoder.has_batch_norm and least < 2: raise CmidError("params.yaml: detect.batch: batch norm would see one tile of 32 px, which is a single value; raise batch or tile")
 
 def _said(model, card, say):
@@ -498,7 +521,7 @@ def scene_figure(
     image, # uint8 (C, H, W)
     found:dict, # of `detect_image`
     names:list, # of the classes
-    outlined=(), # int (n, 4): tiles that it was put together from
+    outlined=(), # of `looks`: tiles that it was put together from
     least:float=SHOWN, # score
 ): # matplotlib Figure, as wide as a phone
     "A whole image, assembled from tiles (dotted): boxes in the colours of their classes, with scores."
@@ -506,5 +529,6 @@ def scene_figure(
     h, w = image.shape[1:]; fig = Figure(figsize=(4.4, min(8., 4.3 * h / w) + .6), dpi=80, layout='constrained'); ax = fig.subplots(); f = _above(found, least)
     p, s, c = to_polygon(f['boxes']).numpy(), f['scores'].numpy(), f['classes'].numpy(); there = np.unique(c); colour = lambda k: COLOURS[k % len(COLOURS)]
     _drawn(ax, image, [(colour(k), p[c == k]) for k in there], [s[c == k] for k in there])
-    for t, l, b, r in outlined: ax.add_patch(Rectangle((l, t), r - l, b - t, fill=False, ec='white', lw=.8, ls=':'))
-    ax.set_title(f"{h} x {w} px, {len(outlined)} tiles; {len(s)} detections of score {least:g} and more", fontsize=8); _legend(fig, [(colour(k), names[k]) for k in there]) if len(there) else None; return fig
+    tiles = [o for _, part in outlined for o in part]
+    for t, l, b, r in tiles: ax.add_patch(Rectangle((l, t), r - l, b - t, fill=False, ec='white', lw=.8, ls=':'))
+    ax.set_title(f"{h} x {w} px, {len(tiles)} tiles; {len(s)} detections of score {least:g} and more", fontsize=8); _legend(fig, [(colour(k), names[k]) for k in there]) if len(there) else None; return fig

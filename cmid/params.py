@@ -393,6 +393,7 @@ class Detect(Tuning):
     "Oriented detection with Oriented R-CNN (arXiv 2108.05699)."
     tile: Annotated[int, Field(ge=32, multiple_of=32)]
     gap: Natural
+    scales: Annotated[list[Annotated[float, Field(ge=.05, le=8)]], Field(min_length=1)]
     steps: list[Count]
     channels: Count
     head_hidden: Count
@@ -409,6 +410,7 @@ class Detect(Tuning):
     @model_validator(mode='after')
     def _agree(self):
         if self.gap >= self.tile: raise ValueError(f"gap: {self.gap} leaves nothing of a tile of {self.tile} px; lower it")
+        if len({*self.scales}) < len(self.scales): raise ValueError(f"scales: {self.scales}: one is there twice; name each once")
         return self
 
 class Run(Section):

@@ -10,7 +10,7 @@ from cmid import backbones, detect as module
 from cmid.boxes import bounds, convert, from_polygon, paired_iou, rotated_iou, to_polygon
 from cmid.checkpoint import export_backbone, load_backbone
 from cmid.detect import (OrientedRCNN, Tiles, anchors_of, assign, decode_boxes, decode_midpoints, detect, detect_image, detections_figure, drawn, encode_boxes, encode_midpoints,
-                         fine_tune, frozen, head_losses, judged, mirrored, pooled, proposal_losses, propose, sampled, scene_figure, stacked, wrapped)
+                         fine_tune, frozen, head_losses, judged, looks, mirrored, pooled, proposal_losses, propose, sampled, scene_figure, shown, stacked, wrapped)
 from cmid.finetune import resolved, windows
 from cmid.params import CmidError, Params
 
@@ -66,7 +66,7 @@ def network(still=None, classes=3, **o):
 def test_paper_profile_is_the_published_recipe():
     s = PAPER
     assert (s.epochs, s.batch, s.steps, s.warmup_steps, s.clip, s.momentum, s.frozen_stages) == (12, 2, [8, 11], 500, 35., .9, 1)
-    assert (s.tile, s.gap, s.anchor, s.channels, s.head_hidden, s.proposals, s.score, s.nms, s.detections, s.metric, s.flip, s.turn) == (1024, 200, 8., 256, 1024, 2000, .05, .1, 2000, 'voc07', .5, 0.)
+    assert (s.tile, s.gap, s.anchor, s.channels, s.head_hidden, s.proposals, s.score, s.nms, s.detections, s.metric, s.scales, s.flip, s.turn) == (1024, 200, 8., 256, 1024, 2000, .05, .1, 2000, 'voc07', [1.], .5, 0.)
     got = [(o.optimiser, o.lr, o.weight_decay, o.drop_path) for o in (resolved(s, name, module.PUBLISHED) for name in ('resnet50', 'swin_base_patch4_window7_224', VIT))]
     assert got == [('sgd', .005, 1e-4, 0.)] + [('adamw', 1e-4, .05, .2)] * 2
 
@@ -234,6 +234,42 @@ def test_whole_images_are_put_together_from_tiles():
     image = np.zeros((3, 100, 150), 'uint8'); s = changed(QUICK, batch=3); found = detect_image(Middle(), image, s, [.5] * 3, [.2] * 3); tiles = windows(100, 150, 64, 16)
     assert sorted(found['boxes'][:, :2].tolist()) == sorted([[(l + r) / 2, (t + b) / 2] for t, l, b, r in tiles]) and found['classes'].tolist() == [1] * len(tiles)
 
+@pytest.mark.parametrize('scale', (.5, .37, 1.5, 2.5))
+@pytest.mark.parametrize('bands', (1, 3, 13))
+def test_a_scaled_tile_shows_each_point_where_its_boxes_say(scale, bands):
+    "A ramp stays a ramp: what the network sees at x was at x / scale of the tile, to the rounding of whole numbers; no tile is larger than asked for."
+    image = np.broadcast_to(np.arange(100, dtype='uint8') * 2, (bands, 60, 100)); x = shown(image, (3, 7, 50, 81), scale); assert x.dtype == torch.uint8 and x.shape == (bands, int(47 * scale), int(74 * scale))
+    at = (torch.arange(x.shape[2]) + .5) / scale; assert ((x - (at + 7 - .5) * 2).abs()[:, :, 4:-4] <= .6).all()
+    (_, tiles), = looks((900, 1300), changed(QUICK, scales=[scale])); assert (tiles[:, 2:] - tiles[:, :2]).max() * scale <= 64 and tiles[:, 2].max() == 900 and tiles[:, 3].max() == 1300
+
+def test_one_pixel_remains_of_the_smallest_image():
+    assert [tuple(shown(np.full((2, *o), 7, 'uint8'), (0, 0, *o), s).shape) for o, s in (((1, 1), .05), ((1, 2), .2), ((3, 40), .34))] == [(2, 1, 1), (2, 1, 1), (2, 1, 13)]
+
+def test_a_plain_scale_changes_nothing():
+    data = Bars(((130, 90),) * 2, each=3); tiles = Tiles(data, [0], changed(QUICK, flip=0.), [.43] * 3); i, (t, l, b, r), *_ = tiles.tiles[0]
+    assert torch.equal(tiles[0, np.array([0])][0][0, :, :b - t, :r - l], torch.from_numpy(data.image(0)[:, t:b, l:r].copy()))
+
+@pytest.mark.parametrize('scales', ([.5], [2.], [.5, 1., 1.5]))
+def test_tiles_of_every_scale_cover_their_bars(scales):
+    "What is bright lies inside the boxes at any scale; an image gives tiles at each."
+    data = Bars(((130, 90), (70, 45)), each=3); tiles = Tiles(data, [0, 1], changed(QUICK, scales=scales, turn=.5), [.43] * 3); assert {o[-1] for o in tiles.tiles} == {*scales}; seen = 0
+    for step in range(4):
+        x, (boxes, labels) = tiles[step, np.arange(len(tiles))]
+        for image, b, l in zip(x.float(), boxes, labels):
+            for o, k in zip(b, l):
+                y, c = o[1].int().item(), o[0].int().item()
+                if 1 <= y < image.shape[1] - 1 and 1 <= c < image.shape[2] - 1: assert image[k, y, c] > 160; seen += 1
+    assert seen >= 20
+
+def test_detections_of_every_scale_come_back_in_pixels_of_the_image():
+    "A network that finds the middle of what it sees: where that is in the image, and as large as it is there."
+    class Middle(nn.Module):
+        def __init__(self): super().__init__(); self.w = nn.Parameter(torch.zeros(1)); self.kind = 0
+        def forward(self, x): self.kind += 1; return [dict(boxes=torch.tensor([[16., 12., 20., 8., .5], [500., 5., 9., 9., 0.]]), scores=torch.tensor([.9, .8]), classes=torch.tensor([self.kind, 0])) for _ in x]
+    s = changed(QUICK, batch=99, scales=[.5, 1., 1.5]); found = detect_image(Middle(), np.zeros((3, 60, 60), 'uint8'), s, [.5] * 3, [.2] * 3)
+    want = [[16 / k + l, 12 / k + t, 20 / k, 8 / k] for k, tiles in looks((60, 60), s) for t, l, *_ in tiles.tolist()]
+    assert sorted(found['boxes'][:, :4].tolist()) == [pytest.approx(o, abs=1e-4) for o in sorted(want)] and (found['boxes'][:, 4] == .5).all() and {*found['classes'].tolist()} == {1, 2, 3}
+
 # --- the whole
 
 def test_learns_by_heart_and_says_so(models):
@@ -245,7 +281,7 @@ def test_learns_by_heart_and_says_so(models):
     assert r['per_class']['red']['detections'] == sum((o['classes'] == 0).sum().item() for o in found) and len(epochs) == 45 and epochs[-1]['loss'] < epochs[0]['loss'] and len([o for o in said if o.startswith('epoch ')]) == 45
     hits = [judged({k: v[o['scores'] > .5] for k, v in o.items()}, data.objects(i)) for i, o in enumerate(found)]; assert sum(m.sum() for *_, m in hits) <= 1
     fig = detections_figure(data, [0, 1, 2], found); assert [ax.get_title() for ax in fig.axes[:3]] == [f"{(h := judged({k: v[f['scores'] >= .3] for k, v in f.items()}, data.objects(i)))[0].sum()} of {len(h[2])} found, {h[1].sum()} false" for i, f in enumerate(found)]
-    scene = scene_figure(data.image(0), found[0], data.classes, windows(96, 96, 64, 16)); assert len(scene.axes[0].patches) == 4 and f"{(found[0]['scores'] >= .3).sum()} detections" in scene.axes[0].get_title(); scene.canvas.draw()
+    scene = scene_figure(data.image(0), found[0], data.classes, looks((96, 96), QUICK)); assert len(scene.axes[0].patches) == 4 and f"{(found[0]['scores'] >= .3).sum()} detections" in scene.axes[0].get_title(); scene.canvas.draw()
 
 def test_what_is_difficult_or_without_labels_is_not_held_against_it():
     "Of two bars one is difficult: neither found nor missed, and detections of it are not false. Without labels nothing is false."
