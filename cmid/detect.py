@@ -169,11 +169,12 @@ def proposal_losses(
     scores:torch.Tensor, # (B, all n)
     deltas:torch.Tensor, # (B, all n, 6)
     boxes:list, # of an image: (m, 5), the objects
+    count:int=256, # anchors of an image that are drawn
 ) -> dict: # objectness, offsets
-    "Losses of the first stage: 256 anchors an image, half of them objects where there are as many (equation 3)."
+    "Losses of the first stage: of the drawn anchors half are objects where there are as many (equation 3)."
     every, out = torch.cat(anchors), []
     for s, d, b in zip(scores, deltas, boxes):
-        kind, which = assign(torch.cat([overlaps(a, size, bounds(b)) for a, size in zip(anchors, sizes)]), .7, .3, True); i, positive, counted = sampled(kind, 256, .5)
+        kind, which = assign(torch.cat([overlaps(a, size, bounds(b)) for a, size in zip(anchors, sizes)]), .7, .3, True); i, positive, counted = sampled(kind, count, .5)
         target = encode_midpoints(every[i], _padded(b)[which[i]]); off = F.smooth_l1_loss(d[i], target, beta=1 / 9, reduction='none').sum(1)
         out.append(torch.stack([F.binary_cross_entropy_with_logits(s[i], positive.float(), counted.float(), reduction='sum'), torch.where(positive, off, 0.).sum(), counted.sum()]))
     named, off, n = torch.stack(out).sum(0); return dict(objectness=named / n.clamp_min(1), offsets=off / n.clamp_min(1))
@@ -232,11 +233,12 @@ class BoxHead(nn.Module):
 def drawn(
     proposals:list, # of an image: (k, 5)
     boxes:list, # of an image: (m, 5), the objects
-) -> tuple: # of an image each: boxes (512 at most, 5), which object, is it one, does it count
-    "Proposals, and the objects themselves, that the second stage learns from: 512 an image, a quarter of them objects at most."
+    count:int=512, # boxes of an image, at most
+) -> tuple: # of an image each: boxes (k, 5), which object, is it one, does it count
+    "Proposals, and the objects themselves, that the second stage learns from: a quarter of them objects at most."
     out = []
     for p, b in zip(proposals, boxes):
-        p = torch.cat([b, p]); kind, which = assign(rotated_iou(p, b), .5, .5, False); i, positive, counted = sampled(kind, 512, .25)
+        p = torch.cat([b, p]); kind, which = assign(rotated_iou(p, b), .5, .5, False); i, positive, counted = sampled(kind, count, .25)
         out.append((p[i], which[i], positive, counted))
     return tuple(zip(*out))
 
@@ -291,7 +293,8 @@ class OrientedRCNN(nn.Module):
         anchors = anchors_of(sizes, [*STRIDES, 2 * STRIDES[-1]], self.settings.anchor, images.device); scores, deltas = self.proposals(maps)
         found = propose(anchors, scores, deltas, self.settings.proposals)
         if targets is None: return self.detected(maps[:4], found)
-        boxes, labels = targets; rois, *drawn_as = drawn(found, boxes); losses = proposal_losses(anchors, sizes, torch.cat(scores, 1), torch.cat(deltas, 1), boxes)
+        boxes, labels = targets; first, second = self.settings.samples; rois, *drawn_as = drawn(found, boxes, second)
+        losses = proposal_losses(anchors, sizes, torch.cat(scores, 1), torch.cat(deltas, 1), boxes, first)
         return losses | head_losses(*self.head(maps[:4], rois), rois, *drawn_as, boxes, labels)
 
     def detected(self, maps, proposals):

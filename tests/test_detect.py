@@ -66,7 +66,7 @@ def network(still=None, classes=3, **o):
 def test_paper_profile_is_the_published_recipe():
     s = PAPER
     assert (s.epochs, s.batch, s.steps, s.warmup_steps, s.clip, s.momentum, s.frozen_stages) == (12, 2, [8, 11], 500, 35., .9, 1)
-    assert (s.tile, s.gap, s.anchor, s.channels, s.head_hidden, s.proposals, s.score, s.nms, s.detections, s.metric, s.scales, s.flip, s.turn) == (1024, 200, 8., 256, 1024, 2000, .05, .1, 2000, 'voc07', [1.], .5, 0.)
+    assert (s.tile, s.gap, s.anchor, s.channels, s.head_hidden, s.proposals, s.score, s.nms, s.detections, s.metric, s.scales, s.samples, s.flip, s.turn) == (1024, 200, 8., 256, 1024, 2000, .05, .1, 2000, 'voc07', [1.], [256, 512], .5, 0.)
     got = [(o.optimiser, o.lr, o.weight_decay, o.drop_path) for o in (resolved(s, name, module.PUBLISHED) for name in ('resnet50', 'swin_base_patch4_window7_224', VIT))]
     assert got == [('sgd', .005, 1e-4, 0.)] + [('adamw', 1e-4, .05, .2)] * 2
 
@@ -208,6 +208,10 @@ def test_tiles_hold_the_objects_where_they_are():
                 y, c = o[1].int().item(), o[0].int().item()
                 if 1 <= y < image.shape[1] - 1 and 1 <= c < image.shape[2] - 1: assert image[k, y - 1:y + 2, c - 1:c + 2].mean() > 160
     assert len(looks) >= 6 and torch.equal(tiles[3, np.array([0])][0], Tiles(data, data.splits['train'], s, [.43] * 3, seed=1)[3, np.array([0])][0])
+
+def test_each_stage_draws_as_many_as_asked(monkeypatch):
+    asked, real = [], module.sampled; monkeypatch.setattr(module, 'sampled', lambda kind, *o: asked.append(o) or real(kind, *o))
+    network(samples=[8, 16]).train()(torch.randn(1, 3, 64, 64), ([torch.tensor([[30., 30., 24., 12., .4]])], [torch.tensor([1])])); assert sorted(asked) == [(8, .5), (16, .25)]
 
 def test_flips_are_as_often_as_asked():
     "Left to right and top to bottom by themselves: none at 0, both always at 1, each in half of the tiles at the published .5."
