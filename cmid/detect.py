@@ -6,7 +6,7 @@
 __all__ = ['RATIOS', 'SPREAD', 'WIDEST', 'TIE', 'NEAR', 'OVERLAP', 'PRECISION', 'FINEST', 'CANDIDATES', 'PUBLISHED', 'SECOND',
            'SHOWN', 'HARD', 'FEW', 'anchors_of', 'wrapped', 'encode_midpoints', 'decode_midpoints', 'assign', 'sampled',
            'Proposals', 'propose', 'overlaps', 'proposal_losses', 'encode_boxes', 'decode_boxes', 'pooled', 'BoxHead',
-           'drawn', 'head_losses', 'frozen', 'OrientedRCNN', 'mirrored', 'stacked', 'looks', 'shown', 'Tiles',
+           'drawn', 'head_losses', 'frozen', 'OrientedRCNN', 'mirrored', 'stacked', 'looks', 'seen', 'shown', 'Tiles',
            'detect_image', 'scored', 'fine_tune', 'detect', 'judged', 'detections_figure', 'scene_figure']
 
 # %% ../nbs/35_detect.ipynb #a5b5225f
@@ -341,16 +341,23 @@ def looks(
     sides = [(s, int(settings.tile / s)) for s in settings.scales]
     return [(s, windows(*size, side, min(int(settings.gap / s), side - 1))) for s, side in sides]
 
+def seen(
+    length:int, # px of an image
+    scale:float,
+) -> int: # px that the network sees, the last of which may show less than others
+    "How long a side of a tile becomes."
+    return math.ceil(round(length * scale, 6))
+
 def shown(
     image, # uint8 (C, H, W) array
     window, # of `looks`
     scale:float,
 ) -> torch.Tensor: # uint8 (C, h, w): a point at x, y of the window lies at scale * x, scale * y, edges of pixels being whole numbers
     "What the network sees of a tile, averaged where it is made smaller."
-    top, left, bottom, right = window; x = np.array(image[:, top:bottom, left:right])
-    if scale == 1: return torch.from_numpy(x)
-    short = [(0, max(0, math.ceil(1 / scale) - n)) for n in x.shape[1:]]                                               # one pixel must remain
-    return F.interpolate(torch.from_numpy(np.pad(x, ((0, 0), *short), 'edge'))[None], scale_factor=scale, mode='bilinear', antialias=True)[0]
+    top, left, bottom, right = window; x = image[:, top:bottom, left:right]
+    if scale == 1: return torch.from_numpy(np.array(x))
+    h, w = (seen(n, scale) for n in x.shape[1:]); more = [(0, max(0, math.ceil(k / scale) + 1 - n)) for k, n in zip((h, w), x.shape[1:])]   # torch leaves out a last pixel that is not whole
+    return F.interpolate(torch.from_numpy(np.pad(x, ((0, 0), *more), 'edge'))[None], scale_factor=scale, mode='bilinear', antialias=True)[0, :, :h, :w]
 
 class Tiles(Dataset):
     "Tiles with objects of some images; a batch is asked for by (step, numbers of tiles)."
@@ -398,13 +405,13 @@ def detect_image(
     for scale, tiles in at:
         for k in range(0, len(tiles), settings.batch):
             part = [shown(image, o, scale) for o in tiles[k:k + settings.batch]]; x = stacked(part, _colour(mean))
-            found += [_within(o, *p.shape[1:], scale) for o, p in zip(model(normalised(x.to(on), mean, std)), part)]
+            found += [_within(o, window, scale) for o, window in zip(model(normalised(x.to(on), mean, std)), tiles[k:k + settings.batch])]
     return {k: v.cpu() for k, v in merged(found, np.concatenate([o for _, o in at]), settings.nms).items()}
 
-def _within(found, height, width, scale):
+def _within(found, window, scale):
     "Detections whose centre lies in the tile, not beside it; in pixels of the image"
-    x, y = found['boxes'][:, :2].T; inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-    return {k: v[inside] for k, v in (found | dict(boxes=_scaled(found['boxes'], 1 / scale))).items()}
+    (top, left, bottom, right), found = window, found | dict(boxes=_scaled(found['boxes'], 1 / scale)); x, y = found['boxes'][:, :2].T
+    inside = (x >= 0) & (x < right - left) & (y >= 0) & (y < bottom - top); return {k: v[inside] for k, v in found.items()}
 
 # %% ../nbs/35_detect.ipynb #e44519b6
 PUBLISHED = dict(sgd=dict(lr=.005, weight_decay=1e-4), adamw=dict(lr=1e-4, weight_decay=.05), drop_path=.2) # section IV-D
@@ -433,8 +440,8 @@ def _rising(settings):
 
 def _lone(model, tiles, batch):
     "Raise where a batch norm that learns would see a single value"
-    least = min(math.ceil(max(1, int((b - t) * s)) / 32) * math.ceil(max(1, int((r - l) * s)) / 32) for _, (t, l, b, r), *_, s in tiles.tiles) * (len(tiles) // -(-len(tiles) // batch))
-    if model.still is None and model.pyramid.encoder.has_batch_norm and least < 2: raise CmidError("params.yaml: detect.batch: batch norm would see one tile of 32 px, which is a single value; raise batch or tile")
+    least = min(math.ceil(seen(b - t, s) / 32) * math.ceil(seen(r - l, s) / 32) for _, (t, l, b, r), *_, s in tiles.tiles) * (len(tiles) // -(-len(tiles) // batch))
+    if model.still is None and model.pyramid.encoder.has_batch_norm and least < 2: raise CmidError("params.yaml: detect.batch: batch norm would see one tile of 32 px, which is a single value; raise batch, tile or scales")
 
 def _said(model, card, say):
     "What of the backbone stays as it is"

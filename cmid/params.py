@@ -398,7 +398,7 @@ class Detect(Tuning):
     channels: Count
     head_hidden: Count
     proposals: Count
-    samples: Annotated[list[Annotated[int, Field(ge=4)]], Field(min_length=2, max_length=2)]
+    samples: Annotated[list[Annotated[int, Field(ge=4, le=2**20)]], Field(min_length=2, max_length=2)]
     anchor: Positive
     flip: Unit
     turn: Unit

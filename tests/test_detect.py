@@ -242,12 +242,26 @@ def test_whole_images_are_put_together_from_tiles():
 @pytest.mark.parametrize('bands', (1, 3, 13))
 def test_a_scaled_tile_shows_each_point_where_its_boxes_say(scale, bands):
     "A ramp stays a ramp: what the network sees at x was at x / scale of the tile, to the rounding of whole numbers; no tile is larger than asked for."
-    image = np.broadcast_to(np.arange(100, dtype='uint8') * 2, (bands, 60, 100)); x = shown(image, (3, 7, 50, 81), scale); assert x.dtype == torch.uint8 and x.shape == (bands, int(47 * scale), int(74 * scale))
+    image = np.broadcast_to(np.arange(100, dtype='uint8') * 2, (bands, 60, 100)); x = shown(image, (3, 7, 50, 81), scale); assert x.dtype == torch.uint8 and x.shape == (bands, math.ceil(47 * scale), math.ceil(74 * scale))
     at = (torch.arange(x.shape[2]) + .5) / scale; assert ((x - (at + 7 - .5) * 2).abs()[:, :, 4:-4] <= .6).all()
+    assert all(o.tolist() == want for (_, o), want in zip(looks((128, 200), changed(QUICK, scales=[.5, 2.])), ([[0, 0, 128, 128], [0, 72, 128, 200]], windows(128, 200, 32, 8).tolist())))
     (_, tiles), = looks((900, 1300), changed(QUICK, scales=[scale])); assert (tiles[:, 2:] - tiles[:, :2]).max() * scale <= 64 and tiles[:, 2].max() == 900 and tiles[:, 3].max() == 1300
 
 def test_one_pixel_remains_of_the_smallest_image():
-    assert [tuple(shown(np.full((2, *o), 7, 'uint8'), (0, 0, *o), s).shape) for o, s in (((1, 1), .05), ((1, 2), .2), ((3, 40), .34))] == [(2, 1, 1), (2, 1, 1), (2, 1, 13)]
+    for o, s, want in (((1, 1), .05, (2, 1, 1)), ((1, 2), .2, (2, 1, 1)), ((3, 40), .34, (2, 2, 14)), ((1, 1), .2 - 2e-17, (2, 1, 1))): x = shown(np.full((2, *o), 7, 'uint8'), (0, 0, *o), s); assert x.shape == want and (x == 7).all()
+
+def test_fine_patterns_are_averaged():
+    "A checkerboard of single pixels is grey at a quarter of its size."
+    x = shown((np.indices((64, 64)).sum(0) % 2 * 200).astype('uint8')[None], (0, 0, 64, 64), .25).float(); assert x.shape == (1, 16, 16) and (x - 100).abs().max() < 8
+
+@pytest.mark.parametrize('width,scale', [(1001, .5), (1919, .1), (99, .05), (150, 1.), (77, 1.5)])
+def test_the_last_pixel_is_looked_at(width, scale):
+    "A network that finds something in the last pixel of the image and something just beyond it: the first counts, the second does not."
+    class Edge(nn.Module):
+        def __init__(self): super().__init__(); self.w = nn.Parameter(torch.zeros(1))
+        def forward(self, x): return [dict(boxes=torch.tensor([[(width - .5) * scale, 4., 8., 4., 0.], [(width + .5) * scale, 4., 8., 4., 0.]]), scores=torch.tensor([.9, .8]), classes=torch.tensor([1, 0])) for _ in x]
+    found = detect_image(Edge(), np.zeros((3, 200, width), 'uint8'), changed(QUICK, tile=1024, scales=[scale]), [.5] * 3, [.2] * 3)
+    assert found['classes'].tolist() == [1] and found['boxes'][0, 0].item() == pytest.approx(width - .5, rel=1e-5)
 
 def test_a_plain_scale_changes_nothing():
     data = Bars(((130, 90),) * 2, each=3); tiles = Tiles(data, [0], changed(QUICK, flip=0.), [.43] * 3); i, (t, l, b, r), *_ = tiles.tiles[0]
@@ -256,14 +270,14 @@ def test_a_plain_scale_changes_nothing():
 @pytest.mark.parametrize('scales', ([.5], [2.], [.5, 1., 1.5]))
 def test_tiles_of_every_scale_cover_their_bars(scales):
     "What is bright lies inside the boxes at any scale; an image gives tiles at each."
-    data = Bars(((130, 90), (70, 45)), each=3); tiles = Tiles(data, [0, 1], changed(QUICK, scales=scales, turn=.5), [.43] * 3); assert {o[-1] for o in tiles.tiles} == {*scales}; seen = 0
+    data = Bars(((130, 90), (70, 45)), each=3); tiles = Tiles(data, [0, 1], changed(QUICK, scales=scales, turn=.5), [.43] * 3); assert {o[-1] for o in tiles.tiles} == {*scales}; count = 0
     for step in range(4):
         x, (boxes, labels) = tiles[step, np.arange(len(tiles))]
         for image, b, l in zip(x.float(), boxes, labels):
             for o, k in zip(b, l):
                 y, c = o[1].int().item(), o[0].int().item()
-                if 1 <= y < image.shape[1] - 1 and 1 <= c < image.shape[2] - 1: assert image[k, y, c] > 160; seen += 1
-    assert seen >= 20
+                if 1 <= y < image.shape[1] - 1 and 1 <= c < image.shape[2] - 1: assert image[k, y, c] > 160; count += 1
+    assert count >= 20
 
 def test_detections_of_every_scale_come_back_in_pixels_of_the_image():
     "A network that finds the middle of what it sees: where that is in the image, and as large as it is there."
@@ -286,6 +300,13 @@ def test_learns_by_heart_and_says_so(models):
     hits = [judged({k: v[o['scores'] > .5] for k, v in o.items()}, data.objects(i)) for i, o in enumerate(found)]; assert sum(m.sum() for *_, m in hits) <= 1
     fig = detections_figure(data, [0, 1, 2], found); assert [ax.get_title() for ax in fig.axes[:3]] == [f"{(h := judged({k: v[f['scores'] >= .3] for k, v in f.items()}, data.objects(i)))[0].sum()} of {len(h[2])} found, {h[1].sum()} false" for i, f in enumerate(found)]
     scene = scene_figure(data.image(0), found[0], data.classes, looks((96, 96), QUICK)); assert len(scene.axes[0].patches) == 4 and f"{(found[0]['scores'] >= .3).sum()} detections" in scene.axes[0].get_title(); scene.canvas.draw()
+
+def test_several_scales_from_end_to_end(models):
+    "Learnt from and looked at at two sizes that leave pixels in part; a short last batch; the figure shows the tiles of both."
+    data = Bars(((45, 51), (33, 64), (97, 70))); s = changed(QUICK, scales=[.5, 1.3], batch=3, optimiser='adamw', lr=1e-4, weight_decay=.01, score=0.)
+    r, epochs, found = detect(models(), data, s, 0, CPU, quiet); assert r['images'] == 3 and math.isfinite(epochs[0]['loss'])
+    for i, o in enumerate(found): h, w = data.sizes[i]; x, y = o['boxes'][:, :2].T; assert len(x) and (x >= 0).all() and (y >= 0).all() and (x < w).all() and (y < h).all()
+    assert len(scene_figure(data.image(2), found[2], data.classes, looks((97, 70), s)).axes[0].patches) == sum(len(o) for _, o in looks((97, 70), s)) > 2
 
 def test_what_is_difficult_or_without_labels_is_not_held_against_it():
     "Of two bars one is difficult: neither found nor missed, and detections of it are not false. Without labels nothing is false."
