@@ -534,11 +534,11 @@ def scene_figure(
     outlined=(), # of `looks`: tiles that it was put together from
     least:float=SHOWN, # score
 ): # matplotlib Figure, as wide as a phone
-    "A whole image, assembled from tiles (dotted): boxes in the colours of their classes, with scores."
+    "A whole image, assembled from tiles (dotted): boxes in the colours of their classes, with scores where boxes are few."
     from matplotlib.figure import Figure; from matplotlib.patches import Rectangle
     h, w = image.shape[1:]; fig = Figure(figsize=(4.4, min(8., 4.3 * h / w) + .6), dpi=80, layout='constrained'); ax = fig.subplots(); f = _above(found, least)
     p, s, c = to_polygon(f['boxes']).numpy(), f['scores'].numpy(), f['classes'].numpy(); there = np.unique(c); colour = lambda k: COLOURS[k % len(COLOURS)]
-    _drawn(ax, image, [(colour(k), p[c == k]) for k in there], [s[c == k] for k in there])
+    _drawn(ax, image, [(colour(k), p[c == k]) for k in there], [s[c == k] for k in there] if len(s) <= FEW else None)
     tiles = [o for _, part in outlined for o in part]
     for t, l, b, r in tiles: ax.add_patch(Rectangle((l, t), r - l, b - t, fill=False, ec='white', lw=.8, ls=':'))
-    ax.set_title(f"{h} x {w} px, {len(tiles)} tiles; {len(s)} detections of score {least:g} and more", fontsize=8); _legend(fig, [(colour(k), names[k]) for k in there]) if len(there) else None; return fig
+    ax.set_title(f"{h} x {w} px, {len(tiles)} tile{'s' * (len(tiles) != 1)}; {len(s)} detections of score {least:g} and more", fontsize=8); _legend(fig, [(colour(k), names[k]) for k in there]) if len(there) else None; return fig

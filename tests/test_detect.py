@@ -301,6 +301,10 @@ def test_learns_by_heart_and_says_so(models):
     fig = detections_figure(data, [0, 1, 2], found); assert [ax.get_title() for ax in fig.axes[:3]] == [f"{(h := judged({k: v[f['scores'] >= .3] for k, v in f.items()}, data.objects(i)))[0].sum()} of {len(h[2])} found, {h[1].sum()} false" for i, f in enumerate(found)]
     scene = scene_figure(data.image(0), found[0], data.classes, looks((96, 96), QUICK)); assert len(scene.axes[0].patches) == 4 and f"{(found[0]['scores'] >= .3).sum()} detections" in scene.axes[0].get_title(); scene.canvas.draw()
 
+def test_scores_are_written_where_they_can_be_read():
+    some_of = lambda n: dict(boxes=some(n), scores=torch.ones(n), classes=torch.zeros(n, dtype=torch.long)); draw = lambda n: scene_figure(np.zeros((3, 90, 90), 'uint8'), some_of(n), ['ship'], [(1., [(0, 0, 90, 90)])]).axes[0]
+    assert [len(draw(n).texts) for n in (3, module.FEW, module.FEW + 1)] == [3, module.FEW, 0] and '1 tile;' in draw(3).get_title()
+
 def test_several_scales_from_end_to_end(models):
     "Learnt from and looked at at two sizes that leave pixels in part; a short last batch; the figure shows the tiles of both."
     data = Bars(((45, 51), (33, 64), (97, 70))); s = changed(QUICK, scales=[.5, 1.3], batch=3, optimiser='adamw', lr=1e-4, weight_decay=.01, score=0.)
