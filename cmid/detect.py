@@ -385,8 +385,8 @@ def _eased(objects): "What is difficult is learnt like anything else, as publish
 
 def _learnt(objects, scale):
     "Boxes, as the network sees them, and classes of a tile's objects, but for those of which most is outside; sides of 1 px at least"
-    seen = torch.from_numpy(~objects['difficult']); boxes = _scaled(from_polygon(torch.from_numpy(objects['polygons'])[seen]), scale)
-    return torch.cat([boxes[:, :2], boxes[:, 2:4].clamp_min(1), boxes[:, 4:]], 1), torch.from_numpy(objects['classes'])[seen]
+    there = torch.from_numpy(~objects['difficult']); boxes = _scaled(from_polygon(torch.from_numpy(objects['polygons'])[there]), scale)
+    return torch.cat([boxes[:, :2], boxes[:, 2:4].clamp_min(1), boxes[:, 4:]], 1), torch.from_numpy(objects['classes'])[there]
 
 def _scaled(boxes, by): "(n, 5)"; return torch.cat([boxes[:, :4] * by, boxes[:, 4:]], 1)
 
