@@ -232,9 +232,7 @@ def command(
 ) -> str:
     "What repeats a study."
     own = load_yaml(Path(study)/'params.yaml'); ours = lambda o: str(o.get('folder', '')).startswith('data/')          # generated, so there
-    named = [(f'datasets.{k}.{f}', w) for k, o in (own.get('datasets') or {}).items() if not ours(o) for f, w in (('folder', f'{k}/is'), ('lists', 'its/lists/are'))]
-    named += [(f'tasks.{k}.folder', f'{k}/is') for k, o in (own.get('tasks') or {}).items() if not ours(o)]
-    sets = [f' \\\n  --set {k}=/where/{what}' for k, what in named]
+    sets = [f' \\\n  --set {group}.{k}.{f}={o[f]}' for group in ('datasets', 'tasks') for k, o in (own.get(group) or {}).items() if not ours(o) for f in ('folder', 'lists') if f in o]
     return f"```bash\ncmid_study studies/{Path(study).name}{''.join(sets)}\n```"
 
 # %% ../nbs/60_readme.ipynb #d5d1e7e2

@@ -153,4 +153,5 @@ def cmid_study():
     parser.add_argument('folder', help='the study, such as studies/aid')
     parser.add_argument('--set', action='append', default=[], metavar='KEY=VALUE', help='a parameter, such as datasets.aid.folder=/images; may be repeated')
     a = parser.parse_args(); work = run_study(a.folder, a.set)
-    print(f"results: {a.folder}\nreport:  {work}/reports/report.html")
+    print(f"results: {a.folder}\nfigures: {work}/results")
+    if (report := work/'reports/report.html').is_file(): print(f"report:  {report}")
