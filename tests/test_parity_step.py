@@ -75,7 +75,7 @@ def test_whole_step(dtype):
     if name == 'f64':
         np.testing.assert_allclose(np.array([grads[k] for k in keys])[counted], norms[counted], rtol=1e-5)
         np.testing.assert_allclose(token, r['f64/grad/mask_token'], atol=1e-4 * abs(r['f64/grad/mask_token']).max())
-    else:   # float32 sums depend on the processor: at most three times as far from float64 as the reference's own float32 is, at worst and in the middle
+    else:   # float32 sums depend on the processor: at most twice as far from float64 as the reference's own float32 is, at worst and in the middle
         for ours, exact, rounded in ((np.array([grads[k] for k in keys])[counted], r['f64/grad_norms'][counted], norms[counted]), (token.numpy(), r['f64/grad/mask_token'], r['f32/grad/mask_token'])):
-            size = exact if exact.ndim == 1 else abs(exact).max(); off, allowed = (abs(o - exact) / size for o in (ours, rounded)); assert off.max() < 3 * allowed.max() and np.median(off) < 3 * np.median(allowed)
+            size = exact if exact.ndim == 1 else abs(exact).max(); off, allowed = (abs(o - exact) / size for o in (ours, rounded)); assert off.max() < 2 * allowed.max() and np.median(off) < 2 * np.median(allowed)
     assert int(model.queue.ptr) == 8
