@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from .checkpoint import load_backbone, read_card
 from .finetune import blended, check_masks, decided, linear, normalised, resolved, splits_of, train
-from .health import panels_figure
+from .figures import panels_figure
 from .labels import IGNORE, picture
 from .params import Change, CmidError, device, seed_everything
 from .pyramid import Pyramid

@@ -20,7 +20,7 @@ from timm.optim import Adan
 from torch import nn
 from torch.utils.data import Dataset
 from .checkpoint import load_backbone, read_card
-from .health import panels_figure
+from .figures import panels_figure
 from .finetune import FineTune, chance, fit, is_resnet # first: it imports fastai without its warning
 from .finetune import learner as task_learner
 from .params import Classify, CmidError, seed_everything

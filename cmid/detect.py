@@ -6,8 +6,8 @@
 __all__ = ['RATIOS', 'SPREAD', 'WIDEST', 'TIE', 'NEAR', 'OVERLAP', 'PRECISION', 'FINEST', 'CANDIDATES', 'PUBLISHED', 'SECOND',
            'SHOWN', 'HARD', 'FEW', 'anchors_of', 'wrapped', 'encode_midpoints', 'decode_midpoints', 'assign', 'sampled',
            'Proposals', 'propose', 'overlaps', 'proposal_losses', 'encode_boxes', 'decode_boxes', 'pooled', 'BoxHead',
-           'drawn', 'head_losses', 'frozen', 'OrientedRCNN', 'mirrored', 'stacked', 'looks', 'seen', 'shown', 'Tiles',
-           'detect_image', 'scored', 'fine_tune', 'detect', 'judged', 'detections_figure', 'scene_figure']
+           'drawn', 'head_losses', 'frozen', 'OrientedRCNN', 'mirrored', 'stacked', 'windows_by_scale', 'scaled_tile',
+           'Tiles', 'detect_image', 'scored', 'fine_tune', 'detect', 'judged', 'detections_figure', 'scene_figure']
 
 # %% ../nbs/35_detect.ipynb #a5b5225f
 import math
@@ -23,7 +23,7 @@ from .boxes import bounds, convert, from_polygon, rotated_iou, rotated_nms, rota
 from .checkpoint import load_backbone, read_card
 from .dota import cut, detection_map, matched, merged
 from .finetune import falling, normalised, resolved, splits_of, train, windows
-from .health import COLOURS
+from .figures import COLOURS
 from .params import CmidError, Detect, device, seed_everything
 from .pyramid import STRIDES, Pyramid
 from .segment import picture
@@ -169,7 +169,7 @@ def proposal_losses(
     scores:torch.Tensor, # (B, all n)
     deltas:torch.Tensor, # (B, all n, 6)
     boxes:list, # of an image: (m, 5), the objects
-    count:int=256, # anchors of an image that are drawn
+    count:int, # anchors of an image that are drawn
 ) -> dict: # objectness, offsets
     "Losses of the first stage: of the drawn anchors half are objects where there are as many (equation 3)."
     every, out = torch.cat(anchors), []
@@ -233,7 +233,7 @@ class BoxHead(nn.Module):
 def drawn(
     proposals:list, # of an image: (k, 5)
     boxes:list, # of an image: (m, 5), the objects
-    count:int=512, # boxes of an image, at most
+    count:int, # boxes of an image, at most
 ) -> tuple: # of an image each: boxes (k, 5), which object, is it one, does it count
     "Proposals, and the objects themselves, that the second stage learns from: a quarter of them objects at most."
     out = []
@@ -333,7 +333,7 @@ def stacked(
     return out
 
 # %% ../nbs/35_detect.ipynb #5fd63724
-def looks(
+def windows_by_scale(
     size:tuple, # (height, width) of an image, px
     settings:Detect, # params.yaml: detect
 ) -> list: # of a scale each: (scale, int (n, 4): top, left, bottom, right in px of the image)
@@ -341,22 +341,17 @@ def looks(
     sides = [(s, int(settings.tile / s)) for s in settings.scales]
     return [(s, windows(*size, side, min(int(settings.gap / s), side - 1))) for s, side in sides]
 
-def seen(
-    length:int, # px of an image
-    scale:float,
-) -> int: # px that the network sees, the last of which may show less than others
-    "How long a side of a tile becomes."
-    return math.ceil(round(length * scale, 6))
+def _scaled_length(n, scale): "A side of a tile, px, as the network sees it; the last pixel may show less than others"; return math.ceil(round(n * scale, 6))
 
-def shown(
+def scaled_tile(
     image, # uint8 (C, H, W) array
-    window, # of `looks`
+    window, # of `windows_by_scale`
     scale:float,
 ) -> torch.Tensor: # uint8 (C, h, w): a point at x, y of the window lies at scale * x, scale * y, edges of pixels being whole numbers
     "What the network sees of a tile, averaged where it is made smaller."
     top, left, bottom, right = window; x = image[:, top:bottom, left:right]
     if scale == 1: return torch.from_numpy(np.array(x))
-    h, w = (seen(n, scale) for n in x.shape[1:]); more = [(0, max(0, math.ceil(k / scale) + 1 - n)) for k, n in zip((h, w), x.shape[1:])]   # torch leaves out a last pixel that is not whole
+    h, w = (_scaled_length(n, scale) for n in x.shape[1:]); more = [(0, math.ceil(k / scale) + 1 - n) for k, n in zip((h, w), x.shape[1:])]   # torch leaves out a last pixel that is not whole
     return F.interpolate(torch.from_numpy(np.pad(x, ((0, 0), *more), 'edge'))[None], scale_factor=scale, mode='bilinear', antialias=True)[0, :, :h, :w]
 
 class Tiles(Dataset):
@@ -369,7 +364,7 @@ class Tiles(Dataset):
         seed:int=0, # of mirroring
     ):
         self.labelled, self.settings, self.fill, self.seed = labelled, settings, _colour(mean), seed
-        at = [(i, *o) for i in index for o in looks(labelled.sizes[i], settings)]
+        at = [(i, *o) for i in index for o in windows_by_scale(labelled.sizes[i], settings)]
         self.tiles = [(i, w, *o, scale) for i, scale, tiles in at for w, o in zip(tiles, (_learnt(o, scale) for o in cut(_eased(labelled.objects(i)), tiles))) if len(o[0])]
 
     def __len__(self): return len(self.tiles)
@@ -379,7 +374,7 @@ class Tiles(Dataset):
         images, boxes = zip(*[mirrored(self._pixels(r), self.tiles[r][2], *o) for r, o in zip(rows, coins)])
         return stacked(images, self.fill), (list(boxes), [self.tiles[r][3] for r in rows])
 
-    def _pixels(self, r): i, window, *_, scale = self.tiles[r]; return shown(self.labelled.image(i), window, scale)
+    def _pixels(self, r): i, window, *_, scale = self.tiles[r]; return scaled_tile(self.labelled.image(i), window, scale)
 
 def _eased(objects): "What is difficult is learnt like anything else, as published"; return objects | dict(difficult=np.zeros(len(objects['classes']), bool))
 
@@ -401,10 +396,10 @@ def detect_image(
     mean, std, # per band, of images in [0, 1]: the card's
 ) -> dict: # boxes (n, 5), scores (n,), classes (n,), best first, on the CPU
     "What is found in an image, scale by scale and tile by tile."
-    on, found, at = next(model.parameters()).device, [], looks(image.shape[1:], settings)
+    on, found, at = next(model.parameters()).device, [], windows_by_scale(image.shape[1:], settings)
     for scale, tiles in at:
         for k in range(0, len(tiles), settings.batch):
-            part = [shown(image, o, scale) for o in tiles[k:k + settings.batch]]; x = stacked(part, _colour(mean))
+            part = [scaled_tile(image, o, scale) for o in tiles[k:k + settings.batch]]; x = stacked(part, _colour(mean))
             found += [_within(o, window, scale) for o, window in zip(model(normalised(x.to(on), mean, std)), tiles[k:k + settings.batch])]
     return {k: v.cpu() for k, v in merged(found, np.concatenate([o for _, o in at]), settings.nms).items()}
 
@@ -440,7 +435,7 @@ def _rising(settings):
 
 def _lone(model, tiles, batch):
     "Raise where a batch norm that learns would see a single value"
-    least = min(math.ceil(seen(b - t, s) / 32) * math.ceil(seen(r - l, s) / 32) for _, (t, l, b, r), *_, s in tiles.tiles) * (len(tiles) // -(-len(tiles) // batch))
+    least = min(math.ceil(_scaled_length(b - t, s) / 32) * math.ceil(_scaled_length(r - l, s) / 32) for _, (t, l, b, r), *_, s in tiles.tiles) * (len(tiles) // -(-len(tiles) // batch))
     if model.still is None and model.pyramid.encoder.has_batch_norm and least < 2: raise CmidError("params.yaml: detect.batch: batch norm would see one tile of 32 px, which is a single value; raise batch, tile or scales")
 
 def _said(model, card, say):
@@ -531,7 +526,7 @@ def scene_figure(
     image, # uint8 (C, H, W)
     found:dict, # of `detect_image`
     names:list, # of the classes
-    outlined=(), # of `looks`: tiles that it was put together from
+    outlined=(), # of `windows_by_scale`: tiles that it was put together from
     least:float=SHOWN, # score
 ): # matplotlib Figure, as wide as a phone
     "A whole image, assembled from tiles (dotted): boxes in the colours of their classes, with scores where boxes are few."

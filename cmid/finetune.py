@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from timm.optim import AdamW
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from .health import panels_figure
+from .figures import panels_figure
 from .labels import IGNORE
 from .params import CmidError, Tuning, device, near, seed_everything
 from .pretrain import clock, parameter_groups, plainly, precision_of, too_large # first: it imports fastai without its warning

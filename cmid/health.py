@@ -9,7 +9,6 @@ __all__ = ['FEW', 'UNUSED', 'SOLVED', 'feature_health', 'prototype_use', 'labell
 import math
 import numpy as np, torch
 import torch.nn.functional as F
-from .figures import COLOURS, CURVES, HEALTH, curves_figure, health_figure, lines_of, panels_figure
 from .knn import knn_predict
 from .masking import block_masks, fill_mean
 from .params import CmidError, Health, near

@@ -8,7 +8,7 @@ __all__ = ['rank', 'world', 'own_device', 'joined', 'averaged', 'Asked', 'HostSy
 
 # %% ../nbs/18_processes.ipynb #74c6a414
 import os, subprocess, sys, threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 import psutil, torch, torch.distributed as dist
 from torch import nn
@@ -109,7 +109,17 @@ def _follow(pid):
         os._exit(1)
     threading.Thread(target=wait, daemon=True).start()
 
-def followed(): "Called by a process that `launch` may have started"; 'CMID_LAUNCHER' in os.environ and _follow(int(os.environ['CMID_LAUNCHER']))
+def followed():
+    "Called by a process that `launch` may have started: it ends with the one that did, and says whole lines, each when it is said"
+    if 'CMID_LAUNCHER' not in os.environ: return
+    _follow(int(os.environ['CMID_LAUNCHER']))
+    for o in (sys.stdout, sys.stderr): o.reconfigure(line_buffering=True, write_through=False)   # print writes a line's end by itself where PYTHONUNBUFFERED is set
+
+def _end_workers(pid):
+    "End what torchrun started, not torchrun itself, which grants them half a minute: two steps and a checkpoint may take longer"
+    with suppress(psutil.NoSuchProcess):
+        for o in psutil.Process(pid).children():
+            with suppress(psutil.NoSuchProcess): o.terminate()
 
 def launch(
     processes:int, # on this machine
@@ -121,7 +131,7 @@ def launch(
     "Run a command in several processes under torchrun. Raises `CmidError` with the line of the one that failed, `KeyboardInterrupt` where they were stopped."
     threads = str(max(1, torch.get_num_threads() // processes))
     run = subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={processes}', '--no-python', sys.executable, *command], text=True,
-                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=KEEP | os.environ | dict(OMP_NUM_THREADS=threads, CMID_LAUNCHER=str(os.getpid()), PYTHONUNBUFFERED='1') | env)
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=KEEP | os.environ | dict(OMP_NUM_THREADS=threads, CMID_LAUNCHER=str(os.getpid())) | env)
     failed, stopped = None, False
     while True:
         try:
@@ -131,7 +141,7 @@ def launch(
             break
         except KeyboardInterrupt:
             if stopped: run.kill(); raise
-            stopped = True; [o.terminate() for o in psutil.Process(run.pid).children()]   # not torchrun, which grants them half a minute: two steps and a checkpoint may take longer
+            stopped = True; _end_workers(run.pid)
     if run.wait() == 0: return
     if stopped: raise KeyboardInterrupt(failed or 'stopped')
     raise CmidError(failed or f"{processes} processes ended with status {run.returncode}; what went wrong stands above")

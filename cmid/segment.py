@@ -16,7 +16,7 @@ from tqdm import tqdm
 from .checkpoint import load_backbone, read_card
 from .classify import class_table
 from .finetune import blended, check_masks, cosine, decided, normalised, resolved, splits_of, train, windows
-from .health import COLOURS
+from .figures import COLOURS
 from .labels import IGNORE, palette, picture
 from .params import CmidError, Segment, device, seed_everything
 from .pyramid import Pyramid

@@ -10,7 +10,7 @@ from cmid import backbones, detect as module
 from cmid.boxes import bounds, convert, from_polygon, paired_iou, rotated_iou, to_polygon
 from cmid.checkpoint import export_backbone, load_backbone
 from cmid.detect import (OrientedRCNN, Tiles, anchors_of, assign, decode_boxes, decode_midpoints, detect, detect_image, detections_figure, drawn, encode_boxes, encode_midpoints,
-                         fine_tune, frozen, head_losses, judged, looks, mirrored, pooled, proposal_losses, propose, sampled, scene_figure, shown, stacked, wrapped)
+                         fine_tune, frozen, head_losses, judged, mirrored, pooled, proposal_losses, propose, sampled, scaled_tile, scene_figure, stacked, windows_by_scale, wrapped)
 from cmid.finetune import resolved, windows
 from cmid.params import CmidError, Params
 
@@ -145,10 +145,10 @@ def test_losses_vanish_where_all_is_said():
     sizes = [(16, 24), (8, 12)]; maps = anchors_of(sizes, [4, 8], 8.); anchors = torch.cat(maps); c, half = anchors.split(2, 1); half = half / 2; from torchvision.ops import box_iou
     kind, which = assign(box_iou(torch.cat([c - half, c + half], 1), bounds(boxes[0])), .7, .3, True); n = len(anchors)
     scores = torch.stack([torch.where(kind == 1, 30., -30.), torch.full((n,), -30.)]); deltas = torch.stack([encode_midpoints(anchors, boxes[0][which]), torch.zeros(n, 6)])
-    torch.manual_seed(0); got = proposal_losses(maps, sizes, scores, deltas, boxes); assert max(got.values()) < 1e-5
-    off = proposal_losses(maps, sizes, scores, deltas + 1, boxes); per = 6 * (1 - 1 / 18); assert off['objectness'] < 1e-5      # six numbers off by one, each 1 - beta / 2
+    torch.manual_seed(0); got = proposal_losses(maps, sizes, scores, deltas, boxes, 256); assert max(got.values()) < 1e-5
+    off = proposal_losses(maps, sizes, scores, deltas + 1, boxes, 256); per = 6 * (1 - 1 / 18); assert off['objectness'] < 1e-5      # six numbers off by one, each 1 - beta / 2
     k = min((kind == 1).sum().item(), 128); assert off['offsets'].item() == pytest.approx(k * per / 512, rel=1e-4)          # 256 of each image
-    proposals = [torch.cat([boxes[0] + .5, some(30)]), some(30, 1)]; torch.manual_seed(0); rois, *rest = drawn(proposals, boxes); which, positive, counted = rest
+    proposals = [torch.cat([boxes[0] + .5, some(30)]), some(30, 1)]; torch.manual_seed(0); rois, *rest = drawn(proposals, boxes, 512); which, positive, counted = rest
     assert positive[0].sum() == 4 and not positive[1].any() and all(o.all() for o in counted)                               # the objects themselves, and their near proposals
     y = torch.cat([torch.where(p, l[w] if len(l) else 0, 3) for p, l, w in zip(positive, labels, which)]); logits = nn.functional.one_hot(y, 4) * 60.; right = torch.cat([encode_boxes(r, b[w] if len(b) else r) for r, b, w in zip(rois, boxes, which)])
     assert max(head_losses(logits, right, rois, *rest, boxes, labels).values()) < 1e-5
@@ -242,17 +242,17 @@ def test_whole_images_are_put_together_from_tiles():
 @pytest.mark.parametrize('bands', (1, 3, 13))
 def test_a_scaled_tile_shows_each_point_where_its_boxes_say(scale, bands):
     "A ramp stays a ramp: what the network sees at x was at x / scale of the tile, to the rounding of whole numbers; no tile is larger than asked for."
-    image = np.broadcast_to(np.arange(100, dtype='uint8') * 2, (bands, 60, 100)); x = shown(image, (3, 7, 50, 81), scale); assert x.dtype == torch.uint8 and x.shape == (bands, math.ceil(47 * scale), math.ceil(74 * scale))
+    image = np.broadcast_to(np.arange(100, dtype='uint8') * 2, (bands, 60, 100)); x = scaled_tile(image, (3, 7, 50, 81), scale); assert x.dtype == torch.uint8 and x.shape == (bands, math.ceil(47 * scale), math.ceil(74 * scale))
     at = (torch.arange(x.shape[2]) + .5) / scale; assert ((x - (at + 7 - .5) * 2).abs()[:, :, 4:-4] <= .6).all()
-    assert all(o.tolist() == want for (_, o), want in zip(looks((128, 200), changed(QUICK, scales=[.5, 2.])), ([[0, 0, 128, 128], [0, 72, 128, 200]], windows(128, 200, 32, 8).tolist())))
-    (_, tiles), = looks((900, 1300), changed(QUICK, scales=[scale])); assert (tiles[:, 2:] - tiles[:, :2]).max() * scale <= 64 and tiles[:, 2].max() == 900 and tiles[:, 3].max() == 1300
+    assert all(o.tolist() == want for (_, o), want in zip(windows_by_scale((128, 200), changed(QUICK, scales=[.5, 2.])), ([[0, 0, 128, 128], [0, 72, 128, 200]], windows(128, 200, 32, 8).tolist())))
+    (_, tiles), = windows_by_scale((900, 1300), changed(QUICK, scales=[scale])); assert (tiles[:, 2:] - tiles[:, :2]).max() * scale <= 64 and tiles[:, 2].max() == 900 and tiles[:, 3].max() == 1300
 
 def test_one_pixel_remains_of_the_smallest_image():
-    for o, s, want in (((1, 1), .05, (2, 1, 1)), ((1, 2), .2, (2, 1, 1)), ((3, 40), .34, (2, 2, 14)), ((1, 1), .2 - 2e-17, (2, 1, 1))): x = shown(np.full((2, *o), 7, 'uint8'), (0, 0, *o), s); assert x.shape == want and (x == 7).all()
+    for o, s, want in (((1, 1), .05, (2, 1, 1)), ((1, 2), .2, (2, 1, 1)), ((3, 40), .34, (2, 2, 14)), ((1, 1), .2 - 2e-17, (2, 1, 1))): x = scaled_tile(np.full((2, *o), 7, 'uint8'), (0, 0, *o), s); assert x.shape == want and (x == 7).all()
 
 def test_fine_patterns_are_averaged():
     "A checkerboard of single pixels is grey at a quarter of its size."
-    x = shown((np.indices((64, 64)).sum(0) % 2 * 200).astype('uint8')[None], (0, 0, 64, 64), .25).float(); assert x.shape == (1, 16, 16) and (x - 100).abs().max() < 8
+    x = scaled_tile((np.indices((64, 64)).sum(0) % 2 * 200).astype('uint8')[None], (0, 0, 64, 64), .25).float(); assert x.shape == (1, 16, 16) and (x - 100).abs().max() < 8
 
 @pytest.mark.parametrize('width,scale', [(1001, .5), (1919, .1), (99, .05), (150, 1.), (77, 1.5)])
 def test_the_last_pixel_is_looked_at(width, scale):
@@ -285,7 +285,7 @@ def test_detections_of_every_scale_come_back_in_pixels_of_the_image():
         def __init__(self): super().__init__(); self.w = nn.Parameter(torch.zeros(1)); self.kind = 0
         def forward(self, x): self.kind += 1; return [dict(boxes=torch.tensor([[16., 12., 20., 8., .5], [500., 5., 9., 9., 0.]]), scores=torch.tensor([.9, .8]), classes=torch.tensor([self.kind, 0])) for _ in x]
     s = changed(QUICK, batch=99, scales=[.5, 1., 1.5]); found = detect_image(Middle(), np.zeros((3, 60, 60), 'uint8'), s, [.5] * 3, [.2] * 3)
-    want = [[16 / k + l, 12 / k + t, 20 / k, 8 / k] for k, tiles in looks((60, 60), s) for t, l, *_ in tiles.tolist()]
+    want = [[16 / k + l, 12 / k + t, 20 / k, 8 / k] for k, tiles in windows_by_scale((60, 60), s) for t, l, *_ in tiles.tolist()]
     assert sorted(found['boxes'][:, :4].tolist()) == [pytest.approx(o, abs=1e-4) for o in sorted(want)] and (found['boxes'][:, 4] == .5).all() and {*found['classes'].tolist()} == {1, 2, 3}
 
 # --- the whole
@@ -299,7 +299,7 @@ def test_learns_by_heart_and_says_so(models):
     assert r['per_class']['red']['detections'] == sum((o['classes'] == 0).sum().item() for o in found) and len(epochs) == 45 and epochs[-1]['loss'] < epochs[0]['loss'] and len([o for o in said if o.startswith('epoch ')]) == 45
     hits = [judged({k: v[o['scores'] > .5] for k, v in o.items()}, data.objects(i)) for i, o in enumerate(found)]; assert sum(m.sum() for *_, m in hits) <= 1
     fig = detections_figure(data, [0, 1, 2], found); assert [ax.get_title() for ax in fig.axes[:3]] == [f"{(h := judged({k: v[f['scores'] >= .3] for k, v in f.items()}, data.objects(i)))[0].sum()} of {len(h[2])} found, {h[1].sum()} false" for i, f in enumerate(found)]
-    scene = scene_figure(data.image(0), found[0], data.classes, looks((96, 96), QUICK)); assert len(scene.axes[0].patches) == 4 and f"{(found[0]['scores'] >= .3).sum()} detections" in scene.axes[0].get_title(); scene.canvas.draw()
+    scene = scene_figure(data.image(0), found[0], data.classes, windows_by_scale((96, 96), QUICK)); assert len(scene.axes[0].patches) == 4 and f"{(found[0]['scores'] >= .3).sum()} detections" in scene.axes[0].get_title(); scene.canvas.draw()
 
 def test_scores_are_written_where_they_can_be_read():
     some_of = lambda n: dict(boxes=some(n), scores=torch.ones(n), classes=torch.zeros(n, dtype=torch.long)); draw = lambda n: scene_figure(np.zeros((3, 90, 90), 'uint8'), some_of(n), ['ship'], [(1., [(0, 0, 90, 90)])]).axes[0]
@@ -310,7 +310,7 @@ def test_several_scales_from_end_to_end(models):
     data = Bars(((45, 51), (33, 64), (97, 70))); s = changed(QUICK, scales=[.5, 1.3], batch=3, optimiser='adamw', lr=1e-4, weight_decay=.01, score=0.)
     r, epochs, found = detect(models(), data, s, 0, CPU, quiet); assert r['images'] == 3 and math.isfinite(epochs[0]['loss'])
     for i, o in enumerate(found): h, w = data.sizes[i]; x, y = o['boxes'][:, :2].T; assert len(x) and (x >= 0).all() and (y >= 0).all() and (x < w).all() and (y < h).all()
-    assert len(scene_figure(data.image(2), found[2], data.classes, looks((97, 70), s)).axes[0].patches) == sum(len(o) for _, o in looks((97, 70), s)) > 2
+    assert len(scene_figure(data.image(2), found[2], data.classes, windows_by_scale((97, 70), s)).axes[0].patches) == sum(len(o) for _, o in windows_by_scale((97, 70), s)) > 2
 
 def test_what_is_difficult_or_without_labels_is_not_held_against_it():
     "Of two bars one is difficult: neither found nor missed, and detections of it are not false. Without labels nothing is false."

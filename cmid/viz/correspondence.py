@@ -11,7 +11,7 @@ __all__ = ['RESAMPLES', 'GAP', 'STYLES', 'Matches', 'match_features', 'Truth', '
 from typing import NamedTuple
 import numpy as np, torch
 import torch.nn.functional as F
-from ..health import COLOURS
+from ..figures import COLOURS
 from ..params import CmidError
 from ..views import TwoViews, View, step_generator
 from .attention import BATCH, class_names, network_input, spread
