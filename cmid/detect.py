@@ -7,7 +7,8 @@ __all__ = ['RATIOS', 'SPREAD', 'WIDEST', 'TIE', 'NEAR', 'OVERLAP', 'PRECISION', 
            'SHOWN', 'HARD', 'FEW', 'anchors_of', 'wrapped', 'encode_midpoints', 'decode_midpoints', 'assign', 'sampled',
            'Proposals', 'propose', 'overlaps', 'proposal_losses', 'encode_boxes', 'decode_boxes', 'pooled', 'BoxHead',
            'drawn', 'head_losses', 'frozen', 'OrientedRCNN', 'mirrored', 'stacked', 'windows_by_scale', 'scaled_tile',
-           'Tiles', 'detect_image', 'scored', 'fine_tune', 'detect', 'judged', 'detections_figure', 'scene_figure']
+           'Tiles', 'detect_image', 'scored', 'Settle', 'fine_tune', 'detect', 'judged', 'detections_figure',
+           'scene_figure']
 
 # %% ../nbs/35_detect.ipynb #a5b5225f
 import math
@@ -28,6 +29,7 @@ from .params import CmidError, Detect, device, seed_everything
 from .pyramid import STRIDES, Pyramid
 from .segment import picture
 from .views import step_generator
+from fastai.callback.core import Callback # after cmid, which imports fastai without its warning
 
 # %% ../nbs/35_detect.ipynb #2b4ebfb9
 RATIOS = .5, 1., 2. # height / width
@@ -259,7 +261,7 @@ def frozen(
     encoder, # from `load_backbone`
     method:str, # of its card
     stages:int, # settings.frozen_stages
-) -> int|None: # stages that keep their weights; None: also its batch norms learn
+) -> int|None: # stages that keep their weights; None: also its batch norms learn, at first
     "What of a backbone stays as it is: only a pretrained ResNet has something that is worth it."
     return stages if isinstance(encoder, ResNetEncoder) and method != 'random' else None
 
@@ -273,15 +275,15 @@ class OrientedRCNN(nn.Module):
         settings:Detect, # params.yaml: detect
         still:int|None=None, # of `frozen`
     ):
-        super().__init__(); self.pyramid, self.settings, self.still = Pyramid(encoder), settings, still; c = settings.channels
+        super().__init__(); self.pyramid, self.settings, self.still, self.keeps = Pyramid(encoder), settings, still, still is not None; c = settings.channels
         self.fpn = FeaturePyramidNetwork(self.pyramid.channels, c, extra_blocks=LastLevelMaxPool())
         self.proposals, self.head = Proposals(c), BoxHead(c, settings.head_hidden, classes)
         m = encoder.model; [o.requires_grad_(False) for part in ([m.conv1, m.bn1, m.layer1, m.layer2, m.layer3, m.layer4][:still + 2] if still else []) for o in part.parameters()]
 
     def train(self, mode=True):
-        "As of any module, but for batch norms that keep their statistics."
+        "As of any module, but for batch norms that keep their statistics, which `keeps` says."
         super().train(mode)
-        if self.still is not None: [o.eval() for o in self.pyramid.encoder.modules() if isinstance(o, nn.modules.batchnorm._BatchNorm)]
+        if self.keeps: [o.eval() for o in self.pyramid.encoder.modules() if isinstance(o, nn.modules.batchnorm._BatchNorm)]
         return self
 
     def forward(self,
@@ -441,7 +443,17 @@ def _lone(model, tiles, batch):
 def _said(model, card, say):
     "What of the backbone stays as it is"
     if model.still is not None: return say(f"{card.architecture} ({card.method}): {f'its stem and first {model.still} of 4 stages keep their weights' if model.still else 'all weights learn'}, batch norms keep their statistics")
-    say(f"{card.architecture} ({card.method}): all weights learn" + (", batch norms measure their statistics anew: random weights are not worth keeping" if model.pyramid.encoder.has_batch_norm else ""))
+    until = f' until epoch {model.settings.steps[0]}' if model.settings.steps else ''
+    say(f"{card.architecture} ({card.method}): all weights learn" + (f", batch norms measure their statistics anew{until}: random weights are not worth keeping" if model.pyramid.encoder.has_batch_norm else ""))
+
+class Settle(Callback):
+    "From an epoch on the batch norms of a network keep their statistics: the rest is learnt as it will be detected (arXiv 2105.07576, section 4)."
+    def __init__(self,
+        epoch:int, # from 0
+    ): self.at = epoch
+
+    def before_epoch(self):
+        if self.learn.epoch >= self.at: self.learn.model.keeps = True
 
 def fine_tune(
     folder, # models/<init>
@@ -456,7 +468,7 @@ def fine_tune(
     _rising(settings); s = resolved(settings, read_card(folder).architecture, PUBLISHED); seed_everything(seed, torch.are_deterministic_algorithms_enabled()); encoder, card = load_backbone(folder, s.drop_path)
     tiles = Tiles(labelled, index, s, card.mean, seed); _unfit(folder, labelled, tiles, s.train, card)
     model = OrientedRCNN(encoder, len(labelled.classes), s, frozen(encoder, card.method, s.frozen_stages)); _lone(model, tiles, s.batch); _said(model, card, say)
-    epochs = train(model, tiles, range(len(tiles)), s, card.mean, card.std, 'detect', falling(s.steps), seed, on or device(), say)
+    epochs = train(model, tiles, range(len(tiles)), s, card.mean, card.std, 'detect', falling(s.steps), seed, on or device(), say, (Settle(s.steps[0]),) if s.steps else ())
     return model.eval(), epochs
 
 def detect(

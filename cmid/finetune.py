@@ -237,10 +237,11 @@ def train(
     seed:int=0, # of everything random
     on:torch.device|None=None, # device
     say=print, # takes a line
+    acts:tuple=(), # further fastai callbacks
 ) -> list: # a dict an epoch: loss, its parts, lr
     "Train a dense task's network. Raises `CmidError` as `fit`."
     seed_everything(seed, torch.are_deterministic_algorithms_enabled()); s = settings; act = FineTune(s, mean, std, section, schedule, say)
-    learn = learner(model, data, index, s, act, lambda groups: AdamW(groups, lr=s.lr, fused=True) if s.optimiser == 'adamw' else torch.optim.SGD(groups, lr=s.lr, momentum=s.momentum), seed, on)
+    learn = learner(model, data, index, s, act, lambda groups: AdamW(groups, lr=s.lr, fused=True) if s.optimiser == 'adamw' else torch.optim.SGD(groups, lr=s.lr, momentum=s.momentum), seed, on); learn.add_cbs(acts)
     say(f"{len(index)} {_THINGS.get(section, 'images')} an epoch, {len(learn.dls.train)} steps of {min(s.batch, len(index))} at most, {s.epochs} epochs, {s.optimiser}, lr {s.lr:g}, weight decay {s.weight_decay:g}")
     fit(learn, act, f'{section}.tile' if hasattr(s, 'tile') else f'{section}.crop')
     return act.epochs

@@ -194,6 +194,15 @@ def test_only_a_pretrained_resnet_is_frozen(models):
     assert [frozen(backbones.create(n, 3, 64), 'cmid', 2) for n in ('resnet18', SWIN, VIT)] == [2, None, None]
     assert {k for k, p in network(still=2).named_parameters() if not p.requires_grad and 'layer2' in k} and not [k for k, p in network(still=0).named_parameters() if not p.requires_grad]
 
+@pytest.mark.parametrize('steps,learns', [([2, 3], 2), ([], 4), ([9], 4)])
+def test_random_statistics_settle_when_the_rate_falls(models, monkeypatch, steps, learns):
+    "They move with every step until the epoch that is named first, and never after it; without one they move to the end."
+    moved, said = [], []; step = OrientedRCNN.forward
+    def watched(self, *o):
+        at = self.pyramid.encoder.model.bn1.running_mean; before = at.clone(); out = step(self, *o); moved.append(not torch.equal(before, at)); return out
+    monkeypatch.setattr(OrientedRCNN, 'forward', watched); data = Bars(each=2); fine_tune(models(), data, data.splits['train'], changed(QUICK, epochs=4, steps=steps), on=CPU, say=said.append)
+    each = len(moved) // 4; assert moved == [True] * learns * each + [False] * (4 - learns) * each and any(f'until epoch {steps[0]}:' in o if steps else 'anew: random' in o for o in said)
+
 # --- tiles
 
 def test_tiles_hold_the_objects_where_they_are():
