@@ -443,8 +443,8 @@ def _lone(model, tiles, batch):
 def _said(model, card, say):
     "What of the backbone stays as it is"
     if model.still is not None: return say(f"{card.architecture} ({card.method}): {f'its stem and first {model.still} of 4 stages keep their weights' if model.still else 'all weights learn'}, batch norms keep their statistics")
-    until = f' until epoch {model.settings.steps[0]}' if model.settings.steps else ''
-    say(f"{card.architecture} ({card.method}): all weights learn" + (f", batch norms measure their statistics anew{until}: random weights are not worth keeping" if model.pyramid.encoder.has_batch_norm else ""))
+    s = model.settings; span = f' for {s.steps[0]} epochs' if s.steps and s.steps[0] < s.epochs else ''
+    say(f"{card.architecture} ({card.method}): all weights learn" + (f", batch norms measure their statistics anew{span}: random weights are not worth keeping" if model.pyramid.encoder.has_batch_norm else ""))
 
 class Settle(Callback):
     "From an epoch on the batch norms of a network keep their statistics: the rest is learnt as it will be detected (arXiv 2105.07576, section 4)."

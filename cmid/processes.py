@@ -7,7 +7,7 @@ __all__ = ['rank', 'world', 'own_device', 'joined', 'averaged', 'Asked', 'HostSy
            'launch']
 
 # %% ../nbs/18_processes.ipynb #74c6a414
-import os, subprocess, sys, threading
+import io, os, subprocess, sys, threading
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 import psutil, torch, torch.distributed as dist
@@ -110,10 +110,9 @@ def _follow(pid):
     threading.Thread(target=wait, daemon=True).start()
 
 def followed():
-    "Called by a process that `launch` may have started: it ends with the one that did, and says whole lines, each when it is said"
-    if 'CMID_LAUNCHER' not in os.environ: return
-    _follow(int(os.environ['CMID_LAUNCHER']))
-    for o in (sys.stdout, sys.stderr): o.reconfigure(line_buffering=True, write_through=False)   # print writes a line's end by itself where PYTHONUNBUFFERED is set
+    "Called by a process that `launch` or torchrun may have started: it says whole lines, each when it is said, and ends with the process of `launch`"
+    for o in (sys.stdout, sys.stderr): isinstance(o, io.TextIOWrapper) and o.reconfigure(line_buffering=True, write_through=False)   # print writes a line's end by itself where PYTHONUNBUFFERED is set
+    if 'CMID_LAUNCHER' in os.environ: _follow(int(os.environ['CMID_LAUNCHER']))
 
 def _end_workers(pid):
     "End what torchrun started, not torchrun itself, which grants them half a minute: two steps and a checkpoint may take longer"
@@ -123,7 +122,7 @@ def _end_workers(pid):
 
 def launch(
     processes:int, # on this machine
-    command:list, # arguments of Python, such as ['-m', 'module']
+    command:list, # arguments of Python, such as ['-m', 'module'], of what calls `followed`
     name:str, # what the command calls itself in its one-line errors
     say=print, # takes a line
     **env, # variables

@@ -28,7 +28,7 @@ def study_learner(
     settings, health = p.pretrain, p.health
     prepared, labelled = (Prepared(p.path('prepared')/o) for o in (settings.dataset, health.labelled))
     index = corpus(prepared, settings.split)
-    if isinstance(index, Mix) and rank() == 0: say("an epoch mixes " + ', '.join(f'{n:,} of {k}' for k, n in zip(settings.split, shares((settings.epoch_images or len(index)) // settings.batch * settings.batch, index.weights))))
+    if isinstance(index, Mix) and rank() == 0 and 'CMID_LAUNCHER' not in os.environ: say("an epoch mixes " + ', '.join(f'{n:,} of {k}' for k, n in zip(settings.split, shares((settings.epoch_images or len(index)) // settings.batch * settings.batch, index.weights))))
     return learner(prepared, index, settings, backbone, method, p.run.seed, on, p.path('checkpoints')/f'{method}-{backbone}', prepared.hash, code, provenance(folder=p.root)['commit'], say, health, labelled)
 
 # %% ../nbs/28_train.ipynb #608c4df1
