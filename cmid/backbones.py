@@ -19,9 +19,11 @@ from .masking import repeat_to
 from .params import CmidError, near
 
 # %% ../nbs/10_backbones.ipynb #717cd4aa
-BLOCK = 32 # side of a masked block in pixels (section III-B), and so what a side must be a multiple of
-POOLING = 'fc_norm', 'attn_pool' # of a ViT's classifier, which no map passes through
-FAMILIES = dict(resnet=ResNet, swin_transformer=SwinTransformer, vision_transformer=VisionTransformer) # timm module: its class
+BLOCK = 32  # side of a masked block in pixels (section III-B), and so what a side must be a multiple of
+POOLING = "fc_norm", "attn_pool"  # of a ViT's classifier, which no map passes through
+FAMILIES = dict(
+    resnet=ResNet, swin_transformer=SwinTransformer, vision_transformer=VisionTransformer
+)  # timm module: its class
 
 # %% ../nbs/10_backbones.ipynb #0fe84409
 def supported_names():
@@ -30,76 +32,110 @@ def supported_names():
 
 # %% ../nbs/10_backbones.ipynb #eda5b5d0
 def _known_tag(name):
-    try: return timm.get_pretrained_cfg(name) is not None
-    except RuntimeError: return False
+    try:
+        return timm.get_pretrained_cfg(name) is not None
+    except RuntimeError:
+        return False
 
-def check_name(name:str): # timm name, with or without a weight tag (`resnet50.a1_in1k`)
+
+def check_name(name: str):  # timm name, with or without a weight tag (`resnet50.a1_in1k`)
     "Refuse an architecture that the contract does not cover, or a tag that timm does not know; raises `CmidError` with near names"
-    (arch, _, tag), names = name.partition('.'), supported_names()
-    if arch in names and (not tag or _known_tag(name)): return
-    if arch in names: raise CmidError(f'backbone {name!r} has no weights {tag!r} in timm{near(name, timm.list_pretrained(arch + ".*"))}')
-    if timm.is_model(arch): raise CmidError(f'backbone {name!r} is neither ResNet, Swin nor ViT: choose e.g. resnet50 or swin_tiny_patch4_window7_224')
-    raise CmidError(f'backbone {name!r} is unknown to timm{near(arch, names) or ": choose e.g. resnet50 or swin_tiny_patch4_window7_224"}')
+    (arch, _, tag), names = name.partition("."), supported_names()
+    if arch in names and (not tag or _known_tag(name)):
+        return
+    if arch in names:
+        raise CmidError(
+            f"backbone {name!r} has no weights {tag!r} in timm{near(name, timm.list_pretrained(arch + '.*'))}"
+        )
+    if timm.is_model(arch):
+        raise CmidError(
+            f"backbone {name!r} is neither ResNet, Swin nor ViT: choose e.g. resnet50 or swin_tiny_patch4_window7_224"
+        )
+    raise CmidError(
+        f"backbone {name!r} is unknown to timm{near(arch, names) or ': choose e.g. resnet50 or swin_tiny_patch4_window7_224'}"
+    )
 
 # %% ../nbs/10_backbones.ipynb #0077e189
 @contextmanager
 def _unmoved(block):
     "Running statistics stay as they are"
-    norms = [(o, o.momentum, o.num_batches_tracked.clone()) for o in block.modules() if isinstance(o, nn.modules.batchnorm._BatchNorm)]
-    for o,*_ in norms: o.momentum = 0.
-    try: yield
+    norms = [
+        (o, o.momentum, o.num_batches_tracked.clone())
+        for o in block.modules()
+        if isinstance(o, nn.modules.batchnorm._BatchNorm)
+    ]
+    for o, *_ in norms:
+        o.momentum = 0.0
+    try:
+        yield
     finally:
-        for o,m,n in norms: o.momentum = m; o.num_batches_tracked.copy_(n) # the second time may end before the last norm
+        for o, m, n in norms:
+            o.momentum = m
+            o.num_batches_tracked.copy_(n)  # the second time may end before the last norm
 
 # %% ../nbs/10_backbones.ipynb #2c6193f0
 class Encoder(nn.Module):
     "A timm network behind the contract; a family says in `stages` where its stem ends and which maps it has (section III-B)"
-    def __init__(self,
-        model:nn.Module, # the timm network, without classifier
-        name:str, # its timm name
-        in_chans:int, # bands
-        img_size:int, # side in pixels that it was built for
-        feature_channels:list, # channels of each map
-        strides:list, # stride of each map in pixels
-        stem_channels:int, # channels after the stem
+
+    def __init__(
+        self,
+        model: nn.Module,  # the timm network, without classifier
+        name: str,  # its timm name
+        in_chans: int,  # bands
+        img_size: int,  # side in pixels that it was built for
+        feature_channels: list,  # channels of each map
+        strides: list,  # stride of each map in pixels
+        stem_channels: int,  # channels after the stem
     ):
         super().__init__()
-        self.model,self.name,self.in_chans,self.img_size = model,name,in_chans,img_size
-        self.feature_channels,self.strides = feature_channels,strides
+        self.model, self.name, self.in_chans, self.img_size = model, name, in_chans, img_size
+        self.feature_channels, self.strides = feature_channels, strides
         self.mask_token = nn.Parameter(torch.zeros(1, stem_channels, 1, 1))
         self.has_batch_norm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
-        self.gradient_checkpointing = False # activations within a block are computed again for its gradient, not kept
+        self.gradient_checkpointing = False  # activations within a block are computed again for its gradient, not kept
 
-    def add_token(self,
-        x, # stem output, (B, C, H, W)
-        masks=None, # bool (B, h, w) or None
+    def add_token(
+        self,
+        x,  # stem output, (B, C, H, W)
+        masks=None,  # bool (B, h, w) or None
     ):
         "`x` with the token added where `masks` is True"
-        if masks is None: return x
-        return x + (repeat_to(masks, x.shape[-2:])[:,None] * self.mask_token).to(x.dtype)
+        if masks is None:
+            return x
+        return x + (repeat_to(masks, x.shape[-2:])[:, None] * self.mask_token).to(x.dtype)
 
-    def through(self,
-        blocks, # modules, one after the other
-        x, # what the first one takes
+    def through(
+        self,
+        blocks,  # modules, one after the other
+        x,  # what the first one takes
     ):
         "`x` after all blocks"
         kept = not (self.gradient_checkpointing and torch.is_grad_enabled())
-        for o in blocks: x = o(x) if kept else checkpoint(o, x, use_reentrant=False, context_fn=lambda o=o: (nullcontext(), _unmoved(o)))
+        for o in blocks:
+            x = (
+                o(x)
+                if kept
+                else checkpoint(o, x, use_reentrant=False, context_fn=lambda o=o: (nullcontext(), _unmoved(o)))
+            )
         return x
 
-    def forward(self,
-        images, # float (B, in_chans, H, W), H and W multiples of 32
-        masks=None, # bool (B, H/32, W/32), True = masked; None for the teacher
+    def forward(
+        self,
+        images,  # float (B, in_chans, H, W), H and W multiples of 32
+        masks=None,  # bool (B, H/32, W/32), True = masked; None for the teacher
     ):
         "List of maps (B, C, H/stride, W/stride), finest first"
-        B,C,H,W = images.shape
-        if C != self.in_chans: raise CmidError(f'images have {C} bands, {self.name} was built for {self.in_chans} (in_chans)')
-        if H % BLOCK or W % BLOCK: raise CmidError(f'images are {H} x {W} px: both sides must be multiples of {BLOCK}')
+        B, C, H, W = images.shape
+        if C != self.in_chans:
+            raise CmidError(f"images have {C} bands, {self.name} was built for {self.in_chans} (in_chans)")
+        if H % BLOCK or W % BLOCK:
+            raise CmidError(f"images are {H} x {W} px: both sides must be multiples of {BLOCK}")
         return self.stages(images, masks)
 
 # %% ../nbs/10_backbones.ipynb #d691b3fc
 class ResNetEncoder(Encoder):
     "Four maps, strides 4, 8, 16, 32"
+
     def stages(self, x, masks):
         m = self.model
         x = self.add_token(m.maxpool(m.act1(m.bn1(m.conv1(x)))), masks)
@@ -108,6 +144,7 @@ class ResNetEncoder(Encoder):
 # %% ../nbs/10_backbones.ipynb #de1484e5
 class SwinEncoder(Encoder):
     "Four maps, strides 4, 8, 16, 32, the last one after the final norm"
+
     def stages(self, x, masks):
         m = self.model
         x = self.add_token(m.patch_embed(x).permute(0, 3, 1, 2), masks).permute(0, 2, 3, 1)
@@ -117,12 +154,13 @@ class SwinEncoder(Encoder):
 # %% ../nbs/10_backbones.ipynb #b799e6c5
 class ViTEncoder(Encoder):
     "One map at the patch size (stride 16), after the final norm, prefix tokens dropped"
+
     def stages(self, x, masks):
         m = self.model
         x = self.add_token(m.patch_embed(x).permute(0, 3, 1, 2), masks)
-        B,C,H,W = x.shape
+        B, C, H, W = x.shape
         x = m.norm_pre(m.patch_drop(m._pos_embed(x.permute(0, 2, 3, 1))))
-        x = m.norm(self.through(m.blocks, x))[:,m.num_prefix_tokens:]
+        x = m.norm(self.through(m.blocks, x))[:, m.num_prefix_tokens :]
         return [x.transpose(1, 2).reshape(B, C, H, W)]
 
 # %% ../nbs/10_backbones.ipynb #ecae8e9a
@@ -130,42 +168,61 @@ def _fits(name, model):
     "Refuse networks of a supported module whose stem is another; their maps would be wrong in silence"
     vit = isinstance(model, VisionTransformer)
     if not isinstance(model, tuple(FAMILIES.values())) or (vit and type(model.patch_embed) is not PatchEmbed):
-        raise CmidError(f'backbone {name!r} has a stem of its own kind, which is not supported: choose e.g. vit_small_patch16_224')
+        raise CmidError(
+            f"backbone {name!r} has a stem of its own kind, which is not supported: choose e.g. vit_small_patch16_224"
+        )
     if vit and BLOCK % model.patch_embed.patch_size[0]:
-        raise CmidError(f'backbone {name!r} has patches of {model.patch_embed.patch_size[0]} px, which do not divide a block of {BLOCK} px')
+        raise CmidError(
+            f"backbone {name!r} has patches of {model.patch_embed.patch_size[0]} px, which do not divide a block of {BLOCK} px"
+        )
 
 # %% ../nbs/10_backbones.ipynb #5ac76ddd
 def _contract(model):
     "Class, channels, strides and stem channels of a timm network"
-    if isinstance(model, VisionTransformer): return ViTEncoder, [model.embed_dim], [model.patch_embed.patch_size[0]], model.embed_dim
-    info = [f for f in model.feature_info if f['module'].startswith('layer')]
-    channels, strides = [f['num_chs'] for f in info], [f['reduction'] for f in info]
-    if isinstance(model, SwinTransformer): return SwinEncoder, channels, strides, channels[0]
+    if isinstance(model, VisionTransformer):
+        return ViTEncoder, [model.embed_dim], [model.patch_embed.patch_size[0]], model.embed_dim
+    info = [f for f in model.feature_info if f["module"].startswith("layer")]
+    channels, strides = [f["num_chs"] for f in info], [f["reduction"] for f in info]
+    if isinstance(model, SwinTransformer):
+        return SwinEncoder, channels, strides, channels[0]
     return ResNetEncoder, channels, strides, model.bn1.num_features
 
 # %% ../nbs/10_backbones.ipynb #046380a4
 def _timm_model(name, in_chans, img_size, drop_path_rate, pretrained):
-    size = {} if name.split('.')[0] in timm.list_models(module='resnet') else dict(img_size=img_size, dynamic_img_size=True)
-    try: return timm.create_model(name, pretrained=pretrained, in_chans=in_chans, num_classes=0, drop_path_rate=drop_path_rate, **size)
+    size = (
+        {}
+        if name.split(".")[0] in timm.list_models(module="resnet")
+        else dict(img_size=img_size, dynamic_img_size=True)
+    )
+    try:
+        return timm.create_model(
+            name, pretrained=pretrained, in_chans=in_chans, num_classes=0, drop_path_rate=drop_path_rate, **size
+        )
     except Exception as e:
-        if not pretrained: raise
+        if not pretrained:
+            raise
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise CmidError(f'pretrained weights of {name!r} cannot be fetched by timm ({reason}): go online once, or leave pretrained off') from None
+        raise CmidError(
+            f"pretrained weights of {name!r} cannot be fetched by timm ({reason}): go online once, or leave pretrained off"
+        ) from None
 
 # %% ../nbs/10_backbones.ipynb #bb468c8f
 def create(
-    name:str, # timm name of a ResNet, Swin or ViT
-    in_chans:int=3, # bands, 1 to 13 tried
-    img_size:int=224, # side in pixels, a multiple of 32
-    drop_path_rate:float=0., # stochastic depth
-    pretrained:bool=False, # timm's default weights, which must be fetched
+    name: str,  # timm name of a ResNet, Swin or ViT
+    in_chans: int = 3,  # bands, 1 to 13 tried
+    img_size: int = 224,  # side in pixels, a multiple of 32
+    drop_path_rate: float = 0.0,  # stochastic depth
+    pretrained: bool = False,  # timm's default weights, which must be fetched
 ) -> Encoder:
     "Student or teacher encoder; raises `CmidError` for an unknown name, a side that is no multiple of 32, or weights out of reach"
     check_name(name)
-    if img_size < BLOCK or img_size % BLOCK: raise CmidError(f'img_size is {img_size}: it must be a positive multiple of {BLOCK}')
-    if in_chans < 1: raise CmidError(f'in_chans is {in_chans}: at least one band is needed')
+    if img_size < BLOCK or img_size % BLOCK:
+        raise CmidError(f"img_size is {img_size}: it must be a positive multiple of {BLOCK}")
+    if in_chans < 1:
+        raise CmidError(f"in_chans is {in_chans}: at least one band is needed")
     model = _timm_model(name, in_chans, img_size, drop_path_rate, pretrained)
     _fits(name, model)
     cls, channels, strides, stem = _contract(model)
-    for o in filter(None, (getattr(model, k, None) for k in POOLING)): o.requires_grad_(False) # what comes after the last map learns nothing
+    for o in filter(None, (getattr(model, k, None) for k in POOLING)):
+        o.requires_grad_(False)  # what comes after the last map learns nothing
     return cls(model, name, in_chans, img_size, channels, strides, stem)

@@ -12,30 +12,39 @@ from .params import CmidError, near
 
 # %% ../nbs/05_batches.ipynb #75c8a034
 def shares(
-    count:int, # to be shared out
-    weights, # (parts,) above 0, need not add up to 1
-) -> np.ndarray: # (parts,) whole numbers that add up to `count`
+    count: int,  # to be shared out
+    weights,  # (parts,) above 0, need not add up to 1
+) -> np.ndarray:  # (parts,) whole numbers that add up to `count`
     "Whole numbers in proportion to weights, by the largest remainder."
-    quota = count * np.asarray(weights, float) / np.sum(weights); n = quota.astype('i8')
-    n[np.argsort(n - quota, kind='stable')[:count - n.sum()]] += 1
+    quota = count * np.asarray(weights, float) / np.sum(weights)
+    n = quota.astype("i8")
+    n[np.argsort(n - quota, kind="stable")[: count - n.sum()]] += 1
     return n
 
 # %% ../nbs/05_batches.ipynb #27d49bf4
 class Mix:
     "Corpora that an epoch mixes by weight; its length is the sum of theirs."
-    def __init__(self,
-        parts:list, # (n,) indices of each corpus
-        weights:list, # one each, above 0
-    ): self.parts, self.weights = [np.asarray(o) for o in parts], weights
 
-    def __len__(self): return sum(map(len, self.parts))
+    def __init__(
+        self,
+        parts: list,  # (n,) indices of each corpus
+        weights: list,  # one each, above 0
+    ):
+        self.parts, self.weights = [np.asarray(o) for o in parts], weights
 
-    def draw(self,
-        rng, # numpy Generator
-        count:int, # images
-    ) -> np.ndarray: # (count,) indices
+    def __len__(self):
+        return sum(map(len, self.parts))
+
+    def draw(
+        self,
+        rng,  # numpy Generator
+        count: int,  # images
+    ) -> np.ndarray:  # (count,) indices
         "Images of all parts by their weights, shuffled together."
-        return rng.permutation(np.concatenate([_drawn(rng, o, n) for o, n in zip(self.parts, shares(count, self.weights))]))
+        return rng.permutation(
+            np.concatenate([_drawn(rng, o, n) for o, n in zip(self.parts, shares(count, self.weights))])
+        )
+
 
 def _drawn(rng, index, n):
     "`n` of `index`, none for the second time before all were drawn once"
@@ -43,52 +52,80 @@ def _drawn(rng, index, n):
 
 # %% ../nbs/05_batches.ipynb #2d41a1b4
 def corpus(
-    images, # images.Prepared
-    split:str|dict|None, # a list's name; names with weights; None for all
-) -> np.ndarray|Mix: # indices, or what is mixed
+    images,  # images.Prepared
+    split: str | dict | None,  # a list's name; names with weights; None for all
+) -> np.ndarray | Mix:  # indices, or what is mixed
     "Which images are learnt from. Raises `CmidError` with the near names of a list that is not there."
-    if split is None: return np.arange(len(images))
-    if isinstance(split, dict): return Mix([_listed(images, o) for o in split], [*split.values()])
+    if split is None:
+        return np.arange(len(images))
+    if isinstance(split, dict):
+        return Mix([_listed(images, o) for o in split], [*split.values()])
     return _listed(images, split)
+
 
 def _listed(images, name):
     "The images of one list"
-    if name not in images.splits: raise CmidError(f"params.yaml: pretrain.split: {name!r} is no list of this dataset{near(name, images.splits)}; known: {', '.join(images.splits) or 'none'}")
-    if not len(images.splits[name]): raise CmidError(f"params.yaml: pretrain.split: list {name!r} has no image that could be used; name another one")
+    if name not in images.splits:
+        raise CmidError(
+            f"params.yaml: pretrain.split: {name!r} is no list of this dataset{near(name, images.splits)}; known: {', '.join(images.splits) or 'none'}"
+        )
+    if not len(images.splits[name]):
+        raise CmidError(f"params.yaml: pretrain.split: list {name!r} has no image that could be used; name another one")
     return images.splits[name]
 
+
 def members(
-    index, # of `corpus`
-) -> np.ndarray: # (images,) indices, each once
+    index,  # of `corpus`
+) -> np.ndarray:  # (images,) indices, each once
     "Every image of a corpus or of a mix."
     return np.unique(np.concatenate(index.parts)) if isinstance(index, Mix) else np.asarray(index)
 
 # %% ../nbs/05_batches.ipynb #c4a79d45
 class Batches:
     "Batches of uint8 images, in an order that seed and epoch decide."
-    def __init__(self,
-        images, # what gives uint8 (B, C, S, S) for an array of indices, such as images.Prepared
-        index, # of `corpus`: indices, or a Mix
-        batch:int, # images a step, over all processes
-        seed:int=0, # of the order
-        epoch_images:int=0, # images an epoch; 0 takes as many as the corpus has
-        ahead:int=3, # batches read ahead
-        on:torch.device|None=None, # where batches are needed; a GPU gets them while it works
-        rank:int=0, processes:int=1, # which of the processes that train together this is
+
+    def __init__(
+        self,
+        images,  # what gives uint8 (B, C, S, S) for an array of indices, such as images.Prepared
+        index,  # of `corpus`: indices, or a Mix
+        batch: int,  # images a step, over all processes
+        seed: int = 0,  # of the order
+        epoch_images: int = 0,  # images an epoch; 0 takes as many as the corpus has
+        ahead: int = 3,  # batches read ahead
+        on: torch.device | None = None,  # where batches are needed; a GPU gets them while it works
+        rank: int = 0,
+        processes: int = 1,  # which of the processes that train together this is
     ):
-        if batch % processes: raise CmidError(f"params.yaml: pretrain.batch: {batch} images cannot be shared out over pretrain.processes: {processes}; take a multiple of it")
-        self.images, self.index, self.batch, self.seed, self.ahead, self.on = images, index if isinstance(index, Mix) else np.asarray(index), batch, seed, ahead, on
+        if batch % processes:
+            raise CmidError(
+                f"params.yaml: pretrain.batch: {batch} images cannot be shared out over pretrain.processes: {processes}; take a multiple of it"
+            )
+        self.images, self.index, self.batch, self.seed, self.ahead, self.on = (
+            images,
+            index if isinstance(index, Mix) else np.asarray(index),
+            batch,
+            seed,
+            ahead,
+            on,
+        )
         self.share = slice(rank * batch // processes, (rank + 1) * batch // processes)
-        known = len(self.index); self.count = epoch_images or known
-        if not isinstance(index, Mix): self.count = min(self.count, known)
-        self.epoch = self.first = 0   # the next epoch, and its first step
-        if self.count < batch: raise CmidError(f"params.yaml: pretrain.batch: {batch} is more than the {self.count} images of an epoch; lower it")
+        known = len(self.index)
+        self.count = epoch_images or known
+        if not isinstance(index, Mix):
+            self.count = min(self.count, known)
+        self.epoch = self.first = 0  # the next epoch, and its first step
+        if self.count < batch:
+            raise CmidError(
+                f"params.yaml: pretrain.batch: {batch} is more than the {self.count} images of an epoch; lower it"
+            )
 
-    def __len__(self): return self.count // self.batch
+    def __len__(self):
+        return self.count // self.batch
 
-    def order(self,
-        epoch:int, # from 0
-    ) -> np.ndarray: # (steps, batch) indices, over all processes
+    def order(
+        self,
+        epoch: int,  # from 0
+    ) -> np.ndarray:  # (steps, batch) indices, over all processes
         "Which images an epoch shows, in which order."
         rng, n = np.random.default_rng([self.seed, epoch]), len(self) * self.batch
         shuffled = self.index.draw(rng, n) if isinstance(self.index, Mix) else rng.permutation(self.index)
@@ -97,37 +134,56 @@ class Batches:
     def _read(self, rows, stream):
         "A batch and its rows, on their way to the device; what says that they are there"
         batch = torch.from_numpy(self.images[rows]), torch.from_numpy(rows)
-        if stream is None: return batch, None
-        with torch.cuda.stream(stream): return tuple(o.pin_memory().to(stream.device, non_blocking=True) for o in batch), stream.record_event()
+        if stream is None:
+            return batch, None
+        with torch.cuda.stream(stream):
+            return tuple(o.pin_memory().to(stream.device, non_blocking=True) for o in batch), stream.record_event()
 
     def _ahead(self, stream):
         "What `_read` gives, by a thread that is `ahead` batches ahead"
-        filled, stop, order = queue.Queue(self.ahead), threading.Event(), self.order(self.epoch)[self.first:, self.share]
+        filled, stop, order = (
+            queue.Queue(self.ahead),
+            threading.Event(),
+            self.order(self.epoch)[self.first :, self.share],
+        )
+
         def put(o):
             while not stop.is_set():
-                try: return filled.put(o, timeout=.1)
-                except queue.Full: pass
+                try:
+                    return filled.put(o, timeout=0.1)
+                except queue.Full:
+                    pass
+
         def work():
             try:
                 for rows in order:
-                    if stop.is_set(): return
+                    if stop.is_set():
+                        return
                     put(self._read(rows, stream))
                 put(None)
-            except BaseException as e: put(e)
+            except BaseException as e:
+                put(e)
+
         threading.Thread(target=work, daemon=True).start()
         try:
             while (o := filled.get()) is not None:
-                if isinstance(o, BaseException): raise o
+                if isinstance(o, BaseException):
+                    raise o
                 yield o
-        finally: stop.set()
+        finally:
+            stop.set()
 
     def __iter__(self):
-        stream = torch.cuda.Stream(self.on) if self.on is not None and self.on.type == 'cuda' else None
+        stream = torch.cuda.Stream(self.on) if self.on is not None and self.on.type == "cuda" else None
         for batch, copied in self._ahead(stream):
-            if copied is not None: _hand_over(batch, copied)
+            if copied is not None:
+                _hand_over(batch, copied)
             yield batch
+
 
 def _hand_over(batch, copied):
     "The step's stream goes on when the copy is there, and the copy's memory is kept until the step has read it"
-    now = torch.cuda.current_stream(batch[0].device); now.wait_event(copied)
-    for o in batch: o.record_stream(now)
+    now = torch.cuda.current_stream(batch[0].device)
+    now.wait_event(copied)
+    for o in batch:
+        o.record_stream(now)

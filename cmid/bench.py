@@ -28,60 +28,83 @@ from .figures import COLOURS
 from .images import Prepared, prepare, resized
 from .masking import fill_mean
 from .model import CMID
-from .params import KEEP, CmidError, Params, Pretrain, check, cli, device as find_device, provenance, root, write_json
+from .params import KEEP, CmidError, Params, Pretrain, check, cli, device as find_device, provenance, root, write_json  # fmt: skip
 from .pretrain import build, learner
 from .sample import scene
 from .views import View
 
-try: import resource
-except ImportError: resource = None  # Windows
+try:
+    import resource
+except ImportError:
+    resource = None  # Windows
 
 # %% ../nbs/50_bench.ipynb #941079a2
 class Generated:
     "Uint8 noise in the form of a prepared folder; as many images as an index may ask for."
-    def __init__(self, bands:int=3, side:int=224, rows:int=64):
-        self.pixels, self.bands, self.side, self.hash = np.random.default_rng(0).integers(0, 256, (rows, bands, side, side), dtype=np.uint8), bands, side, 'generated'
-        self.mean, self.std, self.splits, self.classes = [.5] * bands, [.3] * bands, {}, None
-    def __len__(self): return len(self.pixels)
-    def __getitem__(self, i): return self.pixels[np.asarray(i) % len(self)]
+
+    def __init__(self, bands: int = 3, side: int = 224, rows: int = 64):
+        self.pixels, self.bands, self.side, self.hash = (
+            np.random.default_rng(0).integers(0, 256, (rows, bands, side, side), dtype=np.uint8),
+            bands,
+            side,
+            "generated",
+        )
+        self.mean, self.std, self.splits, self.classes = [0.5] * bands, [0.3] * bands, {}, None
+
+    def __len__(self):
+        return len(self.pixels)
+
+    def __getitem__(self, i):
+        return self.pixels[np.asarray(i) % len(self)]
 
 # %% ../nbs/50_bench.ipynb #b7f1823a
 class Driven:
     "The learner of a run whose steps are made one at a time, of the same batch; `inputs` is what its model was given in the last one."
-    def __init__(self,
-        images, # images.Prepared or `Generated`
-        settings:Pretrain, # params.yaml: pretrain
-        backbone:str, # timm name
-        on:torch.device,
-        steps:int=1000, # that the corpus must suffice for: its images are taken several times
+
+    def __init__(
+        self,
+        images,  # images.Prepared or `Generated`
+        settings: Pretrain,  # params.yaml: pretrain
+        backbone: str,  # timm name
+        on: torch.device,
+        steps: int = 1000,  # that the corpus must suffice for: its images are taken several times
     ):
         index = np.resize(np.arange(len(images)), settings.batch * steps)
         self.learn = l = learner(images, index, settings, backbone, on=on, say=lambda _: None)
         l.epoch, l.n_epoch, l.dl, l.n_iter = 0, 1, l.dls.train, len(l.dls.train)
-        for o in ('before_fit', 'before_epoch', 'before_train'): l(o)
+        for o in ("before_fit", "before_epoch", "before_train"):
+            l(o)
         self.batch, self.inputs = next(iter(l.dls.train)), []
         l.model.register_forward_pre_hook(lambda _, given: self.inputs.append(given[0]))
 
     def __call__(self, batch=None):
         "One step of the optimiser, of all the parts that a batch is accumulated from."
-        done = self.learn.cmid.done; self.inputs.clear()
-        while self.learn.cmid.done == done: self.learn.one_batch(0, batch or self.batch)
+        done = self.learn.cmid.done
+        self.inputs.clear()
+        while self.learn.cmid.done == done:
+            self.learn.one_batch(0, batch or self.batch)
 
 # %% ../nbs/50_bench.ipynb #7fa5bcd7
 class Floor:
     "Two student forward-backwards and two teacher forwards of the step's views, and nothing else."
-    def __init__(self,
-        m:CMID, # of the step
-        inputs:list, # what it was given: two views for each part of a batch
-        dtype:torch.dtype=torch.float32, # of the matrix work
+
+    def __init__(
+        self,
+        m: CMID,  # of the step
+        inputs: list,  # what it was given: two views for each part of a batch
+        dtype: torch.dtype = torch.float32,  # of the matrix work
     ):
         self.model, self.dtype, self.on, self.slopes = m, dtype, next(m.parameters()).device, None
-        self.parts = [([fill_mean(v.images, v.masks) for v in views], [v.masks for v in views], [v.images for v in views]) for views in inputs]
+        self.parts = [
+            ([fill_mean(v.images, v.masks) for v in views], [v.masks for v in views], [v.images for v in views])
+            for views in inputs
+        ]
 
     def __call__(self):
         for masked, masks, whole in self.parts:
             maps = self._forward(masked, masks, whole)
-            if self.slopes is None: self.slopes = [torch.randn_like(o) for o in maps]
+            if self.slopes is None:
+                self.slopes = [torch.randn_like(o) for o in maps]
             torch.autograd.backward(maps, self.slopes)
         self.model.zero_grad(set_to_none=True)
 
@@ -89,467 +112,872 @@ class Floor:
         m = self.model
         with torch.autocast(self.on.type, self.dtype, enabled=self.dtype != torch.float32):
             maps = [o[-1] for o in m.both(m.student.encoder, masked, masks)]
-            with torch.no_grad(): m.both(m.teacher.encoder, whole)
+            with torch.no_grad():
+                m.both(m.teacher.encoder, whole)
         return maps
 
 # %% ../nbs/50_bench.ipynb #d7795836
 def waiter(
-    on:torch.device,
-): # call it to wait until the device has done everything
+    on: torch.device,
+):  # call it to wait until the device has done everything
     "Wait for the device; a CPU has always done everything."
-    return {'cuda': torch.cuda.synchronize, 'mps': torch.mps.synchronize}.get(on.type, lambda: None)
+    return {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(on.type, lambda: None)
+
 
 class Clock:
     "Seconds of nested parts, each charged to the innermost."
-    def __init__(self, wait=lambda: None, now=time.perf_counter): self.wait, self.now, self.seconds, self.open = wait, now, Counter(), ['rest']
-    def start(self): self.wait(); self.seconds.clear(); self.at = self.now()
+
+    def __init__(self, wait=lambda: None, now=time.perf_counter):
+        self.wait, self.now, self.seconds, self.open = wait, now, Counter(), ["rest"]
+
+    def start(self):
+        self.wait()
+        self.seconds.clear()
+        self.at = self.now()
+
     def charge(self):
         "Charge what has passed to the part that is open."
-        self.wait(); now = self.now(); self.seconds[self.open[-1]] += now - self.at; self.at = now
-    def enter(self, name): self.charge(); self.open.append(name)
-    def leave(self): self.charge(); self.open.pop()
-    def timed(self,
-        f, # any function
-        name, # of its part, or a function of its first argument
-    ): # the same function, timed
+        self.wait()
+        now = self.now()
+        self.seconds[self.open[-1]] += now - self.at
+        self.at = now
+
+    def enter(self, name):
+        self.charge()
+        self.open.append(name)
+
+    def leave(self):
+        self.charge()
+        self.open.pop()
+
+    def timed(
+        self,
+        f,  # any function
+        name,  # of its part, or a function of its first argument
+    ):  # the same function, timed
         def run(*args, **kwargs):
             self.enter(name(*args) if callable(name) else name)
-            try: return f(*args, **kwargs)
-            finally: self.leave()
+            try:
+                return f(*args, **kwargs)
+            finally:
+                self.leave()
+
         return run
 
 # %% ../nbs/50_bench.ipynb #494519b1
-PARTS = 'views', 'student', 'teacher', 'heads', 'losses', 'backward', 'norm', 'optimiser', 'average', 'rest'
+PARTS = "views", "student", "teacher", "heads", "losses", "backward", "norm", "optimiser", "average", "rest"
+
 
 def _places(learn, clock):
     "(owner, method, part) of everything that is timed in a step"
-    a, m = learn.cmid, learn.model; encoders = {id(m.student.encoder): 'student', id(m.teacher.encoder): 'teacher'}
-    return [(a, 'make_views', 'views'), (model, 'fill_mean', 'views'), (m, 'both', lambda f, *_: encoders.get(id(f), clock.open[-1])), (m, 'reconstruct', 'losses'), (m, 'contrast', 'losses'), (m, 'distil', 'losses'),
-            (torch.autograd, 'backward', 'backward'), (a, 'before_step', 'norm'), (learn.opt.opt, 'step', 'optimiser'), (learn.opt, 'zero_grad', 'optimiser'), (m, 'average', 'average'), (m, 'enqueue', 'average')]
+    a, m = learn.cmid, learn.model
+    encoders = {id(m.student.encoder): "student", id(m.teacher.encoder): "teacher"}
+    return [
+        (a, "make_views", "views"),
+        (model, "fill_mean", "views"),
+        (m, "both", lambda f, *_: encoders.get(id(f), clock.open[-1])),
+        (m, "reconstruct", "losses"),
+        (m, "contrast", "losses"),
+        (m, "distil", "losses"),
+        (torch.autograd, "backward", "backward"),
+        (a, "before_step", "norm"),
+        (learn.opt.opt, "step", "optimiser"),
+        (learn.opt, "zero_grad", "optimiser"),
+        (m, "average", "average"),
+        (m, "enqueue", "average"),
+    ]
+
 
 @contextmanager
 def in_place(
-    learn, # pretrain.learner
-    clock:Clock,
-): # while it lasts, steps charge the clock
+    learn,  # pretrain.learner
+    clock: Clock,
+):  # while it lasts, steps charge the clock
     "Time the parts of a step where they are."
-    m = learn.model; heads = [o for o in (m.decoder, m.predictor, m.student.projector, m.student.head, m.teacher.projector, m.teacher.head) if o is not None]
+    m = learn.model
+    heads = [
+        o
+        for o in (m.decoder, m.predictor, m.student.projector, m.student.head, m.teacher.projector, m.teacher.head)
+        if o is not None
+    ]
     with ExitStack() as s:
-        for owner, name, part in _places(learn, clock): s.enter_context(patch.object(owner, name, clock.timed(getattr(owner, name), part)))
+        for owner, name, part in _places(learn, clock):
+            s.enter_context(patch.object(owner, name, clock.timed(getattr(owner, name), part)))
         for o in heads:
-            s.callback(o.register_forward_pre_hook(lambda *_: clock.enter('heads')).remove); s.callback(o.register_forward_hook(lambda *_: clock.leave()).remove)
+            s.callback(o.register_forward_pre_hook(lambda *_: clock.enter("heads")).remove)
+            s.callback(o.register_forward_hook(lambda *_: clock.leave()).remove)
         yield
 
+
 def parts_of(
-    step:Driven, # warm
-    clock:Clock,
-) -> dict: # part -> seconds
+    step: Driven,  # warm
+    clock: Clock,
+) -> dict:  # part -> seconds
     "One step, part by part."
     clock.start()
-    with in_place(step.learn, clock): step()
-    clock.charge(); return {o: clock.seconds[o] for o in PARTS}
+    with in_place(step.learn, clock):
+        step()
+    clock.charge()
+    return {o: clock.seconds[o] for o in PARTS}
 
 # %% ../nbs/50_bench.ipynb #39e0bf75
 def seconds_of(
-    f, # called
-    wait, # for the device
-    times:int=1, # on end
-) -> float: # seconds a call
+    f,  # called
+    wait,  # for the device
+    times: int = 1,  # on end
+) -> float:  # seconds a call
     "What a call takes."
-    wait(); begun = time.perf_counter()
-    for _ in range(times): f()
-    wait(); return (time.perf_counter() - begun) / times
+    wait()
+    begun = time.perf_counter()
+    for _ in range(times):
+        f()
+    wait()
+    return (time.perf_counter() - begun) / times
+
 
 def over_floor(
-    seconds:list, # n of what is compared
-    floors:list, # n + 1, one before and one after each
-) -> float: # ratio
+    seconds: list,  # n of what is compared
+    floors: list,  # n + 1, one before and one after each
+) -> float:  # ratio
     "Median of what was measured over the mean of the floors around it."
     return median(2 * s / (a + b) for s, a, b in zip(seconds, floors, floors[1:]))
 
 # %% ../nbs/50_bench.ipynb #98578498
 def turns(
-    step:Driven, floor:Floor,
-    steps:int, # turns
-    wait, # for the device
-    times:int=1, # calls a turn
-    quiet:bool=True, # no bar
-) -> dict: # floor_s, step_s, step_over_floor, parts, parts_over_floor
+    step: Driven,
+    floor: Floor,
+    steps: int,  # turns
+    wait,  # for the device
+    times: int = 1,  # calls a turn
+    quiet: bool = True,  # no bar
+) -> dict:  # floor_s, step_s, step_over_floor, parts, parts_over_floor
     "Floor and step, turn by turn (medians), and the step's parts."
     floors, whole, parts, clock = [], [], [], Clock(wait)
-    for _ in tqdm(range(steps), desc='steps', disable=quiet, leave=False):
-        floors.append(seconds_of(floor, wait, times)); whole.append(seconds_of(step, wait, times)); parts.append(parts_of(step, clock))
-    floors.append(seconds_of(floor, wait, times)); each = {k: [o[k] for o in parts] for k in PARTS}
-    return dict(floor_s=median(floors), step_s=median(whole), step_over_floor=over_floor(whole, floors), parts={k: median(v) for k, v in each.items()}, parts_over_floor={k: over_floor(v, floors) for k, v in each.items()})
+    for _ in tqdm(range(steps), desc="steps", disable=quiet, leave=False):
+        floors.append(seconds_of(floor, wait, times))
+        whole.append(seconds_of(step, wait, times))
+        parts.append(parts_of(step, clock))
+    floors.append(seconds_of(floor, wait, times))
+    each = {k: [o[k] for o in parts] for k in PARTS}
+    return dict(
+        floor_s=median(floors),
+        step_s=median(whole),
+        step_over_floor=over_floor(whole, floors),
+        parts={k: median(v) for k, v in each.items()},
+        parts_over_floor={k: over_floor(v, floors) for k, v in each.items()},
+    )
 
 # %% ../nbs/50_bench.ipynb #a44d647c
 def _meta_views(m, batch):
     "Views without numbers"
-    s, n = m.img_size, m.img_size // m.stride; new = lambda *size, dtype=torch.float32: torch.empty(*size, dtype=dtype, device='meta')
-    return [View(new(batch, m.in_chans, s, s), new(batch, s // 32, s // 32, dtype=torch.bool), new(batch, n * n, 2)) for _ in 'AB']
+    s, n = m.img_size, m.img_size // m.stride
+    new = lambda *size, dtype=torch.float32: torch.empty(*size, dtype=dtype, device="meta")
+    return [
+        View(new(batch, m.in_chans, s, s), new(batch, s // 32, s // 32, dtype=torch.bool), new(batch, n * n, 2))
+        for _ in "AB"
+    ]
+
 
 def _counted(f):
     "Operations of a call on the meta device, which has no mixed precision"
-    with FlopCounterMode(display=False) as counter, torch.device('meta'), patch('torch.autocast', lambda *_, **__: nullcontext()): f()
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.device("meta"),
+        patch("torch.autocast", lambda *_, **__: nullcontext()),
+    ):
+        f()
     return counter.get_total_flops()
 
+
 def gflop(
-    settings:Pretrain, # params.yaml: pretrain
-    backbone:str, # timm name
-    bands:int=3, side:int=224,
-) -> dict: # of one image: step, and encoder (the floor's share of it)
+    settings: Pretrain,  # params.yaml: pretrain
+    backbone: str,  # timm name
+    bands: int = 3,
+    side: int = 224,
+) -> dict:  # of one image: step, and encoder (the floor's share of it)
     "Arithmetic of a step in GFLOP an image: both views, student, teacher and heads."
-    with torch.device('meta'): m = build(settings, backbone, 'cmid', bands, side)
-    views = _meta_views(m, 2); floor = Floor(m, [views])                          # two images: batch norm needs two values
+    with torch.device("meta"):
+        m = build(settings, backbone, "cmid", bands, side)
+    views = _meta_views(m, 2)
+    floor = Floor(m, [views])  # two images: batch norm needs two values
     return dict(step=_counted(lambda: m(views).total.backward()) / 2e9, encoder=_counted(floor) / 2e9)
 
 # %% ../nbs/50_bench.ipynb #4a3eae8d
 def peak_tflops(
-    on:torch.device, dtype:torch.dtype,
-    side:int|None=None, # of the matrices; None: 2,048 on a CPU, 8,192 on a GPU
-    times:int=5, # best of so many
-) -> float: # TFLOP/s
+    on: torch.device,
+    dtype: torch.dtype,
+    side: int | None = None,  # of the matrices; None: 2,048 on a CPU, 8,192 on a GPU
+    times: int = 5,  # best of so many
+) -> float:  # TFLOP/s
     "The quickest of several matrix products."
-    side = side or (2048 if on.type == 'cpu' else 8192); a, b = (torch.randn(side, side, device=on).to(dtype) for _ in range(2)); f = lambda: a @ b; f()
+    side = side or (2048 if on.type == "cpu" else 8192)
+    a, b = (torch.randn(side, side, device=on).to(dtype) for _ in range(2))
+    f = lambda: a @ b
+    f()
     return 2 * side**3 / min(seconds_of(f, waiter(on)) for _ in range(times)) / 1e12
 
 # %% ../nbs/50_bench.ipynb #aa200037
 def peak_memory_mb(
-    on:torch.device,
-) -> float: # MB
+    on: torch.device,
+) -> float:  # MB
     "The most that was held so far: of the device's memory on a GPU, of the process else."
-    if on.type == 'cuda': return torch.cuda.max_memory_allocated(on) / 2**20
-    if resource is None: return psutil.Process().memory_info().peak_wset / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == 'darwin' else 2**10)
+    if on.type == "cuda":
+        return torch.cuda.max_memory_allocated(on) / 2**20
+    if resource is None:
+        return psutil.Process().memory_info().peak_wset / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 # %% ../nbs/50_bench.ipynb #250dd4d2
-JPEG = 512 # px
+JPEG = 512  # px
+
 
 def pictures(
-    folder, # to write to
-    count:int, # of JPEGs
-    px:int=JPEG, # their side
+    folder,  # to write to
+    count: int,  # of JPEGs
+    px: int = JPEG,  # their side
 ):
     "JPEGs of generated landscape, each a window of its own of one of four."
-    places = [scene(kind, 'bench', size=px + 128)[0] for kind in ('town', 'residential', 'harbour', 'forest')]; chance = np.random.default_rng(0); Path(folder).mkdir(parents=True)
+    places = [scene(kind, "bench", size=px + 128)[0] for kind in ("town", "residential", "harbour", "forest")]
+    chance = np.random.default_rng(0)
+    Path(folder).mkdir(parents=True)
     for i in range(count):
-        y, x = chance.integers(0, 128, 2); Image.fromarray(np.rot90(places[i % 4][y:y + px, x:x + px], i // 4 % 4)).save(Path(folder)/f'{i:05d}.jpg', quality=90)
+        y, x = chance.integers(0, 128, 2)
+        Image.fromarray(np.rot90(places[i % 4][y : y + px, x : x + px], i // 4 % 4)).save(
+            Path(folder) / f"{i:05d}.jpg", quality=90
+        )
+
 
 def rate(
-    f, # takes a batch of indices
-    batches:list, # of indices
-    least:float=1., # seconds
-) -> float: # images/s
+    f,  # takes a batch of indices
+    batches: list,  # of indices
+    least: float = 1.0,  # seconds
+) -> float:  # images/s
     "How many images a second a function gets through; the first batch warms up."
-    f(batches[0]); begun, n = time.perf_counter(), 0
+    f(batches[0])
+    begun, n = time.perf_counter(), 0
     for o in itertools.cycle(batches):
-        f(o); n += len(o)
-        if (took := time.perf_counter() - begun) >= least: return n / took
+        f(o)
+        n += len(o)
+        if (took := time.perf_counter() - begun) >= least:
+            return n / took
 
 # %% ../nbs/50_bench.ipynb #369c3920
 def reading(
-    images:Prepared, # prepared from `folder`
-    folder, # of JPEGs
-) -> dict: # jpeg_images_per_s, prepared_images_per_s, prepared_over_jpeg
+    images: Prepared,  # prepared from `folder`
+    folder,  # of JPEGs
+) -> dict:  # jpeg_images_per_s, prepared_images_per_s, prepared_over_jpeg
     "One thread that decodes JPEGs, and one that reads prepared arrays."
-    rows = np.random.default_rng(0).permutation(len(images)).reshape(-1, math.gcd(len(images), 16)); files = sorted(Path(folder).glob('*.jpg'))
-    def decode(i): return np.stack([resized(np.asarray(Image.open(files[o])).transpose(2, 0, 1), images.side) for o in i])
+    rows = np.random.default_rng(0).permutation(len(images)).reshape(-1, math.gcd(len(images), 16))
+    files = sorted(Path(folder).glob("*.jpg"))
+
+    def decode(i):
+        return np.stack([resized(np.asarray(Image.open(files[o])).transpose(2, 0, 1), images.side) for o in i])
+
     slow, quick = rate(decode, list(rows)), rate(lambda i: images[i], list(rows))
     return dict(jpeg_px=JPEG, jpeg_images_per_s=slow, prepared_images_per_s=quick, prepared_over_jpeg=quick / slow)
 
+
 def endless(batches):
     "Batches of epoch after epoch."
-    for epoch in itertools.count(): batches.epoch, batches.first = epoch, 0; yield from batches
+    for epoch in itertools.count():
+        batches.epoch, batches.first = epoch, 0
+        yield from batches
+
 
 def loader_rate(
-    batches, # of a learner
-    wait, # for the device
-    least:float=2., # seconds
-) -> float: # images/s
+    batches,  # of a learner
+    wait,  # for the device
+    least: float = 2.0,  # seconds
+) -> float:  # images/s
     "What a loader gives when nobody keeps it waiting."
-    source = endless(batches); next(source); wait(); begun, n = time.perf_counter(), 0
+    source = endless(batches)
+    next(source)
+    wait()
+    begun, n = time.perf_counter(), 0
     try:
-        while (took := time.perf_counter() - begun) < least: n += len(next(source)[0])
-        wait(); return n / took
-    finally: source.close()
+        while (took := time.perf_counter() - begun) < least:
+            n += len(next(source)[0])
+        wait()
+        return n / took
+    finally:
+        source.close()
+
 
 def end_to_end(
-    step:Driven, steps:int, wait,
-) -> float: # seconds a step
+    step: Driven,
+    steps: int,
+    wait,
+) -> float:  # seconds a step
     "Steps on end, each of another batch from the loader; the first one warms up."
-    source = endless(step.learn.dls.train); step(next(source))
-    try: return seconds_of(lambda: step(next(source)), wait, steps)
-    finally: source.close()
+    source = endless(step.learn.dls.train)
+    step(next(source))
+    try:
+        return seconds_of(lambda: step(next(source)), wait, steps)
+    finally:
+        source.close()
 
 # %% ../nbs/50_bench.ipynb #a3ef1e91
-def machine() -> dict: # processor, cores, threads, memory_gb, gpu
+def machine() -> dict:  # processor, cores, threads, memory_gb, gpu
     "What this runs on; no names of machines."
-    try: model = next(o.partition(':')[2].strip() for o in Path('/proc/cpuinfo').read_text().splitlines() if o.startswith('model name'))
-    except (OSError, StopIteration): model = platform.processor() or platform.machine()
-    return dict(processor=model, cores=psutil.cpu_count(), threads=torch.get_num_threads(), memory_gb=round(psutil.virtual_memory().total / 2**30), gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None)
+    try:
+        model = next(
+            o.partition(":")[2].strip()
+            for o in Path("/proc/cpuinfo").read_text().splitlines()
+            if o.startswith("model name")
+        )
+    except (OSError, StopIteration):
+        model = platform.processor() or platform.machine()
+    return dict(
+        processor=model,
+        cores=psutil.cpu_count(),
+        threads=torch.get_num_threads(),
+        memory_gb=round(psutil.virtual_memory().total / 2**30),
+        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    )
+
 
 def is_compiled(
-    m:torch.nn.Module,
+    m: torch.nn.Module,
 ) -> bool:
     "Whether any part of it is compiled."
-    return any(o._compiled_call_impl is not None or type(o).__name__ == 'OptimizedModule' for o in m.modules())
+    return any(o._compiled_call_impl is not None or type(o).__name__ == "OptimizedModule" for o in m.modules())
+
 
 def bench_settings(
-    batch:int=16, precision:str='auto', compile:bool=False, accumulate:int=1, gradient_checkpointing:bool=False,
-    profile:str='paper', # of params.yaml: full-size heads, queue of 65,536
+    batch: int = 16,
+    precision: str = "auto",
+    compile: bool = False,
+    accumulate: int = 1,
+    gradient_checkpointing: bool = False,
+    profile: str = "paper",  # of params.yaml: full-size heads, queue of 65,536
 ) -> Pretrain:
     "Settings of the paper with what is varied here. Raises `CmidError` naming a key that is wrong."
     own = Params(profile=profile).pretrain.model_dump()
-    return check(Pretrain, own | dict(batch=batch, precision=precision, compile=compile, accumulate=accumulate, gradient_checkpointing=gradient_checkpointing, split=None, processes=1, epoch_images=0), 'pretrain')
+    return check(
+        Pretrain,
+        own
+        | dict(
+            batch=batch,
+            precision=precision,
+            compile=compile,
+            accumulate=accumulate,
+            gradient_checkpointing=gradient_checkpointing,
+            split=None,
+            processes=1,
+            epoch_images=0,
+        ),
+        "pretrain",
+    )
 
 # %% ../nbs/50_bench.ipynb #e83cdb17
 def _disk(step, images, folder, steps, floors_s, wait):
     "What concerns the disk: rates, and the step from there against floor and loader"
-    each = end_to_end(step, steps, wait); alone = loader_rate(step.learn.dls.train, wait)
-    return reading(images, folder) | dict(loader_images_per_s=alone, end_to_end_s=each, end_to_end_over_floor=each / floors_s)
+    each = end_to_end(step, steps, wait)
+    alone = loader_rate(step.learn.dls.train, wait)
+    return reading(images, folder) | dict(
+        loader_images_per_s=alone, end_to_end_s=each, end_to_end_over_floor=each / floors_s
+    )
+
 
 def bench(
-    backbone:str, # timm name
-    settings:Pretrain, # see `bench_settings`
-    steps:int=5, # turns
-    side:int=224, bands:int=3,
-    on:torch.device|None=None,
-    disk:bool=False, # also from disk; three bands only
-    quiet:bool=True, # no bars
-) -> dict: # what `cmid_bench --json` prints
+    backbone: str,  # timm name
+    settings: Pretrain,  # see `bench_settings`
+    steps: int = 5,  # turns
+    side: int = 224,
+    bands: int = 3,
+    on: torch.device | None = None,
+    disk: bool = False,  # also from disk; three bands only
+    quiet: bool = True,  # no bars
+) -> dict:  # what `cmid_bench --json` prints
     "What a step costs, against its floor. Raises `CmidError` for what cannot be measured."
-    if steps < 1: raise CmidError(f"--steps: {steps} measures nothing; give 1 or more")
-    on = on or find_device(); wait = waiter(on); times = 1 if on.type == 'cpu' else 5
-    if disk and bands != 3: raise CmidError(f"--disk: JPEGs have 3 bands, not {bands}; leave out one of the two")
-    with tempfile.TemporaryDirectory(prefix='cmid-bench-') as d:
-        if disk: pictures(f'{d}/jpeg', max(128, settings.batch)); images = prepare(f'{d}/jpeg', f'{d}/prepared', side=side)
-        else: images = Generated(bands, side)
-        step = Driven(images, settings, backbone, on); step(); floor = Floor(step.learn.model, step.inputs, step.learn.cmid.dtype)
-        turns(step, floor, 1 if on.type == 'cpu' and not settings.compile else 3, wait)          # warm-up
-        if on.type == 'cuda': torch.cuda.reset_peak_memory_stats(on)
-        found = turns(step, floor, steps, wait, times, quiet); peak = peak_memory_mb(on)
-        found |= _disk(step, images, f'{d}/jpeg', steps * times, found['floor_s'], wait) if disk else {}
+    if steps < 1:
+        raise CmidError(f"--steps: {steps} measures nothing; give 1 or more")
+    on = on or find_device()
+    wait = waiter(on)
+    times = 1 if on.type == "cpu" else 5
+    if disk and bands != 3:
+        raise CmidError(f"--disk: JPEGs have 3 bands, not {bands}; leave out one of the two")
+    with tempfile.TemporaryDirectory(prefix="cmid-bench-") as d:
+        if disk:
+            pictures(f"{d}/jpeg", max(128, settings.batch))
+            images = prepare(f"{d}/jpeg", f"{d}/prepared", side=side)
+        else:
+            images = Generated(bands, side)
+        step = Driven(images, settings, backbone, on)
+        step()
+        floor = Floor(step.learn.model, step.inputs, step.learn.cmid.dtype)
+        turns(step, floor, 1 if on.type == "cpu" and not settings.compile else 3, wait)  # warm-up
+        if on.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(on)
+        found = turns(step, floor, steps, wait, times, quiet)
+        peak = peak_memory_mb(on)
+        found |= _disk(step, images, f"{d}/jpeg", steps * times, found["floor_s"], wait) if disk else {}
     return _facts(backbone, settings, step.learn, steps, peak) | found | _rates(backbone, settings, step.learn, found)
 
 # %% ../nbs/50_bench.ipynb #470f1425
 def _facts(backbone, settings, learn, steps, peak):
     "What was measured"
     m, a = learn.model, learn.cmid
-    return dict(backbone=backbone, side=m.img_size, bands=m.in_chans, batch=settings.batch, device=a.on.type, precision=str(a.dtype).split('.')[-1], compiled=is_compiled(m), accumulate=settings.accumulate,
-                gradient_checkpointing=settings.gradient_checkpointing, steps=steps, peak_memory_mb=peak)
+    return dict(
+        backbone=backbone,
+        side=m.img_size,
+        bands=m.in_chans,
+        batch=settings.batch,
+        device=a.on.type,
+        precision=str(a.dtype).split(".")[-1],
+        compiled=is_compiled(m),
+        accumulate=settings.accumulate,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        steps=steps,
+        peak_memory_mb=peak,
+    )
+
 
 def _rates(backbone, settings, learn, found):
     "Images and operations a second"
-    a, m = learn.cmid, learn.model; speed = settings.batch / found['step_s']; work = gflop(settings, backbone, m.in_chans, m.img_size); peak = peak_tflops(a.on, a.dtype)
-    got = dict(images_per_s=speed, gflop_per_image=work['step'], gflop_encoder=work['encoder'], model_tflops=speed * work['step'] / 1e3, peak_tflops=peak, used=speed * work['step'] / 1e3 / peak)
-    return got | (dict(loader_over_step=found['loader_images_per_s'] / speed) if 'loader_images_per_s' in found else {})
+    a, m = learn.cmid, learn.model
+    speed = settings.batch / found["step_s"]
+    work = gflop(settings, backbone, m.in_chans, m.img_size)
+    peak = peak_tflops(a.on, a.dtype)
+    got = dict(
+        images_per_s=speed,
+        gflop_per_image=work["step"],
+        gflop_encoder=work["encoder"],
+        model_tflops=speed * work["step"] / 1e3,
+        peak_tflops=peak,
+        used=speed * work["step"] / 1e3 / peak,
+    )
+    return got | (dict(loader_over_step=found["loader_images_per_s"] / speed) if "loader_images_per_s" in found else {})
 
 # %% ../nbs/50_bench.ipynb #f48e59f7
 def measure(
-    backbone:str, batch:int=16, steps:int=5, side:int=224, bands:int=3, precision:str='auto', compile:bool=False,
-    device:str='auto', accumulate:int=1, gradient_checkpointing:bool=False, disk:bool=False, quiet:bool=True, profile:str='paper',
-) -> dict: # of `bench`
+    backbone: str,
+    batch: int = 16,
+    steps: int = 5,
+    side: int = 224,
+    bands: int = 3,
+    precision: str = "auto",
+    compile: bool = False,
+    device: str = "auto",
+    accumulate: int = 1,
+    gradient_checkpointing: bool = False,
+    disk: bool = False,
+    quiet: bool = True,
+    profile: str = "paper",
+) -> dict:  # of `bench`
     "`bench` of what a command line says. Raises `CmidError` for what does not fit into memory."
-    on, settings = find_device(device), bench_settings(batch, precision, compile, accumulate, gradient_checkpointing, profile)
-    try: return bench(backbone, settings, steps, side, bands, on, disk, quiet)
-    except torch.OutOfMemoryError: raise CmidError(f"--batch: {batch} images of {side} px do not fit into the memory of {on}; lower it, or add --accumulate 2 or --gradient_checkpointing") from None
+    on, settings = (
+        find_device(device),
+        bench_settings(batch, precision, compile, accumulate, gradient_checkpointing, profile),
+    )
+    try:
+        return bench(backbone, settings, steps, side, bands, on, disk, quiet)
+    except torch.OutOfMemoryError:
+        raise CmidError(
+            f"--batch: {batch} images of {side} px do not fit into the memory of {on}; lower it, or add --accumulate 2 or --gradient_checkpointing"
+        ) from None
     except Exception as e:
-        if compile and type(e).__module__.startswith(('torch._dynamo', 'torch._inductor')): raise CmidError(f"--compile: {' '.join(str(e).split())[:200]}; install a C++ compiler (g++), or leave it out") from e
+        if compile and type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise CmidError(
+                f"--compile: {' '.join(str(e).split())[:200]}; install a C++ compiler (g++), or leave it out"
+            ) from e
         raise
 
 # %% ../nbs/50_bench.ipynb #056485a9
-R50, SWIN = 'resnet50', 'swin_base_patch4_window7_224'
+R50, SWIN = "resnet50", "swin_base_patch4_window7_224"
+
 
 class Target(NamedTuple):
     "A bound on a measurement, and the rows that it speaks of."
-    name: str
-    key: str # of a row; with a dot, of a dict in it
-    sign: str # <= | >=
-    bound: float
-    where: dict # key -> value, or tuple of values
-    best: bool=False # the best row counts, not the worst
 
-_CPU, _GPU = dict(device='cpu', precision='float32', batch=16, side=224), dict(device='cuda', precision='bfloat16', batch=256, side=224)
-TARGETS = tuple(Target(name, key, sign, bound, where | dict(backbone=b)) for b in (R50, SWIN) for name, key, sign, bound, where in (
-    ('full step / floor, CPU', 'step_over_floor', '<=', 1.25, _CPU), ('full step / floor, GPU', 'step_over_floor', '<=', 1.15, _GPU), ('end to end from disk / floor, GPU', 'end_to_end_over_floor', '<=', 1.2, _GPU),
-    ('views and masks / floor, CPU', 'parts_over_floor.views', '<=', .1, _CPU), ('views and masks / floor, GPU', 'parts_over_floor.views', '<=', .03, _GPU), ('optimiser and moving average / floor, GPU', 'update_over_floor', '<=', .03, _GPU),
-    ('loader alone / full step, CPU', 'loader_over_step', '>=', 3., _CPU), ('loader alone / full step, GPU', 'loader_over_step', '>=', 3., _GPU))) + (
-    Target('prepared arrays / JPEGs', 'prepared_over_jpeg', '>=', 20., {}), Target('images/s, H200', 'images_per_s', '>=', 1500., dict(gpu='H200', backbone=R50), True), Target('images/s, H200', 'images_per_s', '>=', 600., dict(gpu='H200', backbone=SWIN), True))
+    name: str
+    key: str  # of a row; with a dot, of a dict in it
+    sign: str  # <= | >=
+    bound: float
+    where: dict  # key -> value, or tuple of values
+    best: bool = False  # the best row counts, not the worst
+
+
+_CPU, _GPU = (
+    dict(device="cpu", precision="float32", batch=16, side=224),
+    dict(device="cuda", precision="bfloat16", batch=256, side=224),
+)
+TARGETS = tuple(
+    Target(name, key, sign, bound, where | dict(backbone=b))
+    for b in (R50, SWIN)
+    for name, key, sign, bound, where in (
+        ("full step / floor, CPU", "step_over_floor", "<=", 1.25, _CPU),
+        ("full step / floor, GPU", "step_over_floor", "<=", 1.15, _GPU),
+        ("end to end from disk / floor, GPU", "end_to_end_over_floor", "<=", 1.2, _GPU),
+        ("views and masks / floor, CPU", "parts_over_floor.views", "<=", 0.1, _CPU),
+        ("views and masks / floor, GPU", "parts_over_floor.views", "<=", 0.03, _GPU),
+        ("optimiser and moving average / floor, GPU", "update_over_floor", "<=", 0.03, _GPU),
+        ("loader alone / full step, CPU", "loader_over_step", ">=", 3.0, _CPU),
+        ("loader alone / full step, GPU", "loader_over_step", ">=", 3.0, _GPU),
+    )
+) + (
+    Target("prepared arrays / JPEGs", "prepared_over_jpeg", ">=", 20.0, {}),
+    Target("images/s, H200", "images_per_s", ">=", 1500.0, dict(gpu="H200", backbone=R50), True),
+    Target("images/s, H200", "images_per_s", ">=", 600.0, dict(gpu="H200", backbone=SWIN), True),
+)
 
 # %% ../nbs/50_bench.ipynb #13ff7e34
 def _value(row, key):
     "A number of a row; None where it was not measured"
-    if key == 'update_over_floor': return sum(row['parts_over_floor'][o] for o in ('optimiser', 'average'))
-    for o in key.split('.'): row = row.get(o) if isinstance(row, dict) else None
+    if key == "update_over_floor":
+        return sum(row["parts_over_floor"][o] for o in ("optimiser", "average"))
+    for o in key.split("."):
+        row = row.get(o) if isinstance(row, dict) else None
     return row
+
 
 def _speaks_of(target, row):
     "Whether a target speaks of a row"
-    return all((v in (row.get('gpu') or '')) if k == 'gpu' else row.get(k) == v for k, v in target.where.items())
+    return all((v in (row.get("gpu") or "")) if k == "gpu" else row.get(k) == v for k, v in target.where.items())
+
 
 def judge(
-    rows:list, # of results/bench, see `read_bench`
+    rows: list,  # of results/bench, see `read_bench`
     targets=TARGETS,
-) -> list: # dicts: name, backbone, bound, measured (or None), verdict: met | missed | open
+) -> list:  # dicts: name, backbone, bound, measured (or None), verdict: met | missed | open
     "Hold measurements against their bounds."
+
     def verdict(t):
-        found = [v for o in rows if _speaks_of(t, o) and (v := _value(o, t.key)) is not None]; high = (t.sign == '<=') != t.best
-        if not found: return None, 'open'
-        x = (max if high else min)(found); return x, 'met' if (x <= t.bound if t.sign == '<=' else x >= t.bound) else 'missed'
-    return [dict(name=t.name, backbone=t.where.get('backbone'), bound=f'{t.sign} {t.bound:g}', measured=x, verdict=v) for t in targets for x, v in [verdict(t)]]
+        found = [v for o in rows if _speaks_of(t, o) and (v := _value(o, t.key)) is not None]
+        high = (t.sign == "<=") != t.best
+        if not found:
+            return None, "open"
+        x = (max if high else min)(found)
+        return x, "met" if (x <= t.bound if t.sign == "<=" else x >= t.bound) else "missed"
+
+    return [
+        dict(name=t.name, backbone=t.where.get("backbone"), bound=f"{t.sign} {t.bound:g}", measured=x, verdict=v)
+        for t in targets
+        for x, v in [verdict(t)]
+    ]
 
 # %% ../nbs/50_bench.ipynb #cd1968f8
 def grid(
-    on:str, # cpu | cuda
-    compiler:bool=True, # is there one for C++?
-) -> list: # of keyword arguments, as `measure` takes them
+    on: str,  # cpu | cuda
+    compiler: bool = True,  # is there one for C++?
+) -> list:  # of keyword arguments, as `measure` takes them
     "What is measured on a kind of device."
-    names, both = (R50, SWIN, 'resnet18', 'vit_small_patch16_224'), (False, True)[:1 + compiler]
-    if on == 'cpu': return [dict(backbone=b, batch=16, steps=3, precision='float32', compile=c, disk=not c) for b in names for c in both]
-    return [dict(backbone=b, batch=n, steps=10, precision='bfloat16', compile=c, disk=n == 256) for b in names for n in (64, 256) for c in both] + [dict(backbone=R50, batch=256, steps=10, precision='float32', compile=False, disk=False)]
+    names, both = (R50, SWIN, "resnet18", "vit_small_patch16_224"), (False, True)[: 1 + compiler]
+    if on == "cpu":
+        return [
+            dict(backbone=b, batch=16, steps=3, precision="float32", compile=c, disk=not c) for b in names for c in both
+        ]
+    return [
+        dict(backbone=b, batch=n, steps=10, precision="bfloat16", compile=c, disk=n == 256)
+        for b in names
+        for n in (64, 256)
+        for c in both
+    ] + [dict(backbone=R50, batch=256, steps=10, precision="float32", compile=False, disk=False)]
 
-CHILD = 'import json, sys; from cmid.bench import measure; print(json.dumps(measure(**json.loads(sys.argv[1])), allow_nan=False))'
+
+CHILD = "import json, sys; from cmid.bench import measure; print(json.dumps(measure(**json.loads(sys.argv[1])), allow_nan=False))"
+
 
 def _row(asked, on):
     "One row, measured in a process of its own"
-    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', CHILD, json.dumps(asked | dict(device=on))], capture_output=True, text=True, env=KEEP | os.environ)
-    if done.returncode: raise CmidError(f"{asked}: {(done.stderr.strip() or 'ended without a word').splitlines()[-1]}")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", CHILD, json.dumps(asked | dict(device=on))],
+        capture_output=True,
+        text=True,
+        env=KEEP | os.environ,
+    )
+    if done.returncode:
+        raise CmidError(f"{asked}: {(done.stderr.strip() or 'ended without a word').splitlines()[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
 
+
 def run_grid(
-    on:str, # device
-    out=None, # folder; None: results/bench
-    rows=None, # of the grid; None: all for this kind of device
-) -> Path: # the file
+    on: str,  # device
+    out=None,  # folder; None: results/bench
+    rows=None,  # of the grid; None: all for this kind of device
+) -> Path:  # the file
     "Measure the grid and write its file; rows that this device cannot do stand in it with their reason. Raises `CmidError` where it can do none."
-    found = find_device(on); asked = grid(found.type, any(map(shutil.which, ('g++', 'clang++', os.environ.get('CXX', 'g++'))))) if rows is None else rows; facts = provenance(found)
+    found = find_device(on)
+    asked = (
+        grid(found.type, any(map(shutil.which, ("g++", "clang++", os.environ.get("CXX", "g++")))))
+        if rows is None
+        else rows
+    )
+    facts = provenance(found)
     got, failed = [], []
-    for o in tqdm(asked, desc='grid'):
-        try: got.append(_row(o, on))
-        except CmidError as e: failed.append(o | dict(why=str(e))); print(e, file=sys.stderr)
-    if not got: raise CmidError(failed[0]['why'])
-    name = found.type if found.type != 'cuda' else '-'.join(torch.cuda.get_device_name(found).lower().split())
-    write_json(path := Path(out or root()/'results'/'bench')/f'step-{name}.json', facts | dict(machine=machine(), rows=got, failed=failed)); return path
+    for o in tqdm(asked, desc="grid"):
+        try:
+            got.append(_row(o, on))
+        except CmidError as e:
+            failed.append(o | dict(why=str(e)))
+            print(e, file=sys.stderr)
+    if not got:
+        raise CmidError(failed[0]["why"])
+    name = found.type if found.type != "cuda" else "-".join(torch.cuda.get_device_name(found).lower().split())
+    write_json(
+        path := Path(out or root() / "results" / "bench") / f"step-{name}.json",
+        facts | dict(machine=machine(), rows=got, failed=failed),
+    )
+    return path
 
 # %% ../nbs/50_bench.ipynb #619c2191
 def read_bench(
-    folder=None, # None: the study's results/bench
-) -> list: # of rows, each with gpu, processor, threads, commit and file
+    folder=None,  # None: the study's results/bench
+) -> list:  # of rows, each with gpu, processor, threads, commit and file
     "All measurements that are kept. Raises `CmidError` naming a file that is damaged."
     rows = []
-    for path in sorted(Path(folder or root()/'results'/'bench').glob('step-*.json')):
-        try: held = json.loads(path.read_text('utf8')); about = dict(gpu=held['machine']['gpu'], processor=held['machine']['processor'], threads=held['machine']['threads'], commit=held['commit'], changed=held['changed'], file=path.name); rows += [o | about for o in held['rows'] if all(o[k] > 0 for k in ('side', 'bands', 'batch', 'step_s')) and o['backbone']]
-        except (OSError, ValueError, KeyError, TypeError): raise CmidError(f"{path}: is no measurement of cmid_bench; remove it and run make bench again") from None
+    for path in sorted(Path(folder or root() / "results" / "bench").glob("step-*.json")):
+        try:
+            held = json.loads(path.read_text("utf8"))
+            about = dict(
+                gpu=held["machine"]["gpu"],
+                processor=held["machine"]["processor"],
+                threads=held["machine"]["threads"],
+                commit=held["commit"],
+                changed=held["changed"],
+                file=path.name,
+            )
+            rows += [
+                o | about
+                for o in held["rows"]
+                if all(o[k] > 0 for k in ("side", "bands", "batch", "step_s")) and o["backbone"]
+            ]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise CmidError(f"{path}: is no measurement of cmid_bench; remove it and run make bench again") from None
     return rows
 
 # %% ../nbs/50_bench.ipynb #bb8eb081
-def _short(backbone): return backbone.split('_patch')[0].replace('_', '-')
+def _short(backbone):
+    return backbone.split("_patch")[0].replace("_", "-")
+
 
 def target_table(
-    judged:list, # of `judge`
-) -> str: # Markdown
+    judged: list,  # of `judge`
+) -> str:  # Markdown
     "Targets and what was measured."
-    said = lambda o: 'not measured: no GPU at hand' if o['verdict'] == 'open' and ('GPU' in o['name'] or 'H200' in o['name']) else 'not measured' if o['verdict'] == 'open' else f"{o['measured']:,.3g}" if o['measured'] < 1000 else f"{o['measured']:,.0f}"
-    rows = [f"| {o['name']} | {_short(o['backbone']) if o['backbone'] else ''} | {o['bound']} | {said(o)} | {o['verdict']} |" for o in judged]
-    return '\n'.join(['| what | backbone | bound | measured | |', '| --- | --- | --- | --- | --- |', *rows])
+    said = lambda o: (
+        "not measured: no GPU at hand"
+        if o["verdict"] == "open" and ("GPU" in o["name"] or "H200" in o["name"])
+        else "not measured"
+        if o["verdict"] == "open"
+        else f"{o['measured']:,.3g}"
+        if o["measured"] < 1000
+        else f"{o['measured']:,.0f}"
+    )
+    rows = [
+        f"| {o['name']} | {_short(o['backbone']) if o['backbone'] else ''} | {o['bound']} | {said(o)} | {o['verdict']} |"
+        for o in judged
+    ]
+    return "\n".join(["| what | backbone | bound | measured | |", "| --- | --- | --- | --- | --- |", *rows])
 
-COLUMNS = {'step / floor': 'step_over_floor', 'floor, s': 'floor_s', 'step, s': 'step_s', 'images/s': 'images_per_s', 'memory, MB': 'peak_memory_mb', 'TFLOP/s': 'model_tflops', 'of the peak': 'used'}
+
+COLUMNS = {
+    "step / floor": "step_over_floor",
+    "floor, s": "floor_s",
+    "step, s": "step_s",
+    "images/s": "images_per_s",
+    "memory, MB": "peak_memory_mb",
+    "TFLOP/s": "model_tflops",
+    "of the peak": "used",
+}
+
 
 def measured_table(
-    rows:list, # of `read_bench`
-) -> str: # Markdown
+    rows: list,  # of `read_bench`
+) -> str:  # Markdown
     "What was measured, a line a row."
-    where = lambda o: ', '.join([str(o['batch']), o['precision'], *['compiled'] * o['compiled']])
-    lines = [f"| {_short(o['backbone'])} | {where(o)} | " + ' | '.join(f'{o[k]:,.3g}' if o[k] < 1000 else f'{o[k]:,.0f}' for k in COLUMNS.values()) + ' |' for o in rows]
-    return '\n'.join([f"| backbone | batch | {' | '.join(COLUMNS)} |", '| --- ' * (2 + len(COLUMNS)) + '|', *lines])
+    where = lambda o: ", ".join([str(o["batch"]), o["precision"], *["compiled"] * o["compiled"]])
+    lines = [
+        f"| {_short(o['backbone'])} | {where(o)} | "
+        + " | ".join(f"{o[k]:,.3g}" if o[k] < 1000 else f"{o[k]:,.0f}" for k in COLUMNS.values())
+        + " |"
+        for o in rows
+    ]
+    return "\n".join([f"| backbone | batch | {' | '.join(COLUMNS)} |", "| --- " * (2 + len(COLUMNS)) + "|", *lines])
 
 # %% ../nbs/50_bench.ipynb #85d8f17a
-GROUPS = dict(student=('student',), teacher=('teacher',), backward=('backward',), views=('views',), heads=('heads',), losses=('losses',), update=('norm', 'optimiser', 'average'), rest=('rest',))
+GROUPS = dict(
+    student=("student",),
+    teacher=("teacher",),
+    backward=("backward",),
+    views=("views",),
+    heads=("heads",),
+    losses=("losses",),
+    update=("norm", "optimiser", "average"),
+    rest=("rest",),
+)
+
 
 def parts_figure(
-    rows:list, # of `read_bench`
-    bounds=(1.15, 1.25), # on a GPU, on a CPU
-): # matplotlib Figure, as wide as a phone
+    rows: list,  # of `read_bench`
+    bounds=(1.15, 1.25),  # on a GPU, on a CPU
+):  # matplotlib Figure, as wide as a phone
     "The parts of each step, in floors; the floor itself is the line at 1."
     from matplotlib.figure import Figure
-    fig = Figure(figsize=(4.4, .9 + .34 * len(rows)), dpi=80, layout='constrained'); ax = fig.subplots(); left = np.zeros(len(rows))
-    for colour, (name, keys) in zip((*COLOURS, '#999999'), GROUPS.items()):
-        width = np.array([sum(o['parts_over_floor'][k] for k in keys) for o in rows]); ax.barh(range(len(rows)), width, left=left, color=colour, label=name, height=.7); left += width
-    ax.set_yticks(range(len(rows)), [f"{_short(o['backbone'])}{', compiled' if o['compiled'] else ''}" for o in rows], fontsize=7); ax.invert_yaxis(); ax.axvline(1, color='k', lw=1)
-    for o in {bounds[o['device'] == 'cpu'] for o in rows}: ax.axvline(o, color='k', lw=1, ls='--')
-    ax.set_xlabel('seconds / seconds of the floor (line: floor; dashed: target)', fontsize=7); ax.tick_params(labelsize=7); ax.spines[['top', 'right']].set_visible(False); fig.legend(fontsize=7, ncols=4, loc='outside upper center', frameon=False)
+
+    fig = Figure(figsize=(4.4, 0.9 + 0.34 * len(rows)), dpi=80, layout="constrained")
+    ax = fig.subplots()
+    left = np.zeros(len(rows))
+    for colour, (name, keys) in zip((*COLOURS, "#999999"), GROUPS.items()):
+        width = np.array([sum(o["parts_over_floor"][k] for k in keys) for o in rows])
+        ax.barh(range(len(rows)), width, left=left, color=colour, label=name, height=0.7)
+        left += width
+    ax.set_yticks(
+        range(len(rows)), [f"{_short(o['backbone'])}{', compiled' if o['compiled'] else ''}" for o in rows], fontsize=7
+    )
+    ax.invert_yaxis()
+    ax.axvline(1, color="k", lw=1)
+    for o in {bounds[o["device"] == "cpu"] for o in rows}:
+        ax.axvline(o, color="k", lw=1, ls="--")
+    ax.set_xlabel("seconds / seconds of the floor (line: floor; dashed: target)", fontsize=7)
+    ax.tick_params(labelsize=7)
+    ax.spines[["top", "right"]].set_visible(False)
+    fig.legend(fontsize=7, ncols=4, loc="outside upper center", frameon=False)
     return fig
 
 # %% ../nbs/50_bench.ipynb #12b4eafd
 def changes_table(
-    folder=None, # None: the study's results/bench
-) -> str: # Markdown
+    folder=None,  # None: the study's results/bench
+) -> str:  # Markdown
     "Changes with the numbers before and after, of changes.json."
-    path = Path(folder or root()/'results'/'bench')/'changes.json'
-    if not path.exists(): return 'No change is recorded.'
-    held = json.loads(path.read_text('utf8')); line = lambda o: f"| {o['change']} | {o['what']} | {o['before']:.3g} | {o['after']:.3g} | {'kept' if o['kept'] else 'not kept'} |"
-    return '\n'.join(['| change | what was measured | before | after | |', '| --- | --- | --- | --- | --- |', *map(line, held['changes']), '', f"{held['machine']['processor']}: {held['how']}."])
+    path = Path(folder or root() / "results" / "bench") / "changes.json"
+    if not path.exists():
+        return "No change is recorded."
+    held = json.loads(path.read_text("utf8"))
+    line = lambda o: (
+        f"| {o['change']} | {o['what']} | {o['before']:.3g} | {o['after']:.3g} | {'kept' if o['kept'] else 'not kept'} |"
+    )
+    return "\n".join(
+        [
+            "| change | what was measured | before | after | |",
+            "| --- | --- | --- | --- | --- |",
+            *map(line, held["changes"]),
+            "",
+            f"{held['machine']['processor']}: {held['how']}.",
+        ]
+    )
 
 # %% ../nbs/50_bench.ipynb #b2adc94a
 def measured_rate(
-    backbone:str, # timm name
-    side:int=224, bands:int=3,
-    folder=None, # None: the study's results/bench
-) -> dict: # the row with the highest rate, and `rate`
+    backbone: str,  # timm name
+    side: int = 224,
+    bands: int = 3,
+    folder=None,  # None: the study's results/bench
+) -> dict:  # the row with the highest rate, and `rate`
     "The best rate that was measured. Raises `CmidError` where nothing was."
-    rows = [o | dict(rate=o['batch'] / o.get('end_to_end_s', o['step_s'])) for o in read_bench(folder) if (o['backbone'], o['side'], o['bands']) == (backbone, side, bands)]
-    if not rows: raise CmidError(f"no rate of {backbone} at {side} px with {bands} bands is measured in results/bench: run cmid_bench --backbone {backbone} --side {side} --bands {bands} where it shall train, and give --images_per_s, or run make bench there")
-    return max(rows, key=lambda o: o['rate'])
+    rows = [
+        o | dict(rate=o["batch"] / o.get("end_to_end_s", o["step_s"]))
+        for o in read_bench(folder)
+        if (o["backbone"], o["side"], o["bands"]) == (backbone, side, bands)
+    ]
+    if not rows:
+        raise CmidError(
+            f"no rate of {backbone} at {side} px with {bands} bands is measured in results/bench: run cmid_bench --backbone {backbone} --side {side} --bands {bands} where it shall train, and give --images_per_s, or run make bench there"
+        )
+    return max(rows, key=lambda o: o["rate"])
+
 
 def checkpoint_bytes(
-    m:CMID, # on any device, `meta` too
+    m: CMID,  # on any device, `meta` too
 ) -> int:
     "Model, and Adan's four numbers a learnt parameter."
-    return sum(o.numel() * o.element_size() for o in m.state_dict().values()) + 4 * sum(p.numel() * p.element_size() for p in m.parameters() if p.requires_grad)
+    return sum(o.numel() * o.element_size() for o in m.state_dict().values()) + 4 * sum(
+        p.numel() * p.element_size() for p in m.parameters() if p.requires_grad
+    )
 
 # %% ../nbs/50_bench.ipynb #d1b4f266
 def plan(
-    backbone:str, # timm name
-    images:int=990_848, epochs:int=200, # of MillionAID's test split
-    side:int=224, bands:int=3,
-    images_per_s:float=0., # of one device; 0: as measured
-    devices:int=1, price:float=0., # of one device for an hour
-    folder=None, # of measurements; None: the study's results/bench
-) -> dict: # hours, prepared_gb, checkpoints_gb, cost, and what they follow from
+    backbone: str,  # timm name
+    images: int = 990_848,
+    epochs: int = 200,  # of MillionAID's test split
+    side: int = 224,
+    bands: int = 3,
+    images_per_s: float = 0.0,  # of one device; 0: as measured
+    devices: int = 1,
+    price: float = 0.0,  # of one device for an hour
+    folder=None,  # of measurements; None: the study's results/bench
+) -> dict:  # hours, prepared_gb, checkpoints_gb, cost, and what they follow from
     "What a pretraining will cost. Raises `CmidError` where no rate is known."
     for k, v in dict(images=images, epochs=epochs, devices=devices).items():
-        if v < 1: raise CmidError(f"--{k}: {v} makes no run; give 1 or more")
-    if not all(0 <= o < math.inf for o in (images_per_s, price)): raise CmidError("--images_per_s and --price must be numbers from 0")
+        if v < 1:
+            raise CmidError(f"--{k}: {v} makes no run; give 1 or more")
+    if not all(0 <= o < math.inf for o in (images_per_s, price)):
+        raise CmidError("--images_per_s and --price must be numbers from 0")
     row = dict(rate=images_per_s) if images_per_s else measured_rate(backbone, side, bands, folder)
-    with torch.device('meta'): m = build(Params(profile='paper').pretrain, backbone, 'cmid', bands, side)
-    hours = images * epochs / (row['rate'] * devices) / 3600
-    return dict(backbone=backbone, images=images, epochs=epochs, side=side, bands=bands, devices=devices, images_per_s=row['rate'] * devices, hours=hours, days=hours / 24, prepared_gb=images * bands * side**2 / 1e9,
-                checkpoints_gb=3 * checkpoint_bytes(m) / 1e9, device_hours=hours * devices, price=price, cost=hours * devices * price, measured=_measured(row))
+    with torch.device("meta"):
+        m = build(Params(profile="paper").pretrain, backbone, "cmid", bands, side)
+    hours = images * epochs / (row["rate"] * devices) / 3600
+    return dict(
+        backbone=backbone,
+        images=images,
+        epochs=epochs,
+        side=side,
+        bands=bands,
+        devices=devices,
+        images_per_s=row["rate"] * devices,
+        hours=hours,
+        days=hours / 24,
+        prepared_gb=images * bands * side**2 / 1e9,
+        checkpoints_gb=3 * checkpoint_bytes(m) / 1e9,
+        device_hours=hours * devices,
+        price=price,
+        cost=hours * devices * price,
+        measured=_measured(row),
+    )
+
 
 def _measured(row):
     "Where a rate comes from"
-    if 'commit' not in row: return None
-    return {k: row[k] for k in ('file', 'commit', 'changed', 'processor', 'threads', 'gpu', 'batch', 'precision', 'compiled')} | dict(end_to_end='end_to_end_s' in row)
+    if "commit" not in row:
+        return None
+    return {
+        k: row[k]
+        for k in ("file", "commit", "changed", "processor", "threads", "gpu", "batch", "precision", "compiled")
+    } | dict(end_to_end="end_to_end_s" in row)
 
 # %% ../nbs/50_bench.ipynb #54116d53
 def plan_table(
-    p:dict, # of `plan`
+    p: dict,  # of `plan`
 ) -> str:
     "A plan for people."
-    m = p['measured']; source = 'as given (--images_per_s)' if m is None else f"measured on {m['gpu'] or m['processor'] + ' with ' + str(m['threads']) + ' threads'}, batch {m['batch']}, {m['precision']}{', compiled' * m['compiled']}, {'end to end' if m['end_to_end'] else 'without the loader'}, at commit {(m['commit'] or 'unknown')[:8]}{' with changes' * m['changed']} ({m['file']})"
-    lines = {'run': f"{p['epochs']} epochs of {p['images']:,} images of {p['side']} px, {p['bands']} bands, {p['backbone']}", 'rate': f"{p['images_per_s'] / p['devices']:,.4g} images/s {source}{', x ' + str(p['devices']) + ' devices: at best ' + format(p['images_per_s'], ',.4g') if p['devices'] > 1 else ''}",
-             'time': f"{p['hours']:,.1f} h ({p['days']:,.1f} days)", 'prepared arrays': f"{p['prepared_gb']:,.1f} GB", 'checkpoints': f"{p['checkpoints_gb']:,.1f} GB (two that are kept, one that is written)"}
-    if p['price']: lines['cost'] = f"{p['cost']:,.0f} ({p['device_hours']:,.0f} device-hours at {p['price']:g})"
-    return '\n'.join(f'{k:16} {v}' for k, v in lines.items())
+    m = p["measured"]
+    source = (
+        "as given (--images_per_s)"
+        if m is None
+        else f"measured on {m['gpu'] or m['processor'] + ' with ' + str(m['threads']) + ' threads'}, batch {m['batch']}, {m['precision']}{', compiled' * m['compiled']}, {'end to end' if m['end_to_end'] else 'without the loader'}, at commit {(m['commit'] or 'unknown')[:8]}{' with changes' * m['changed']} ({m['file']})"
+    )
+    lines = {
+        "run": f"{p['epochs']} epochs of {p['images']:,} images of {p['side']} px, {p['bands']} bands, {p['backbone']}",
+        "rate": f"{p['images_per_s'] / p['devices']:,.4g} images/s {source}{', x ' + str(p['devices']) + ' devices: at best ' + format(p['images_per_s'], ',.4g') if p['devices'] > 1 else ''}",
+        "time": f"{p['hours']:,.1f} h ({p['days']:,.1f} days)",
+        "prepared arrays": f"{p['prepared_gb']:,.1f} GB",
+        "checkpoints": f"{p['checkpoints_gb']:,.1f} GB (two that are kept, one that is written)",
+    }
+    if p["price"]:
+        lines["cost"] = f"{p['cost']:,.0f} ({p['device_hours']:,.0f} device-hours at {p['price']:g})"
+    return "\n".join(f"{k:16} {v}" for k, v in lines.items())
 
 # %% ../nbs/50_bench.ipynb #9e86ce63
 def _bench_table(got):
     "One measurement for people"
-    lines = {'step / floor': f"{got['step_over_floor']:.3f}", 'floor': f"{got['floor_s']:.4g} s", 'step': f"{got['step_s']:.4g} s, {got['images_per_s']:,.4g} images/s"}
-    lines |= {f'  {k}': f"{got['parts'][k]:.4g} s, {v:.3f} floors" for k, v in got['parts_over_floor'].items()}
-    lines |= {'peak memory': f"{got['peak_memory_mb']:,.0f} MB", 'arithmetic': f"{got['gflop_per_image']:.1f} GFLOP an image ({got['gflop_encoder']:.1f} the encoder), {got['model_tflops']:.3g} of {got['peak_tflops']:.3g} TFLOP/s ({100 * got['used']:.0f} %)"}
-    if 'loader_images_per_s' in got: lines |= {'loader alone': f"{got['loader_images_per_s']:,.0f} images/s, {got['loader_over_step']:,.1f} times the step", 'from disk': f"{got['end_to_end_s']:.4g} s a step, {got['end_to_end_over_floor']:.3f} floors", 'prepared / JPEG': f"{got['prepared_over_jpeg']:,.0f} times the rate ({got['prepared_images_per_s']:,.0f} against {got['jpeg_images_per_s']:,.0f} images/s, one thread)"}
-    return '\n'.join(f'{k:16} {v}' for k, v in lines.items())
+    lines = {
+        "step / floor": f"{got['step_over_floor']:.3f}",
+        "floor": f"{got['floor_s']:.4g} s",
+        "step": f"{got['step_s']:.4g} s, {got['images_per_s']:,.4g} images/s",
+    }
+    lines |= {f"  {k}": f"{got['parts'][k]:.4g} s, {v:.3f} floors" for k, v in got["parts_over_floor"].items()}
+    lines |= {
+        "peak memory": f"{got['peak_memory_mb']:,.0f} MB",
+        "arithmetic": f"{got['gflop_per_image']:.1f} GFLOP an image ({got['gflop_encoder']:.1f} the encoder), {got['model_tflops']:.3g} of {got['peak_tflops']:.3g} TFLOP/s ({100 * got['used']:.0f} %)",
+    }
+    if "loader_images_per_s" in got:
+        lines |= {
+            "loader alone": f"{got['loader_images_per_s']:,.0f} images/s, {got['loader_over_step']:,.1f} times the step",
+            "from disk": f"{got['end_to_end_s']:.4g} s a step, {got['end_to_end_over_floor']:.3f} floors",
+            "prepared / JPEG": f"{got['prepared_over_jpeg']:,.0f} times the rate ({got['prepared_images_per_s']:,.0f} against {got['jpeg_images_per_s']:,.0f} images/s, one thread)",
+        }
+    return "\n".join(f"{k:16} {v}" for k, v in lines.items())
+
 
 def _print(value, as_json, table):
     "One line of JSON, or a table"
@@ -559,37 +987,55 @@ def _print(value, as_json, table):
 @call_parse
 @cli
 def cmid_bench(
-    backbone:str='resnet50', # timm name
-    batch:int=16, # images a step
-    steps:int=5, # turns that are measured
-    side:int=224, # px
-    bands:int=3,
-    precision:str='auto', # auto, float32, bfloat16 or float16
-    compile:store_true=False, # compile the encoders
-    device:str='auto', # auto, cpu, cuda or cuda:N
-    accumulate:int=1, # parts of a batch
-    gradient_checkpointing:store_true=False, # compute activations again instead of keeping them
-    disk:store_true=False, # also from disk: loader alone, end to end, JPEGs
-    json:store_true=False, # one line of JSON
-    grid:store_true=False, # measure everything that this device can do, and write results/bench
+    backbone: str = "resnet50",  # timm name
+    batch: int = 16,  # images a step
+    steps: int = 5,  # turns that are measured
+    side: int = 224,  # px
+    bands: int = 3,
+    precision: str = "auto",  # auto, float32, bfloat16 or float16
+    compile: store_true = False,  # compile the encoders
+    device: str = "auto",  # auto, cpu, cuda or cuda:N
+    accumulate: int = 1,  # parts of a batch
+    gradient_checkpointing: store_true = False,  # compute activations again instead of keeping them
+    disk: store_true = False,  # also from disk: loader alone, end to end, JPEGs
+    json: store_true = False,  # one line of JSON
+    grid: store_true = False,  # measure everything that this device can do, and write results/bench
 ):
     "What a training step costs, against its floor: two student forward-backwards and two teacher forwards of the bare encoder."
-    if grid: return print(f"wrote {run_grid(device)}")
-    _print(measure(backbone, batch, steps, side, bands, precision, compile, device, accumulate, gradient_checkpointing, disk, json), json, _bench_table)
+    if grid:
+        return print(f"wrote {run_grid(device)}")
+    _print(
+        measure(
+            backbone,
+            batch,
+            steps,
+            side,
+            bands,
+            precision,
+            compile,
+            device,
+            accumulate,
+            gradient_checkpointing,
+            disk,
+            json,
+        ),
+        json,
+        _bench_table,
+    )
 
 # %% ../nbs/50_bench.ipynb #ce1ab388
 @call_parse
 @cli
 def cmid_plan(
-    backbone:str='resnet50', # timm name
-    images:int=990848, # of the corpus (MillionAID's)
-    epochs:int=200,
-    side:int=224, # px
-    bands:int=3,
-    images_per_s:float=0., # of one device; 0: as measured in results/bench
-    devices:int=1, # that train together
-    price:float=0., # of one device for an hour
-    json:store_true=False, # one line of JSON
+    backbone: str = "resnet50",  # timm name
+    images: int = 990848,  # of the corpus (MillionAID's)
+    epochs: int = 200,
+    side: int = 224,  # px
+    bands: int = 3,
+    images_per_s: float = 0.0,  # of one device; 0: as measured in results/bench
+    devices: int = 1,  # that train together
+    price: float = 0.0,  # of one device for an hour
+    json: store_true = False,  # one line of JSON
 ):
     "Hours, disk and money that a pretraining will cost, from a rate that was measured."
     _print(plan(backbone, images, epochs, side, bands, images_per_s, devices, price), json, plan_table)

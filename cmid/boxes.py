@@ -12,179 +12,265 @@ import torch.nn.functional as F
 from .params import near
 
 # %% ../nbs/34_boxes.ipynb #304f1e43
-STARTS = dict(le90=-math.pi / 2, le135=-math.pi / 4) # least angle of the conventions in which w >= h
+STARTS = dict(le90=-math.pi / 2, le135=-math.pi / 4)  # least angle of the conventions in which w >= h
+
 
 def convert(
-    boxes:torch.Tensor, # (n, 5): cx, cy, w, h in px, angle in radians, of any convention
-    to:str='le90', # le90 | le135 | oc
-) -> torch.Tensor: # (n, 5), the same rectangles
+    boxes: torch.Tensor,  # (n, 5): cx, cy, w, h in px, angle in radians, of any convention
+    to: str = "le90",  # le90 | le135 | oc
+) -> torch.Tensor:  # (n, 5), the same rectangles
     "Boxes in another convention; `ValueError` for one that is not known"
-    if to not in (*STARTS, 'oc'): raise ValueError(f"no convention {to!r}{near(to, (*STARTS, 'oc'))}; known: {', '.join(STARTS)}, oc")
+    if to not in (*STARTS, "oc"):
+        raise ValueError(f"no convention {to!r}{near(to, (*STARTS, 'oc'))}; known: {', '.join(STARTS)}, oc")
     x, y, w, h, t = boxes.unbind(-1)
-    if to == 'oc': quarters = (t / (math.pi / 2)).ceil() - 1; turn = quarters.remainder(2) == 1
-    else: turn = w < h; quarters = 2 * ((t + turn * math.pi / 2 - STARTS[to]) / math.pi).floor() - turn.to(t.dtype)
+    if to == "oc":
+        quarters = (t / (math.pi / 2)).ceil() - 1
+        turn = quarters.remainder(2) == 1
+    else:
+        turn = w < h
+        quarters = 2 * ((t + turn * math.pi / 2 - STARTS[to]) / math.pi).floor() - turn.to(t.dtype)
     return torch.stack([x, y, torch.where(turn, h, w), torch.where(turn, w, h), t - quarters * (math.pi / 2)], -1)
 
 # %% ../nbs/34_boxes.ipynb #9f750ac1
-CORNERS = (-1, 1, 1, -1), (-1, -1, 1, 1) # of a box, in halves of w and of h: clockwise on a screen
+CORNERS = (-1, 1, 1, -1), (-1, -1, 1, 1)  # of a box, in halves of w and of h: clockwise on a screen
+
 
 def to_polygon(
-    boxes:torch.Tensor, # (n, 5), any convention
-) -> torch.Tensor: # (n, 4, 2): x, y in px, clockwise on a screen
+    boxes: torch.Tensor,  # (n, 5), any convention
+) -> torch.Tensor:  # (n, 4, 2): x, y in px, clockwise on a screen
     "Corners of boxes"
-    x, y, w, h, t = boxes[..., None].unbind(-2); c, s = t.cos(), t.sin()
+    x, y, w, h, t = boxes[..., None].unbind(-2)
+    c, s = t.cos(), t.sin()
     u, v = (torch.cat([k * side for k in o], -1) / 2 for o, side in zip(CORNERS, (w, h)))
     return torch.stack([x + c * u - s * v, y + s * u + c * v], -1)
 
+
 def bounds(
-    boxes:torch.Tensor, # (n, 5), any convention
-) -> torch.Tensor: # (n, 4): left, top, right, bottom in px
+    boxes: torch.Tensor,  # (n, 5), any convention
+) -> torch.Tensor:  # (n, 4): left, top, right, bottom in px
     "Upright boxes around turned ones"
-    x, y, w, h, t = boxes.unbind(-1); c, s = t.cos().abs() / 2, t.sin().abs() / 2; dx, dy = w * c + h * s, w * s + h * c
+    x, y, w, h, t = boxes.unbind(-1)
+    c, s = t.cos().abs() / 2, t.sin().abs() / 2
+    dx, dy = w * c + h * s, w * s + h * c
     return torch.stack([x - dx, y - dy, x + dx, y + dy], -1)
 
 # %% ../nbs/34_boxes.ipynb #711cc4fd
 def from_polygon(
-    polygons:torch.Tensor, # (n, k, 2): x, y in px of k >= 2 points, in any order
-) -> torch.Tensor: # (n, 5), le90
+    polygons: torch.Tensor,  # (n, k, 2): x, y in px of k >= 2 points, in any order
+) -> torch.Tensor:  # (n, 5), le90
     "Rectangles of least area around points"
-    middle = polygons.double().mean(1, keepdim=True); p = polygons - middle; i, j = torch.triu_indices(p.shape[1], p.shape[1], 1, device=p.device)
-    u = p[:, j] - p[:, i]; length = u.norm(dim=-1, keepdim=True); u = torch.where(length > 0, u / length, torch.eye(2, dtype=u.dtype, device=u.device)[0]); v = torch.stack([-u[..., 1], u[..., 0]], -1)
-    ends = [torch.stack([o.amin(-1), o.amax(-1)], -1) for o in (u @ p.mT, v @ p.mT)]                          # (n, lines, 2): reach along and across
-    w, h = (o[..., 1] - o[..., 0] for o in ends); best = (w * h).argmin(1)
+    middle = polygons.double().mean(1, keepdim=True)
+    p = polygons - middle
+    i, j = torch.triu_indices(p.shape[1], p.shape[1], 1, device=p.device)
+    u = p[:, j] - p[:, i]
+    length = u.norm(dim=-1, keepdim=True)
+    u = torch.where(length > 0, u / length, torch.eye(2, dtype=u.dtype, device=u.device)[0])
+    v = torch.stack([-u[..., 1], u[..., 0]], -1)
+    ends = [
+        torch.stack([o.amin(-1), o.amax(-1)], -1) for o in (u @ p.mT, v @ p.mT)
+    ]  # (n, lines, 2): reach along and across
+    w, h = (o[..., 1] - o[..., 0] for o in ends)
+    best = (w * h).argmin(1)
     centre = middle + u * ends[0].mean(-1, keepdim=True) + v * ends[1].mean(-1, keepdim=True)
     every = torch.cat([centre, torch.stack([w, h, torch.atan2(u[..., 1], u[..., 0])], -1)], -1)
     return convert(every[torch.arange(len(best), device=best.device), best]).to(polygons.dtype)
 
 # %% ../nbs/34_boxes.ipynb #c902ea34
-TINY = 1e-9 # of an edge: shorter than that is no length to divide by
+TINY = 1e-9  # of an edge: shorter than that is no length to divide by
+
 
 def _mean_clamped(p, q, H):
     "Mean of clamp(y, -H, H) for y from p to q"
-    a, b, d = p.clamp(-H, H), q.clamp(-H, H), q - p; flat = d.abs() <= TINY * (p.abs() + q.abs())
+    a, b, d = p.clamp(-H, H), q.clamp(-H, H), q - p
+    flat = d.abs() <= TINY * (p.abs() + q.abs())
     outside = (q.maximum(H) - p.maximum(H)) - (q.minimum(-H) - p.minimum(-H))
-    return torch.where(flat, (a + b) / 2, (H * outside + (b - a) * (a + b) / 2) / torch.where(flat, 1., d))
+    return torch.where(flat, (a + b) / 2, (H * outside + (b - a) * (a + b) / 2) / torch.where(flat, 1.0, d))
+
 
 def _area_within(x, y, W, H):
     "Area of convex (4, p) outlines, clockwise on a screen, within |x| <= W, |y| <= H (p,)"
-    dx, dy = x.roll(-1, 0) - x, y.roll(-1, 0) - y; steep = dx.abs() <= TINY * dy.abs()
-    slope = torch.where(steep, 0., dy / torch.where(steep, 1., dx)); pressed = x.clamp(-W, W); off = pressed - x
+    dx, dy = x.roll(-1, 0) - x, y.roll(-1, 0) - y
+    steep = dx.abs() <= TINY * dy.abs()
+    slope = torch.where(steep, 0.0, dy / torch.where(steep, 1.0, dx))
+    pressed = x.clamp(-W, W)
+    off = pressed - x
     start, stop = y + slope * off, y.roll(-1, 0) + slope * off.roll(-1, 0)
     return ((pressed - pressed.roll(-1, 0)) * _mean_clamped(start, stop, H)).sum(0)
 
 # %% ../nbs/34_boxes.ipynb #546b4565
 def _measured(boxes):
     "Boxes as (7, n) of x, y, w, h, cos, sin, radius; those that are not finite are points at the origin"
-    x, y, w, h, t = torch.where(boxes.isfinite().all(1, keepdim=True), boxes, 0.).to(torch.float32 if boxes.device.type == 'mps' else torch.float64).unbind(1)
+    x, y, w, h, t = (
+        torch.where(boxes.isfinite().all(1, keepdim=True), boxes, 0.0)
+        .to(torch.float32 if boxes.device.type == "mps" else torch.float64)
+        .unbind(1)
+    )
     w, h = w.clamp(min=0), h.clamp(min=0)
     return torch.stack([x, y, w, h, t.cos(), t.sin(), (w * w + h * h).detach().sqrt() / 2])
 
+
 def _iou(a, b):
     "Of measured (7, p) pairs"
-    x, y = a[0] - b[0], a[1] - b[1]; x, y = b[4] * x + b[5] * y, b[4] * y - b[5] * x                          # as b sees it
-    c, s = a[4] * b[4] + a[5] * b[5], a[5] * b[4] - a[4] * b[5]; u, v = (torch.stack([k * side for k in o]) / 2 for o, side in zip(CORNERS, a[2:4]))
-    area_a, area_b = a[2] * a[3], b[2] * b[3]; both = _area_within(x + c * u - s * v, y + s * u + c * v, b[2] / 2, b[3] / 2)
-    both = both.clamp(min=0).minimum(area_a).minimum(area_b); either = area_a + area_b - both
-    return torch.where(either > 0, both / torch.where(either > 0, either, 1.), 0.)
+    x, y = a[0] - b[0], a[1] - b[1]
+    x, y = b[4] * x + b[5] * y, b[4] * y - b[5] * x  # as b sees it
+    c, s = a[4] * b[4] + a[5] * b[5], a[5] * b[4] - a[4] * b[5]
+    u, v = (torch.stack([k * side for k in o]) / 2 for o, side in zip(CORNERS, a[2:4]))
+    area_a, area_b = a[2] * a[3], b[2] * b[3]
+    both = _area_within(x + c * u - s * v, y + s * u + c * v, b[2] / 2, b[3] / 2)
+    both = both.clamp(min=0).minimum(area_a).minimum(area_b)
+    either = area_a + area_b - both
+    return torch.where(either > 0, both / torch.where(either > 0, either, 1.0), 0.0)
+
 
 def paired_iou(
-    a:torch.Tensor, # (n, 5), any convention
-    b:torch.Tensor, # (n, 5)
-) -> torch.Tensor: # (n,) in [0, 1]
+    a: torch.Tensor,  # (n, 5), any convention
+    b: torch.Tensor,  # (n, 5)
+) -> torch.Tensor:  # (n,) in [0, 1]
     "Intersection over union of box i of a with box i of b; differentiable"
     return _iou(_measured(a), _measured(b)).to(a.dtype)
 
 # %% ../nbs/34_boxes.ipynb #c0572241
-BLOCK = dict(cpu=2**13) # numbers worked on at once: on a CPU what its cache holds
-def _blocks(n, each, device): "Slices of n things of `each` numbers"; k = max(1, BLOCK.get(device.type, 2**23) // max(each, 1)); return [slice(i, i + k) for i in range(0, n, k)]
+BLOCK = dict(cpu=2**13)  # numbers worked on at once: on a CPU what its cache holds
+
+
+def _blocks(n, each, device):
+    "Slices of n things of `each` numbers"
+    k = max(1, BLOCK.get(device.type, 2**23) // max(each, 1))
+    return [slice(i, i + k) for i in range(0, n, k)]
+
 
 def _meeting(a, b, rule=None):
     "Numbers (i, j) of pairs of measured boxes whose circles meet and whom the rule (slice of i -> bool (rows, all j)) admits"
+
     def block(s):
         mask = (a[0, s, None] - b[0]).square() + (a[1, s, None] - b[1]).square() < (a[6, s, None] + b[6]).square()
-        i, j = (mask if rule is None else mask & rule(s)).nonzero(as_tuple=True); return i + s.start, j
+        i, j = (mask if rule is None else mask & rule(s)).nonzero(as_tuple=True)
+        return i + s.start, j
+
     found = [block(s) for s in _blocks(a.shape[1], b.shape[1], a.device)]
     return [torch.cat(o) for o in zip(*found)] if found else [torch.zeros(0, dtype=torch.long, device=a.device)] * 2
+
 
 def _ious(a, b, i, j):
     "IoU of the pairs (i, j) of measured boxes"
     found = [_iou(a[:, i[s]], b[:, j[s]]) for s in _blocks(len(i), 4, a.device)]
     return torch.cat(found) if found else a.new_zeros(0)
 
+
 def rotated_iou(
-    a:torch.Tensor, # (n, 5), any convention
-    b:torch.Tensor, # (m, 5)
-) -> torch.Tensor: # (n, m) in [0, 1]
+    a: torch.Tensor,  # (n, 5), any convention
+    b: torch.Tensor,  # (m, 5)
+) -> torch.Tensor:  # (n, m) in [0, 1]
     "Intersection over union of all pairs; differentiable. Waits for the device, to learn how many pairs are near"
-    a, b, dtype = _measured(a), _measured(b), a.dtype; i, j = _meeting(a, b)
+    a, b, dtype = _measured(a), _measured(b), a.dtype
+    i, j = _meeting(a, b)
     return a.new_zeros(a.shape[1], b.shape[1]).index_put((i, j), _ious(a, b, i, j)).to(dtype)
 
 # %% ../nbs/34_boxes.ipynb #80014556
-AT_ONCE = dict(cpu=256) # strongest boxes that are settled together
+AT_ONCE = dict(cpu=256)  # strongest boxes that are settled together
+
 
 @torch.no_grad()
 def rotated_nms(
-    boxes:torch.Tensor, # (n, 5), any convention
-    scores:torch.Tensor, # (n,); of equal ones the first is the stronger
-    iou:float, # overlap above which the weaker goes, in [0, 1]
-    classes:torch.Tensor|None=None, # (n,) integers: only boxes of one class suppress each other. None: all are of one
-) -> torch.Tensor: # numbers of the kept, by falling score
+    boxes: torch.Tensor,  # (n, 5), any convention
+    scores: torch.Tensor,  # (n,); of equal ones the first is the stronger
+    iou: float,  # overlap above which the weaker goes, in [0, 1]
+    classes: torch.Tensor
+    | None = None,  # (n,) integers: only boxes of one class suppress each other. None: all are of one
+) -> torch.Tensor:  # numbers of the kept, by falling score
     "Non-maximum suppression; boxes and scores that are not finite are never kept. Waits for the device once a round"
-    order = scores.argsort(descending=True, stable=True); order = order[(scores.isfinite() & boxes.isfinite().all(1))[order]]
-    m, kept = _measured(boxes), [order[:0]]; c = torch.zeros_like(m[0]) if classes is None else classes.to(m)
+    order = scores.argsort(descending=True, stable=True)
+    order = order[(scores.isfinite() & boxes.isfinite().all(1))[order]]
+    m, kept = _measured(boxes), [order[:0]]
+    c = torch.zeros_like(m[0]) if classes is None else classes.to(m)
     while len(order):
         head, order = order.tensor_split([AT_ONCE.get(m.device.type, 1024)])
-        i, j = _above(m[:, head], m[:, head], c[head], c[head], iou); head = head[_settled(i[i < j], j[i < j], len(head))]
-        _, j = _above(m[:, head], m[:, order], c[head], c[order], iou); order = order[_counts(j, len(order)) == 0]; kept.append(head)
+        i, j = _above(m[:, head], m[:, head], c[head], c[head], iou)
+        head = head[_settled(i[i < j], j[i < j], len(head))]
+        _, j = _above(m[:, head], m[:, order], c[head], c[order], iou)
+        order = order[_counts(j, len(order)) == 0]
+        kept.append(head)
     return torch.cat(kept)
+
 
 def _above(a, b, class_a, class_b, iou):
     "Numbers (i, j) of pairs of one class that overlap by more, of measured boxes"
     size_a, size_b = a[2] * a[3], b[2] * b[3]
-    def rule(s): return (class_a[s, None] == class_b) & (torch.minimum(size_a[s, None], size_b) > iou * torch.maximum(size_a[s, None], size_b))    # else they cannot
-    i, j = _meeting(a, b, rule); above = _ious(a, b, i, j) > iou
+
+    def rule(s):
+        return (class_a[s, None] == class_b) & (
+            torch.minimum(size_a[s, None], size_b) > iou * torch.maximum(size_a[s, None], size_b)
+        )  # else they cannot
+
+    i, j = _meeting(a, b, rule)
+    above = _ious(a, b, i, j) > iou
     return i[above], j[above]
 
-def _counts(j, n, of=None): "How often each of n numbers occurs in j, or of how many that count"; return torch.zeros(n, dtype=torch.int32, device=j.device).index_add_(0, j, torch.ones_like(j, dtype=torch.int32) if of is None else of.int())
+
+def _counts(j, n, of=None):
+    "How often each of n numbers occurs in j, or of how many that count"
+    return torch.zeros(n, dtype=torch.int32, device=j.device).index_add_(
+        0, j, torch.ones_like(j, dtype=torch.int32) if of is None else of.int()
+    )
+
 
 def _settled(i, j, n):
     "Whom of n no kept one suppresses, where i suppresses the later j"
     kept = torch.ones(n, dtype=torch.bool, device=i.device)
     while True:
         after = _counts(j, n, kept[i]) == 0
-        if torch.equal(after, kept): return kept
+        if torch.equal(after, kept):
+            return kept
         kept = after
 
 # %% ../nbs/34_boxes.ipynb #2a37ed51
 def sample_points(
-    boxes:torch.Tensor, # (n, 5), any convention
-    size:int=7, # bins a side
-    samples:int=2, # a side of a bin
-) -> torch.Tensor: # (n, size * samples, size * samples, 2): x, y in px, rows along h, columns along w
+    boxes: torch.Tensor,  # (n, 5), any convention
+    size: int = 7,  # bins a side
+    samples: int = 2,  # a side of a bin
+) -> torch.Tensor:  # (n, size * samples, size * samples, 2): x, y in px, rows along h, columns along w
     "Where a box is read (arXiv 1703.06870, section 3)"
-    k = size * samples; o = (torch.arange(k, dtype=boxes.dtype, device=boxes.device) + .5) / k - .5; x, y, w, h, t = boxes[..., None, None].unbind(1)
+    k = size * samples
+    o = (torch.arange(k, dtype=boxes.dtype, device=boxes.device) + 0.5) / k - 0.5
+    x, y, w, h, t = boxes[..., None, None].unbind(1)
     u, v, c, s = w * o, h * o[:, None], t.cos(), t.sin()
     return torch.stack([x + c * u - s * v, y + s * u + c * v], -1)
 
 # %% ../nbs/34_boxes.ipynb #815024fd
 def _corners(at, n):
     "Along one axis of n cells: the cells left and right (2, ...) of positions, and their weights, 0 outside"
-    inside = (at >= -1) & (at <= n); at = torch.where(inside, at, 0.).clamp(0, n - 1); low = at.floor(); part = at - low
+    inside = (at >= -1) & (at <= n)
+    at = torch.where(inside, at, 0.0).clamp(0, n - 1)
+    low = at.floor()
+    part = at - low
     return torch.stack([low, (low + 1).clamp(max=n - 1)]).long(), torch.stack([1 - part, part]) * inside
+
 
 def _bags(x, size):
     "(2, 2, n, k, k): of corners of samples -> (bins, values a bin)"
-    n, k = x.shape[2], x.shape[3] // size; return x.view(4, n, size, k, size, k).permute(1, 2, 4, 3, 5, 0).reshape(n * size * size, 4 * k * k)
+    n, k = x.shape[2], x.shape[3] // size
+    return x.view(4, n, size, k, size, k).permute(1, 2, 4, 3, 5, 0).reshape(n * size * size, 4 * k * k)
+
 
 def rotated_roi_align(
-    maps:torch.Tensor, # (B, C, H, W); fastest in channels_last
-    rois:torch.Tensor, # (n, 6): image number, then cx, cy, w, h, angle in px of the image
-    size:int=7, # bins a side
-    scale:float=1., # 1 / stride of the maps
-    samples:int=2, # a side of a bin
-) -> torch.Tensor: # (n, C, size, size), in the maps' type; rows along h, columns along w
+    maps: torch.Tensor,  # (B, C, H, W); fastest in channels_last
+    rois: torch.Tensor,  # (n, 6): image number, then cx, cy, w, h, angle in px of the image
+    size: int = 7,  # bins a side
+    scale: float = 1.0,  # 1 / stride of the maps
+    samples: int = 2,  # a side of a bin
+) -> torch.Tensor:  # (n, C, size, size), in the maps' type; rows along h, columns along w
     "What the maps show inside turned boxes; the gradient reaches the maps, and never waits for the device. A box that is not finite sees zeros"
-    B, C, H, W = maps.shape; x, y = (sample_points(rois[:, 1:].to(torch.promote_types(rois.dtype, torch.float32)), size, samples) * scale - .5).unbind(-1)
-    (column, a), (row, b) = _corners(x, W), _corners(y, H); cell = (row * W)[:, None] + column + (rois[:, 0].long() * (H * W))[:, None, None]
-    table = maps.permute(0, 2, 3, 1).reshape(-1, C).to(torch.promote_types(maps.dtype, torch.float32)).contiguous(); weight = (b[:, None] * a / samples**2).to(table.dtype)
-    return F.embedding_bag(_bags(cell, size), table, per_sample_weights=_bags(weight, size), mode='sum').view(len(rois), size, size, C).permute(0, 3, 1, 2).to(maps.dtype)
+    B, C, H, W = maps.shape
+    x, y = (
+        sample_points(rois[:, 1:].to(torch.promote_types(rois.dtype, torch.float32)), size, samples) * scale - 0.5
+    ).unbind(-1)
+    (column, a), (row, b) = _corners(x, W), _corners(y, H)
+    cell = (row * W)[:, None] + column + (rois[:, 0].long() * (H * W))[:, None, None]
+    table = maps.permute(0, 2, 3, 1).reshape(-1, C).to(torch.promote_types(maps.dtype, torch.float32)).contiguous()
+    weight = (b[:, None] * a / samples**2).to(table.dtype)
+    return (
+        F.embedding_bag(_bags(cell, size), table, per_sample_weights=_bags(weight, size), mode="sum")
+        .view(len(rois), size, size, C)
+        .permute(0, 3, 1, 2)
+        .to(maps.dtype)
+    )

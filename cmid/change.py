@@ -26,83 +26,118 @@ from .views import jitter, step_generator
 # %% ../nbs/33_change.ipynb #d5428cb6
 class Tokenizer(nn.Module):
     "Semantic tokens: averages of the pixels under learned attention maps (arXiv 2103.00208, section III-B)."
-    def __init__(self,
-        channels:int, # of the map
-        tokens:int, # L, of each date
-    ): super().__init__(); self.attention = nn.Conv2d(channels, tokens, 1, bias=False)
 
-    def forward(self, x): "(B, C, h, w) to (B, L, C)."; return self.attention(x).flatten(2).softmax(-1) @ x.flatten(2).transpose(1, 2)
+    def __init__(
+        self,
+        channels: int,  # of the map
+        tokens: int,  # L, of each date
+    ):
+        super().__init__()
+        self.attention = nn.Conv2d(channels, tokens, 1, bias=False)
+
+    def forward(self, x):
+        "(B, C, h, w) to (B, L, C)."
+        return self.attention(x).flatten(2).softmax(-1) @ x.flatten(2).transpose(1, 2)
 
 # %% ../nbs/33_change.ipynb #72b94778
 class Attention(nn.Module):
     "Multi-head attention with heads of any width (arXiv 2103.00208, section III-C)."
-    def __init__(self,
-        channels:int, # of queries and tokens
-        heads:int, # that look independently
-        width:int, # d, channels of each
+
+    def __init__(
+        self,
+        channels: int,  # of queries and tokens
+        heads: int,  # that look independently
+        width: int,  # d, channels of each
     ):
-        super().__init__(); self.heads = heads; self.out = nn.Linear(heads * width, channels)
+        super().__init__()
+        self.heads = heads
+        self.out = nn.Linear(heads * width, channels)
         self.query, self.key, self.value = (nn.Linear(channels, heads * width, bias=False) for _ in range(3))
 
     def forward(self, x, tokens):
         "Queries (B, n, C) and tokens (B, m, C) to (B, n, C)."
-        q, k, v = (f(o).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f, o in ((self.query, x), (self.key, tokens), (self.value, tokens)))
+        q, k, v = (
+            f(o).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for f, o in ((self.query, x), (self.key, tokens), (self.value, tokens))
+        )
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 # %% ../nbs/33_change.ipynb #f76a37d0
 class Layer(nn.Module):
     "A transformer layer, normalised before each part; its two-layer network is twice as wide as its input."
-    def __init__(self,
-        channels:int, # C
-        heads:int, # of its attention
-        width:int, # channels of a head
+
+    def __init__(
+        self,
+        channels: int,  # C
+        heads: int,  # of its attention
+        width: int,  # channels of a head
     ):
-        super().__init__(); self.norm, self.attention = nn.LayerNorm(channels), Attention(channels, heads, width)
-        self.mlp = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, 2 * channels), nn.GELU(), nn.Linear(2 * channels, channels))
+        super().__init__()
+        self.norm, self.attention = nn.LayerNorm(channels), Attention(channels, heads, width)
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(channels), nn.Linear(channels, 2 * channels), nn.GELU(), nn.Linear(2 * channels, channels)
+        )
 
     def forward(self, x, tokens=None):
         "Queries (B, n, C), asking tokens (B, m, C) or themselves, to (B, n, C)."
-        q = self.norm(x); x = x + self.attention(q, q if tokens is None else self.norm(tokens))
+        q = self.norm(x)
+        x = x + self.attention(q, q if tokens is None else self.norm(tokens))
         return x + self.mlp(x)
 
 # %% ../nbs/33_change.ipynb #cd4ecd1b
-HEADS, ENCODER, DECODER = 8, 64, 8 # heads of a layer; channels of a head in the encoder and in the decoder
+HEADS, ENCODER, DECODER = 8, 64, 8  # heads of a layer; channels of a head in the encoder and in the decoder
+
 
 class BIT(nn.Module):
     "Maps of two dates, seen in the context of their tokens (arXiv 2103.00208, section III)."
-    def __init__(self,
-        channels:int=32, # C of the maps
-        tokens:int=4, # of each date
-        encoder_layers:int=1, # among the tokens of both dates
-        decoder_layers:int=8, # from pixels to tokens
+
+    def __init__(
+        self,
+        channels: int = 32,  # C of the maps
+        tokens: int = 4,  # of each date
+        encoder_layers: int = 1,  # among the tokens of both dates
+        decoder_layers: int = 8,  # from pixels to tokens
     ):
-        super().__init__(); self.tokenizer, self.pos_embed = Tokenizer(channels, tokens), nn.Parameter(torch.empty(1, 2 * tokens, channels)); nn.init.trunc_normal_(self.pos_embed, std=.02)
-        self.encoder, self.decoder = (nn.ModuleList(Layer(channels, HEADS, width) for _ in range(n)) for n, width in ((encoder_layers, ENCODER), (decoder_layers, DECODER)))
+        super().__init__()
+        self.tokenizer, self.pos_embed = Tokenizer(channels, tokens), nn.Parameter(torch.empty(1, 2 * tokens, channels))
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        self.encoder, self.decoder = (
+            nn.ModuleList(Layer(channels, HEADS, width) for _ in range(n))
+            for n, width in ((encoder_layers, ENCODER), (decoder_layers, DECODER))
+        )
 
     def tokens(self, maps):
         "(B, 2, C, h, w) to the tokens in context, (B, 2, L, C)."
         t = self.tokenizer(maps.flatten(0, 1)).unflatten(0, (-1, 2)).flatten(1, 2) + self.pos_embed
-        for layer in self.encoder: t = layer(t)
+        for layer in self.encoder:
+            t = layer(t)
         return t.unflatten(1, (2, -1))
 
     def forward(self, maps):
         "(B, 2, C, h, w) to the same shape."
         x, t = maps.flatten(3).transpose(2, 3).flatten(0, 1), self.tokens(maps).flatten(0, 1)
-        for layer in self.decoder: x = layer(x, t)
+        for layer in self.decoder:
+            x = layer(x, t)
         return x.transpose(1, 2).reshape(maps.shape)
 
 # %% ../nbs/33_change.ipynb #dd516be0
 class ChangeNet(nn.Module):
     "A siamese backbone, the third map of each date, their difference, and a classifier of it (arXiv 2103.00208, section III)."
-    def __init__(self,
-        encoder:nn.Module, # from `load_backbone`
-        head:str, # bit | difference
-        settings:Change, # params.yaml: change
+
+    def __init__(
+        self,
+        encoder: nn.Module,  # from `load_backbone`
+        head: str,  # bit | difference
+        settings: Change,  # params.yaml: change
     ):
-        super().__init__(); s, c = settings, settings.channels; self.pyramid = Pyramid(encoder)
+        super().__init__()
+        s, c = settings, settings.channels
+        self.pyramid = Pyramid(encoder)
         self.reduce = nn.Conv2d(self.pyramid.channels[2], c, 3, padding=1)
-        self.head = BIT(c, s.tokens, s.encoder_layers, s.decoder_layers) if head == 'bit' else nn.Identity()
-        self.classifier = nn.Sequential(nn.Conv2d(c, c, 3, padding=1, bias=False), nn.BatchNorm2d(c), nn.ReLU(), nn.Conv2d(c, 2, 3, padding=1))
+        self.head = BIT(c, s.tokens, s.encoder_layers, s.decoder_layers) if head == "bit" else nn.Identity()
+        self.classifier = nn.Sequential(
+            nn.Conv2d(c, c, 3, padding=1, bias=False), nn.BatchNorm2d(c), nn.ReLU(), nn.Conv2d(c, 2, 3, padding=1)
+        )
 
     def maps(self, images):
         "Normalised pairs (B, 2, C, H, W) to (B, 2, channels, H/8, W/8)."
@@ -112,183 +147,315 @@ class ChangeNet(nn.Module):
     def forward(self, images, targets=None):
         "Normalised pairs (B, 2, C, H, W) to logits (B, 2, H, W); with masks (B, H, W), of 0, 1 and 255, to their loss."
         a, b = self.maps(images).unbind(1)
-        x = F.interpolate(self.classifier(_larger((a - b).abs(), 4)), images.shape[-2:], mode='bilinear')
+        x = F.interpolate(self.classifier(_larger((a - b).abs(), 4)), images.shape[-2:], mode="bilinear")
         return x if targets is None else dict(change=pixel_loss(x, targets))
 
-def _larger(x, times): return F.interpolate(x, scale_factor=times, mode='bilinear')
+
+def _larger(x, times):
+    return F.interpolate(x, scale_factor=times, mode="bilinear")
 
 # %% ../nbs/33_change.ipynb #59751434
-COLOUR = .2 # brightness, contrast and saturation are drawn from 1 - .2 to 1 + .2
+COLOUR = 0.2  # brightness, contrast and saturation are drawn from 1 - .2 to 1 + .2
+
 
 class Pairs(Dataset):
     "Batches of training pairs, augmented; an item is asked for by (step, numbers)."
-    def __init__(self,
-        labelled, # `Labelled` of a change task
-        index, # numbers of the pairs that are learnt from
-        crop:int, # px, side of what is learnt from, at most
-        seed:int=0, # of all of it
-    ): self.labelled, self.seed, self.side = labelled, seed, int(min(crop, -(-labelled.sizes[index].max() // 32) * 32))
 
-    def __getitem__(self, at): # uint8 (B, 2, C, S, S), masks uint8 (B, S, S)
-        g = step_generator(self.seed, at[0]); x, y = (torch.stack(o) for o in zip(*[self._pair(int(i), g) for i in at[1]]))
-        n, d, *size = x.shape; factors = 1 - COLOUR + 2 * COLOUR * torch.rand(3, n * d, generator=g)
+    def __init__(
+        self,
+        labelled,  # `Labelled` of a change task
+        index,  # numbers of the pairs that are learnt from
+        crop: int,  # px, side of what is learnt from, at most
+        seed: int = 0,  # of all of it
+    ):
+        self.labelled, self.seed, self.side = labelled, seed, int(min(crop, -(-labelled.sizes[index].max() // 32) * 32))
+
+    def __getitem__(self, at):  # uint8 (B, 2, C, S, S), masks uint8 (B, S, S)
+        g = step_generator(self.seed, at[0])
+        x, y = (torch.stack(o) for o in zip(*[self._pair(int(i), g) for i in at[1]]))
+        n, d, *size = x.shape
+        factors = 1 - COLOUR + 2 * COLOUR * torch.rand(3, n * d, generator=g)
         x = jitter(x.flatten(0, 1).float() / 255, *factors, None, order=(0, 1, 2))
         return (x * 255).round_().byte().view(n, d, *size), y
 
     def _pair(self, i, g):
         "One pair, cut, turned, mirrored and swapped: uint8 (2, C, S, S), (S, S)"
-        h, w = self.labelled.sizes[i]; s = self.side; t, l = (int(torch.randint(max(o - s, 0) + 1, (), generator=g)) for o in (h, w))
-        x, y = np.stack([o(i)[:, t:t + s, l:l + s] for o in (self.labelled.image, self.labelled.second)]), self.labelled.mask(i)[t:t + s, l:l + s]
-        more = [(0, s - o) for o in y.shape]; x, y = np.pad(x, [(0, 0), (0, 0), *more], 'symmetric'), np.pad(y, more, constant_values=IGNORE)
+        h, w = self.labelled.sizes[i]
+        s = self.side
+        t, l = (int(torch.randint(max(o - s, 0) + 1, (), generator=g)) for o in (h, w))
+        x, y = (
+            np.stack([o(i)[:, t : t + s, l : l + s] for o in (self.labelled.image, self.labelled.second)]),
+            self.labelled.mask(i)[t : t + s, l : l + s],
+        )
+        more = [(0, s - o) for o in y.shape]
+        x, y = np.pad(x, [(0, 0), (0, 0), *more], "symmetric"), np.pad(y, more, constant_values=IGNORE)
         quarters, mirrored, swapped = (int(torch.randint(o, (), generator=g)) for o in (4, 2, 2))
-        x, y = (torch.from_numpy(o).rot90(quarters, (-2, -1)) for o in (x, y)); x, y = (o.flip(-1) if mirrored else o for o in (x, y))
+        x, y = (torch.from_numpy(o).rot90(quarters, (-2, -1)) for o in (x, y))
+        x, y = (o.flip(-1) if mirrored else o for o in (x, y))
         return x.flip(0) if swapped else x, y
 
 # %% ../nbs/33_change.ipynb #c52dd3a6
 def change_counts(
-    guess, # (H, W) of 0 and 1
-    truth, # (H, W) of 0, 1 and 255
-) -> list: # [tp, fp, fn, tn]
+    guess,  # (H, W) of 0 and 1
+    truth,  # (H, W) of 0, 1 and 255
+) -> list:  # [tp, fp, fn, tn]
     "Hits, false alarms, missed and rightly unchanged pixels."
-    n = np.bincount(2 * (np.asarray(truth)[known := np.asarray(truth) != IGNORE] != 0) + (np.asarray(guess)[known] != 0), minlength=4)
+    n = np.bincount(
+        2 * (np.asarray(truth)[known := np.asarray(truth) != IGNORE] != 0) + (np.asarray(guess)[known] != 0),
+        minlength=4,
+    )
     return [int(n[i]) for i in (3, 1, 2, 0)]
 
-def _ratio(a, b): return float(a / b) if b else None
+
+def _ratio(a, b):
+    return float(a / b) if b else None
+
 
 def change_scores(
-    counts, # [tp, fp, fn, tn], or a row of them an image
-) -> dict: # precision, recall, f1, iou, oa; None where there is nothing to divide by
+    counts,  # [tp, fp, fn, tn], or a row of them an image
+) -> dict:  # precision, recall, f1, iou, oa; None where there is nothing to divide by
     "Scores of change, counted over all pixels."
     tp, fp, fn, tn = (int(o) for o in np.asarray(counts, np.int64).reshape(-1, 4).sum(0))
-    return dict(precision=_ratio(tp, tp + fp), recall=_ratio(tp, tp + fn), f1=_ratio(2 * tp, 2 * tp + fp + fn), iou=_ratio(tp, tp + fp + fn), oa=_ratio(tp + tn, tp + fp + fn + tn))
+    return dict(
+        precision=_ratio(tp, tp + fp),
+        recall=_ratio(tp, tp + fn),
+        f1=_ratio(2 * tp, 2 * tp + fp + fn),
+        iou=_ratio(tp, tp + fp + fn),
+        oa=_ratio(tp + tn, tp + fp + fn + tn),
+    )
 
 # %% ../nbs/33_change.ipynb #01481be7
 def published_f1(
-    per_image, # (images, 4): tp, fp, fn, tn, in the order of the split
-    batch:int, # images
-) -> float|None: # None where no batch has a value
+    per_image,  # (images, 4): tp, fp, fn, tn, in the order of the split
+    batch: int,  # images
+) -> float | None:  # None where no batch has a value
     "F1 of each batch, averaged, as it was published."
-    found = [o for i in range(0, len(per_image), batch) if (o := change_scores(per_image[i:i + batch])['f1']) is not None]
+    found = [
+        o for i in range(0, len(per_image), batch) if (o := change_scores(per_image[i : i + batch])["f1"]) is not None
+    ]
     return float(np.mean(found)) if found else None
 
 # %% ../nbs/33_change.ipynb #7094a124
 def change_mask(
-    model:ChangeNet, # on the device where to compute
-    first:np.ndarray, # uint8 (C, H, W), of any size
-    second:np.ndarray, # of the same place and shape
-    mean, # per band, of images in [0, 1]: the card's
-    std, # per band
-    settings:Change, # params.yaml: change
-) -> np.ndarray: # uint8 (H, W): 1 where it changed
+    model: ChangeNet,  # on the device where to compute
+    first: np.ndarray,  # uint8 (C, H, W), of any size
+    second: np.ndarray,  # of the same place and shape
+    mean,  # per band, of images in [0, 1]: the card's
+    std,  # per band
+    settings: Change,  # params.yaml: change
+) -> np.ndarray:  # uint8 (H, W): 1 where it changed
     "What a network says of two whole images."
-    model.eval(); predict = lambda x: model(normalised(x, mean, std))
-    return decided(blended(predict, np.stack([first, second]), settings.crop, settings.overlap, settings.batch, model.reduce.weight.device))
+    model.eval()
+    predict = lambda x: model(normalised(x, mean, std))
+    return decided(
+        blended(
+            predict,
+            np.stack([first, second]),
+            settings.crop,
+            settings.overlap,
+            settings.batch,
+            model.reduce.weight.device,
+        )
+    )
 
 # %% ../nbs/33_change.ipynb #4d4f51b7
 def change_splits(
-    labelled, # `Labelled`
-    settings:Change, # params.yaml: change
-) -> tuple: # (numbers of the training pairs, of the scored pairs)
+    labelled,  # `Labelled`
+    settings: Change,  # params.yaml: change
+) -> tuple:  # (numbers of the training pairs, of the scored pairs)
     "Both splits; `CmidError` as `finetune.splits_of` and `check_masks`, and where there is no change to learn."
-    a, b = splits_of(labelled, settings, 'change'); a = np.sort(a); check_masks(labelled, np.union1d(a, b))
-    if not any((labelled.mask(int(i)) == 1).any() for i in a): raise CmidError(f"{labelled.folder}: no pixel of split {settings.train!r} is marked as changed: there is nothing to learn; look at its masks")
+    a, b = splits_of(labelled, settings, "change")
+    a = np.sort(a)
+    check_masks(labelled, np.union1d(a, b))
+    if not any((labelled.mask(int(i)) == 1).any() for i in a):
+        raise CmidError(
+            f"{labelled.folder}: no pixel of split {settings.train!r} is marked as changed: there is nothing to learn; look at its masks"
+        )
     return a, b
 
 # %% ../nbs/33_change.ipynb #62364006
-PUBLISHED = dict(sgd=dict(lr=.002, weight_decay=5e-4), adamw=dict(lr=6e-5, weight_decay=.01), drop_path=.3) # section IV-E
+PUBLISHED = dict(
+    sgd=dict(lr=0.002, weight_decay=5e-4), adamw=dict(lr=6e-5, weight_decay=0.01), drop_path=0.3
+)  # section IV-E
+
 
 def fine_tune(
-    folder, # models/<init>
-    labelled, # `Labelled` of a change task
-    index, # numbers of the pairs that are learnt from
-    head:str, # bit | difference
-    settings:Change, # params.yaml: change
-    seed:int=0, # of everything random
-    on:torch.device|None=None, # device
-    say=print, # takes a line
-) -> tuple: # (`ChangeNet`, trained; list: a dict an epoch)
+    folder,  # models/<init>
+    labelled,  # `Labelled` of a change task
+    index,  # numbers of the pairs that are learnt from
+    head: str,  # bit | difference
+    settings: Change,  # params.yaml: change
+    seed: int = 0,  # of everything random
+    on: torch.device | None = None,  # device
+    say=print,  # takes a line
+) -> tuple:  # (`ChangeNet`, trained; list: a dict an epoch)
     "Fine-tune the backbone of a folder with one head; `CmidError` where bands differ, or as `finetune.train`."
     s = resolved(settings, (card := read_card(folder)).architecture, PUBLISHED)
-    if card.in_chans != labelled.bands: raise CmidError(f"{labelled.folder}: images have {labelled.bands} bands, {folder} was made for {card.in_chans}; take the same bands (labels.bands), or pretrain on these")
-    seed_everything(seed, torch.are_deterministic_algorithms_enabled()); model = ChangeNet(load_backbone(folder, s.drop_path)[0], head, s)
-    return model, train(model, Pairs(labelled, index, s.crop, seed), index, s, card.mean, card.std, 'change', linear, seed, on or device(), say)
+    if card.in_chans != labelled.bands:
+        raise CmidError(
+            f"{labelled.folder}: images have {labelled.bands} bands, {folder} was made for {card.in_chans}; take the same bands (labels.bands), or pretrain on these"
+        )
+    seed_everything(seed, torch.are_deterministic_algorithms_enabled())
+    model = ChangeNet(load_backbone(folder, s.drop_path)[0], head, s)
+    return model, train(
+        model,
+        Pairs(labelled, index, s.crop, seed),
+        index,
+        s,
+        card.mean,
+        card.std,
+        "change",
+        linear,
+        seed,
+        on or device(),
+        say,
+    )
 
 # %% ../nbs/33_change.ipynb #4b6fa754
 def shown_pairs(
-    labelled, # `Labelled`
-    index, # numbers of pairs
-    count:int=4, # how many are wanted
-) -> list: # numbers, ascending
+    labelled,  # `Labelled`
+    index,  # numbers of pairs
+    count: int = 4,  # how many are wanted
+) -> list:  # numbers, ascending
     "Pairs to be drawn: spread evenly over those with change, and one without, where there is one."
-    found = [(int(i), bool((labelled.mask(int(i)) == 1).any())) for i in sorted(index)]; still = [i for i, o in found if not o][:1]; some = [i for i, o in found if o]
-    n = min(len(some), count - len(still)); return sorted({some[int(k)] for k in np.linspace(0, len(some) - 1, n)} | {*still}) if some else still
+    found = [(int(i), bool((labelled.mask(int(i)) == 1).any())) for i in sorted(index)]
+    still = [i for i, o in found if not o][:1]
+    some = [i for i, o in found if o]
+    n = min(len(some), count - len(still))
+    return sorted({some[int(k)] for k in np.linspace(0, len(some) - 1, n)} | {*still}) if some else still
 
 # %% ../nbs/33_change.ipynb #9df296f6
 def change_models(
-    folder, labelled, settings:Change, seed:int=0, on:torch.device|None=None, say=print, # as of `fine_tune`
-) -> tuple: # (head -> `ChangeNet`, head -> list of epochs)
+    folder,
+    labelled,
+    settings: Change,
+    seed: int = 0,
+    on: torch.device | None = None,
+    say=print,  # as of `fine_tune`
+) -> tuple:  # (head -> `ChangeNet`, head -> list of epochs)
     "Each head of the settings, with a backbone of its own; `CmidError` as `change_splits` and `fine_tune`."
-    index, _ = change_splits(labelled, settings); runs = {}
-    for head in settings.heads: say(head); runs[head] = fine_tune(folder, labelled, index, head, settings, seed, on, say)
+    index, _ = change_splits(labelled, settings)
+    runs = {}
+    for head in settings.heads:
+        say(head)
+        runs[head] = fine_tune(folder, labelled, index, head, settings, seed, on, say)
     return {k: m for k, (m, _) in runs.items()}, {k: o for k, (_, o) in runs.items()}
 
+
 def score_models(
-    models:dict, # of `change_models`
-    folder, labelled, settings:Change, # as there
-    shown:int=4, # pairs that are kept, for `predictions_figure`
-) -> tuple: # (dict as JSON takes it; list of the kept pairs: first, second, truth, guesses {head: (H, W)})
+    models: dict,  # of `change_models`
+    folder,
+    labelled,
+    settings: Change,  # as there
+    shown: int = 4,  # pairs that are kept, for `predictions_figure`
+) -> tuple:  # (dict as JSON takes it; list of the kept pairs: first, second, truth, guesses {head: (H, W)})
     "Scores of each head, counted over all pixels of the scored split, and the counts of each of its pairs."
-    learnt, index = splits_of(labelled, settings, 'change'); card, heads = read_card(folder), {}
-    kept = {i: dict(first=labelled.image(i), second=labelled.second(i), truth=labelled.mask(i), guesses={}) for i in shown_pairs(labelled, index, shown)}
+    learnt, index = splits_of(labelled, settings, "change")
+    card, heads = read_card(folder), {}
+    kept = {
+        i: dict(first=labelled.image(i), second=labelled.second(i), truth=labelled.mask(i), guesses={})
+        for i in shown_pairs(labelled, index, shown)
+    }
     for head, m in models.items():
         rows = []
-        for i in tqdm(index.tolist(), desc=f'scoring {head}'):
-            guess = change_mask(m, labelled.image(i), labelled.second(i), card.mean, card.std, settings); rows.append(change_counts(guess, labelled.mask(i)))
-            if i in kept: kept[i]['guesses'][head] = guess
-        heads[head] = change_scores(rows) | dict(published_protocol=dict(f1=published_f1(rows, settings.batch)), per_image=rows)
-    return dict(images=len(index), heads=heads, train_images=len(learnt), epoch=settings.epochs, scored_on_training=set(learnt) == set(index)), [*kept.values()]
+        for i in tqdm(index.tolist(), desc=f"scoring {head}"):
+            guess = change_mask(m, labelled.image(i), labelled.second(i), card.mean, card.std, settings)
+            rows.append(change_counts(guess, labelled.mask(i)))
+            if i in kept:
+                kept[i]["guesses"][head] = guess
+        heads[head] = change_scores(rows) | dict(
+            published_protocol=dict(f1=published_f1(rows, settings.batch)), per_image=rows
+        )
+    return dict(
+        images=len(index),
+        heads=heads,
+        train_images=len(learnt),
+        epoch=settings.epochs,
+        scored_on_training=set(learnt) == set(index),
+    ), [*kept.values()]
+
 
 def change(
-    folder, labelled, settings:Change, seed:int=0, on:torch.device|None=None, say=print, # as of `fine_tune`
-) -> tuple: # (dict as JSON takes it; head -> list of epochs, for `curves_figure`; list of pairs, for `predictions_figure`)
+    folder,
+    labelled,
+    settings: Change,
+    seed: int = 0,
+    on: torch.device | None = None,
+    say=print,  # as of `fine_tune`
+) -> (
+    tuple
+):  # (dict as JSON takes it; head -> list of epochs, for `curves_figure`; list of pairs, for `predictions_figure`)
     "Fine-tune with each head and score; `CmidError` as `change_models`."
-    models, epochs = change_models(folder, labelled, settings, seed, on, say); metrics, pairs = score_models(models, folder, labelled, settings)
+    models, epochs = change_models(folder, labelled, settings, seed, on, say)
+    metrics, pairs = score_models(models, folder, labelled, settings)
     return metrics, epochs, pairs
 
 # %% ../nbs/33_change.ipynb #c74c6fe9
 def curves_figure(
-    epochs:dict, # head -> list of epochs
-): # matplotlib Figure, as wide as a phone
+    epochs: dict,  # head -> list of epochs
+):  # matplotlib Figure, as wide as a phone
     "The loss of each head, and the learning rate, over the steps of a run."
-    line = lambda o, k: (k, [e['step'] for e in o], [e[k] for e in o])
-    return panels_figure({f'loss, {k}': [line(o, 'loss')] for k, o in epochs.items()} | {'learning rate': [line(next(iter(epochs.values())), 'lr')]})
+    line = lambda o, k: (k, [e["step"] for e in o], [e[k] for e in o])
+    return panels_figure(
+        {f"loss, {k}": [line(o, "loss")] for k, o in epochs.items()}
+        | {"learning rate": [line(next(iter(epochs.values())), "lr")]}
+    )
 
 # %% ../nbs/33_change.ipynb #bb9a4a3e
-ERRORS = {'hit': '#ffffff', 'missed': '#56B4E9', 'false alarm': '#D55E00', 'unchanged': '#202020', 'not counted': '#808080'}
+ERRORS = {
+    "hit": "#ffffff",
+    "missed": "#56B4E9",
+    "false alarm": "#D55E00",
+    "unchanged": "#202020",
+    "not counted": "#808080",
+}
+
 
 def error_image(
-    guess, # (H, W) of 0 and 1
-    truth, # (H, W) of 0, 1 and 255
-) -> np.ndarray: # uint8 (H, W, 3)
+    guess,  # (H, W) of 0 and 1
+    truth,  # (H, W) of 0, 1 and 255
+) -> np.ndarray:  # uint8 (H, W, 3)
     "Hits, missed pixels and false alarms in the colours of `ERRORS`."
     from matplotlib.colors import to_rgb
-    g, t = np.asarray(guess) != 0, np.asarray(truth); kind = np.where(t == IGNORE, 4, np.where(t == 1, np.where(g, 0, 1), np.where(g, 2, 3)))
-    return (255 * np.array([to_rgb(o) for o in ERRORS.values()])).round().astype('uint8')[kind]
+
+    g, t = np.asarray(guess) != 0, np.asarray(truth)
+    kind = np.where(t == IGNORE, 4, np.where(t == 1, np.where(g, 0, 1), np.where(g, 2, 3)))
+    return (255 * np.array([to_rgb(o) for o in ERRORS.values()])).round().astype("uint8")[kind]
 
 # %% ../nbs/33_change.ipynb #e2837ffb
 def predictions_figure(
-    pairs:list, # of `score_models`: dicts of first, second uint8 (C, H, W), truth (H, W), guesses {head: (H, W)}
-): # matplotlib Figure, as wide as a phone
+    pairs: list,  # of `score_models`: dicts of first, second uint8 (C, H, W), truth (H, W), guesses {head: (H, W)}
+):  # matplotlib Figure, as wide as a phone
     "Two dates, the truth and what each head makes of them, errors coloured; a pair a row."
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
-    heads = list(pairs[0]['guesses']); titles = ['date 1', 'date 2', 'truth', *heads]; wide = 4.4 / len(titles)
-    fig = Figure(figsize=(4.4, wide * len(pairs) + .62), dpi=110, layout='constrained'); fig.get_layout_engine().set(w_pad=.01, h_pad=.01, wspace=.02, hspace=.02)
+
+    heads = list(pairs[0]["guesses"])
+    titles = ["date 1", "date 2", "truth", *heads]
+    wide = 4.4 / len(titles)
+    fig = Figure(figsize=(4.4, wide * len(pairs) + 0.62), dpi=110, layout="constrained")
+    fig.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0.02, hspace=0.02)
     for row, (axes, o) in enumerate(zip(fig.subplots(len(pairs), len(titles), squeeze=False), pairs)):
-        pictures = picture(o['first']), picture(o['second']), error_image(o['truth'], o['truth']), *(error_image(o['guesses'][k], o['truth']) for k in heads)
+        pictures = (
+            picture(o["first"]),
+            picture(o["second"]),
+            error_image(o["truth"], o["truth"]),
+            *(error_image(o["guesses"][k], o["truth"]) for k in heads),
+        )
         for ax, x, title in zip(axes, pictures, titles):
-            ax.imshow(x); ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False)
-            if not row: ax.set_title(title, fontsize=8)
-    kinds = [k for k in ERRORS if k != 'not counted' or any((np.asarray(o['truth']) == IGNORE).any() for o in pairs)]
-    fig.legend(handles=[Patch(facecolor=ERRORS[k], edgecolor='#808080', label=k) for k in kinds], loc='outside lower center', ncols=4, fontsize=7, frameon=False, handlelength=1.2, columnspacing=1)
+            ax.imshow(x)
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+            if not row:
+                ax.set_title(title, fontsize=8)
+    kinds = [k for k in ERRORS if k != "not counted" or any((np.asarray(o["truth"]) == IGNORE).any() for o in pairs)]
+    fig.legend(
+        handles=[Patch(facecolor=ERRORS[k], edgecolor="#808080", label=k) for k in kinds],
+        loc="outside lower center",
+        ncols=4,
+        fontsize=7,
+        frameon=False,
+        handlelength=1.2,
+        columnspacing=1,
+    )
     return fig

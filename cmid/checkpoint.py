@@ -22,355 +22,527 @@ from .backbones import create, check_name
 from .params import CmidError, Section, cli, whole, writing
 
 # %% ../nbs/22_checkpoint.ipynb #13a8be9e
-FORMAT = 1 # of checkpoints and cards; a higher one is refused
+FORMAT = 1  # of checkpoints and cards; a higher one is refused
 PLAIN = (torch.Tensor, torch.nn.Parameter, int, float, str, bool, type(None))
+
 
 def _check_plain(value, at):
     "Refuse, by its place, what cannot be read back safely"
-    if type(value) in (dict, OrderedDict): [_check_plain(v, f'{at}.{k}') for k,v in value.items()]
-    elif type(value) in (list, tuple): [_check_plain(v, f'{at}[{i}]') for i,v in enumerate(value)]
+    if type(value) in (dict, OrderedDict):
+        [_check_plain(v, f"{at}.{k}") for k, v in value.items()]
+    elif type(value) in (list, tuple):
+        [_check_plain(v, f"{at}[{i}]") for i, v in enumerate(value)]
     elif type(value) not in PLAIN:
-        raise CmidError(f'{at} is a {type(value).__module__}.{type(value).__name__}: a checkpoint holds tensors, numbers, strings, lists and dicts only')
+        raise CmidError(
+            f"{at} is a {type(value).__module__}.{type(value).__name__}: a checkpoint holds tensors, numbers, strings, lists and dicts only"
+        )
 
 # %% ../nbs/22_checkpoint.ipynb #89a779ba
 def _bytes(value):
     "Bytes of all tensors in nested dicts and lists"
-    if isinstance(value, torch.Tensor): return value.numel() * value.element_size()
-    return sum(map(_bytes, value.values() if isinstance(value, dict) else value)) if isinstance(value, (dict, list, tuple)) else 0
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    return (
+        sum(map(_bytes, value.values() if isinstance(value, dict) else value))
+        if isinstance(value, (dict, list, tuple))
+        else 0
+    )
 
 # %% ../nbs/22_checkpoint.ipynb #645e74df
 def checkpoints(
-    folder, # where a run keeps them
+    folder,  # where a run keeps them
 ) -> list:
     "Paths of the checkpoints in `folder` (`*.ckpt`), oldest first by the numbers in their names"
-    return sorted(Path(folder).glob('*.ckpt'), key=lambda p: [int(n) for n in re.findall(r'\d+', p.stem)])
+    return sorted(Path(folder).glob("*.ckpt"), key=lambda p: [int(n) for n in re.findall(r"\d+", p.stem)])
 
 # %% ../nbs/22_checkpoint.ipynb #c927e553
 def save(
-    path, # `.ckpt` file, a number in its name
-    state:dict, # nested dicts and lists of tensors, numbers, strings
-    meta:dict, # parameters (key `parameters`), commit, ...
-    keep:int=2, # checkpoints that stay in the folder
+    path,  # `.ckpt` file, a number in its name
+    state: dict,  # nested dicts and lists of tensors, numbers, strings
+    meta: dict,  # parameters (key `parameters`), commit, ...
+    keep: int = 2,  # checkpoints that stay in the folder
 ):
     "Write the full training state, whole or not at all, and drop all but the newest `keep`; raises `CmidError` naming what cannot be stored, or where the disk is full"
     path = Path(path)
-    if path.suffix != '.ckpt': raise CmidError(f'{path}: a checkpoint must be named *.ckpt, or it would not be found again')
-    _check_plain(state, 'state'); _check_plain(meta, 'meta')
-    for part in path.parent.glob('.*.ckpt.part'): part.unlink() # of a run that was killed
-    with whole(path, _bytes(state)) as f: torch.save(dict(format=FORMAT, meta=meta, state=state), f)
+    if path.suffix != ".ckpt":
+        raise CmidError(f"{path}: a checkpoint must be named *.ckpt, or it would not be found again")
+    _check_plain(state, "state")
+    _check_plain(meta, "meta")
+    for part in path.parent.glob(".*.ckpt.part"):
+        part.unlink()  # of a run that was killed
+    with whole(path, _bytes(state)) as f:
+        torch.save(dict(format=FORMAT, meta=meta, state=state), f)
     for old in checkpoints(path.parent)[:-keep]:
-        if old != path: old.unlink()
+        if old != path:
+            old.unlink()
 
 # %% ../nbs/22_checkpoint.ipynb #594b2031
 class Damaged(CmidError):
     "A file that was cut short or altered"
 
+
 def _tensors_only(path):
     "What `torch.load` gives for `path`, pickled objects refused"
-    if not path.is_file(): raise FileNotFoundError(f'{path}: there is no such file')
-    try: return torch.load(path, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError: raise CmidError(f'{path}: holds more than tensors and numbers, so it could run code, and was not opened') from None
-    except Exception as e: raise Damaged(f'{path}: is cut short or is no checkpoint ({type(e).__name__})') from None
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise CmidError(
+            f"{path}: holds more than tensors and numbers, so it could run code, and was not opened"
+        ) from None
+    except Exception as e:
+        raise Damaged(f"{path}: is cut short or is no checkpoint ({type(e).__name__})") from None
 
 # %% ../nbs/22_checkpoint.ipynb #de35800e
 def _check_zip(path):
     "Raise `Damaged` when the checksums inside `path` do not hold"
     try:
-        with zipfile.ZipFile(path) as z: bad = z.testzip()
-    except Exception: bad = 'its end' # zipfile has many words for bytes that were altered
-    if bad: raise Damaged(f'{path}: is cut short or altered (at {bad})')
+        with zipfile.ZipFile(path) as z:
+            bad = z.testzip()
+    except Exception:
+        bad = "its end"  # zipfile has many words for bytes that were altered
+    if bad:
+        raise Damaged(f"{path}: is cut short or altered (at {bad})")
 
 # %% ../nbs/22_checkpoint.ipynb #de91dccd
-def _flat(d, at=''):
+def _flat(d, at=""):
     "Nested dicts as {dotted key: value}"
-    pairs = [_flat(v, f'{at}{k}.') if isinstance(v, dict) else {f'{at}{k}': list(v) if isinstance(v, tuple) else v} for k,v in d.items()]
-    return {k: v for p in pairs for k,v in p.items()}
+    pairs = [
+        _flat(v, f"{at}{k}.") if isinstance(v, dict) else {f"{at}{k}": list(v) if isinstance(v, tuple) else v}
+        for k, v in d.items()
+    ]
+    return {k: v for p in pairs for k, v in p.items()}
+
 
 def _differences(then, now):
     "What differs between two parameter dicts, as text"
     a, b = _flat(then), _flat(now)
-    return ', '.join(f'{k}: {a.get(k, "absent")} then, {b.get(k, "absent")} now' for k in sorted(a.keys() | b.keys()) if k not in a or k not in b or a[k] != b[k])
+    return ", ".join(
+        f"{k}: {a.get(k, 'absent')} then, {b.get(k, 'absent')} now"
+        for k in sorted(a.keys() | b.keys())
+        if k not in a or k not in b or a[k] != b[k]
+    )
 
 # %% ../nbs/22_checkpoint.ipynb #d1d1a9b5
 def _ours(held):
     "Has what was loaded the form that `save` gives?"
-    if not isinstance(held, dict) or not {'format', 'meta', 'state'} <= held.keys() or type(held['format']) is not int: return False
-    return isinstance(held['meta'], dict) and isinstance(held['meta'].get('parameters', {}), dict)
+    if not isinstance(held, dict) or not {"format", "meta", "state"} <= held.keys() or type(held["format"]) is not int:
+        return False
+    return isinstance(held["meta"], dict) and isinstance(held["meta"].get("parameters", {}), dict)
+
 
 def load(
-    path, # a file that `save` wrote
-    expect:dict|None=None, # the parameters that it must have been trained with
+    path,  # a file that `save` wrote
+    expect: dict | None = None,  # the parameters that it must have been trained with
 ) -> tuple:
     "`(state, meta)` on the CPU; raises `FileNotFoundError`, `Damaged`, or `CmidError` for another format, other parameters, pickled objects"
     path = Path(path)
-    if path.is_file(): _check_zip(path)
+    if path.is_file():
+        _check_zip(path)
     held = _tensors_only(path)
-    if not _ours(held): raise CmidError(f'{path}: is no training checkpoint of cmid: remove it, or move it elsewhere')
-    if held['format'] > FORMAT: raise CmidError(f'{path}: was written by a newer cmid (format {held["format"]}, this one reads {FORMAT}): upgrade cmid')
-    differ = '' if expect is None else _differences(held['meta'].get('parameters', {}), expect)
-    if differ: raise CmidError(f'{path}: was trained with other parameters ({differ}): restore them, or start over in another folder')
-    return held['state'], held['meta']
+    if not _ours(held):
+        raise CmidError(f"{path}: is no training checkpoint of cmid: remove it, or move it elsewhere")
+    if held["format"] > FORMAT:
+        raise CmidError(
+            f"{path}: was written by a newer cmid (format {held['format']}, this one reads {FORMAT}): upgrade cmid"
+        )
+    differ = "" if expect is None else _differences(held["meta"].get("parameters", {}), expect)
+    if differ:
+        raise CmidError(
+            f"{path}: was trained with other parameters ({differ}): restore them, or start over in another folder"
+        )
+    return held["state"], held["meta"]
 
 # %% ../nbs/22_checkpoint.ipynb #1baaa539
 def latest(
-    folder, # where a run keeps its checkpoints
-    expect:dict|None=None, # as for `load`
+    folder,  # where a run keeps its checkpoints
+    expect: dict | None = None,  # as for `load`
 ):
     "`(path, state, meta)` of the newest good checkpoint, or None where there is none; says on stderr when it falls back past a damaged one"
     found = checkpoints(folder)
     for path in found[::-1]:
-        try: return path, *load(path, expect)
-        except Damaged as e: print(f'{e}; going back to the one before', file=sys.stderr)
-    if found: raise CmidError(f'{folder}: none of its {len(found)} checkpoints can be read: delete them to start over')
+        try:
+            return path, *load(path, expect)
+        except Damaged as e:
+            print(f"{e}; going back to the one before", file=sys.stderr)
+    if found:
+        raise CmidError(f"{folder}: none of its {len(found)} checkpoints can be read: delete them to start over")
 
 # %% ../nbs/22_checkpoint.ipynb #90093d46
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
+
 class Card(Section):
     "What a backbone's weights mean; `card.json`"
+
     format: Annotated[int, Field(ge=1, le=FORMAT)]
-    architecture: str # timm name
+    architecture: str  # timm name
     in_chans: Annotated[int, Field(ge=1, le=256)]
-    img_size: Annotated[int, Field(ge=32, le=4096, multiple_of=32)] # side in pixels that it was trained at
-    mean: list[Finite] # of each band in [0, 1]
+    img_size: Annotated[int, Field(ge=32, le=4096, multiple_of=32)]  # side in pixels that it was trained at
+    mean: list[Finite]  # of each band in [0, 1]
     std: list[Annotated[Finite, Field(gt=0)]]
     bands: list[str]
-    method: str # cmid, byol, random, imagenet, ...
+    method: str  # cmid, byol, random, imagenet, ...
     parameters: dict[str, Any]
-    stretch: dict[str, list[Finite]] | None = None # of 16-bit and float rasters: `low` and `high` of each band, which became 0 and 1
+    stretch: dict[str, list[Finite]] | None = (
+        None  # of 16-bit and float rasters: `low` and `high` of each band, which became 0 and 1
+    )
     data_hash: str | None
     data_licence: str | None
-    provenance: dict[str, Any] # commit, versions, device
+    provenance: dict[str, Any]  # commit, versions, device
     health: dict[str, Any]
 
 # %% ../nbs/22_checkpoint.ipynb #01633299
 def _card(held, where):
     "A checked `Card`; raises `CmidError` naming the key that is wrong"
-    if not isinstance(held, dict): raise CmidError(f'{where}: must hold a JSON object')
-    if isinstance(f := held.get('format'), int) and f > FORMAT: raise CmidError(f'{where}: was written by a newer cmid (format {f}): upgrade cmid')
-    try: card = Card(**held)
-    except ValidationError as e: raise CmidError(f'{where}: {".".join(map(str, e.errors()[0]["loc"]))}: {e.errors()[0]["msg"]}') from None
-    for key in ('mean', 'std', 'bands'):
-        if len(getattr(card, key)) != card.in_chans: raise CmidError(f'{where}: {key}: has {len(getattr(card, key))} values for {card.in_chans} bands')
-    if (s := card.stretch) is not None and ({*s} != {'low', 'high'} or any(len(v) != card.in_chans for v in s.values())):
-        raise CmidError(f'{where}: stretch: must hold low and high of {card.in_chans} bands')
-    try: check_name(card.architecture)
-    except CmidError as e: raise CmidError(f'{where}: architecture: {e}') from None
+    if not isinstance(held, dict):
+        raise CmidError(f"{where}: must hold a JSON object")
+    if isinstance(f := held.get("format"), int) and f > FORMAT:
+        raise CmidError(f"{where}: was written by a newer cmid (format {f}): upgrade cmid")
+    try:
+        card = Card(**held)
+    except ValidationError as e:
+        raise CmidError(f"{where}: {'.'.join(map(str, e.errors()[0]['loc']))}: {e.errors()[0]['msg']}") from None
+    for key in ("mean", "std", "bands"):
+        if len(getattr(card, key)) != card.in_chans:
+            raise CmidError(f"{where}: {key}: has {len(getattr(card, key))} values for {card.in_chans} bands")
+    if (s := card.stretch) is not None and (
+        {*s} != {"low", "high"} or any(len(v) != card.in_chans for v in s.values())
+    ):
+        raise CmidError(f"{where}: stretch: must hold low and high of {card.in_chans} bands")
+    try:
+        check_name(card.architecture)
+    except CmidError as e:
+        raise CmidError(f"{where}: architecture: {e}") from None
     return card
 
 # %% ../nbs/22_checkpoint.ipynb #f771b67f
 def read_card(
-    folder, # that `export_backbone` wrote
+    folder,  # that `export_backbone` wrote
 ) -> Card:
     "The card of a backbone; raises `FileNotFoundError`, or `CmidError` naming file and key"
-    path = _there(folder)/'card.json'
-    if not path.is_file(): raise FileNotFoundError(f'{path}: there is no backbone here')
-    try: held = json.loads(path.read_text('utf8'))
-    except (ValueError, RecursionError): raise CmidError(f'{path}: is no JSON') from None
+    path = _there(folder) / "card.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no backbone here")
+    try:
+        held = json.loads(path.read_text("utf8"))
+    except (ValueError, RecursionError):
+        raise CmidError(f"{path}: is no JSON") from None
     return _card(held, path)
 
 # %% ../nbs/22_checkpoint.ipynb #c94c34ce
-FILES = ('README.md', 'card.json', 'extras.safetensors', 'model.safetensors', 'teacher.safetensors')
+FILES = ("README.md", "card.json", "extras.safetensors", "model.safetensors", "teacher.safetensors")
 
-def _beside(folder): return [folder.with_name(f'.{folder.name}.{o}') for o in ('part', 'old')]
+
+def _beside(folder):
+    return [folder.with_name(f".{folder.name}.{o}") for o in ("part", "old")]
+
 
 def _sync(folder):
     "Force the files of a folder to disk"
     for o in folder.iterdir():
-        with open(o, 'rb+') as f: os.fsync(f.fileno())
+        with open(o, "rb+") as f:
+            os.fsync(f.fileno())
+
 
 @contextmanager
 def _whole_folder(folder, need):
     "A folder to fill beside `folder`, which then takes its place"
     part, old = _beside(folder)
-    def tidy(): # also after a run that was killed between the two renames
-        if old.exists() and not folder.exists(): os.replace(old, folder)
-        for o in (part, old): shutil.rmtree(o, ignore_errors=True)
+
+    def tidy():  # also after a run that was killed between the two renames
+        if old.exists() and not folder.exists():
+            os.replace(old, folder)
+        for o in (part, old):
+            shutil.rmtree(o, ignore_errors=True)
+
     with writing(folder, need):
-        tidy(); part.mkdir(parents=True)
+        tidy()
+        part.mkdir(parents=True)
         try:
             yield part
             _sync(part)
-            if folder.exists(): os.replace(folder, old)
+            if folder.exists():
+                os.replace(folder, old)
             os.replace(part, folder)
-        finally: tidy()
+        finally:
+            tidy()
 
 # %% ../nbs/22_checkpoint.ipynb #8761169a
 def _there(folder):
     "`folder`, or where a run that was killed between the two renames left it"
-    folder = Path(folder); old = _beside(folder.absolute())[1]
+    folder = Path(folder)
+    old = _beside(folder.absolute())[1]
     return old if old.exists() and not folder.exists() else folder
 
 # %% ../nbs/22_checkpoint.ipynb #7e5ad8fa
 def _save_tensors(tensors, path):
     "Tensors to safetensors; one metadata key, so that equal tensors give equal bytes"
-    save_file({k: v.detach().cpu().contiguous() for k,v in tensors.items()}, path, metadata={'format': 'pt'})
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path, metadata={"format": "pt"})
 
 # %% ../nbs/22_checkpoint.ipynb #4ec30e63
 def _readme(c):
     "A card for people"
-    size = '' if 'resnet' in c.architecture else f'img_size={c.img_size}, '
-    row = lambda k, v: f'| {k} | {v} |'
-    facts = [row(k.replace('_', ' '), 'unknown' if (v := getattr(c, k)) is None else v) for k in ('method', 'architecture', 'img_size', 'data_hash', 'data_licence')]
-    bands = [row(*o) for o in zip(c.bands, (f'{m:.5f} | {s:.5f}' for m,s in zip(c.mean, c.std)))]
-    health = [row(k, v) for k,v in sorted(c.health.items())]
-    raw = [row(*o) for o in zip(c.bands, (f'{a:g} | {b:g}' for a,b in zip(c.stretch['low'], c.stretch['high'])))] if c.stretch else []
-    return '\n'.join([f'# {c.architecture}, {c.method}', '', 'Weights of a backbone, with timm\'s own keys. Inputs in [0, 1], normalised by the table below.', '',
-        '```python', 'import timm', f"model = timm.create_model('{c.architecture}', in_chans={c.in_chans}, {size}num_classes=0, checkpoint_path='model.safetensors')", '',
-        'from cmid.checkpoint import load_backbone', "encoder, card = load_backbone('.')", '```', '', '| | |', '| --- | --- |', *facts, row('commit', c.provenance.get('commit', 'unknown')), '',
-        '| band | mean | std |', '| --- | --- | --- |', *bands, '', *(['Raw values that become 0 and 1:', '', '| band | 0 | 1 |', '| --- | --- | --- |', *raw, ''] if raw else []), *(['| health | |', '| --- | --- |', *health, ''] if health else [])])
+    size = "" if "resnet" in c.architecture else f"img_size={c.img_size}, "
+    row = lambda k, v: f"| {k} | {v} |"
+    facts = [
+        row(k.replace("_", " "), "unknown" if (v := getattr(c, k)) is None else v)
+        for k in ("method", "architecture", "img_size", "data_hash", "data_licence")
+    ]
+    bands = [row(*o) for o in zip(c.bands, (f"{m:.5f} | {s:.5f}" for m, s in zip(c.mean, c.std)))]
+    health = [row(k, v) for k, v in sorted(c.health.items())]
+    raw = (
+        [row(*o) for o in zip(c.bands, (f"{a:g} | {b:g}" for a, b in zip(c.stretch["low"], c.stretch["high"])))]
+        if c.stretch
+        else []
+    )
+    return "\n".join(
+        [
+            f"# {c.architecture}, {c.method}",
+            "",
+            "Weights of a backbone, with timm's own keys. Inputs in [0, 1], normalised by the table below.",
+            "",
+            "```python",
+            "import timm",
+            f"model = timm.create_model('{c.architecture}', in_chans={c.in_chans}, {size}num_classes=0, checkpoint_path='model.safetensors')",
+            "",
+            "from cmid.checkpoint import load_backbone",
+            "encoder, card = load_backbone('.')",
+            "```",
+            "",
+            "| | |",
+            "| --- | --- |",
+            *facts,
+            row("commit", c.provenance.get("commit", "unknown")),
+            "",
+            "| band | mean | std |",
+            "| --- | --- | --- |",
+            *bands,
+            "",
+            *(
+                ["Raw values that become 0 and 1:", "", "| band | 0 | 1 |", "| --- | --- | --- |", *raw, ""]
+                if raw
+                else []
+            ),
+            *(["| health | |", "| --- | --- |", *health, ""] if health else []),
+        ]
+    )
 
 # %% ../nbs/22_checkpoint.ipynb #bd228a6f
 def export_backbone(
-    encoder, # from `backbones.create`
-    folder, # to write; an earlier export there is replaced
-    card:dict, # mean, std, bands, method, parameters, data_hash, data_licence, provenance, health
-    extras:dict|None=None, # further tensors by name, such as a decoder's
-    teacher=None, # the teacher's encoder, where there was one
+    encoder,  # from `backbones.create`
+    folder,  # to write; an earlier export there is replaced
+    card: dict,  # mean, std, bands, method, parameters, data_hash, data_licence, provenance, health
+    extras: dict | None = None,  # further tensors by name, such as a decoder's
+    teacher=None,  # the teacher's encoder, where there was one
 ) -> Path:
     "Write backbone and card, the whole folder or nothing, equal bytes for equal input; raises `CmidError` naming the card's faulty key, or where the disk is full"
     folder = Path(folder).absolute()
-    foreign = [p.name for p in folder.iterdir() if p.name not in FILES] if folder.is_dir() else [folder.name]*folder.exists()
-    if foreign: raise CmidError(f'{folder}: holds other things ({foreign[0]}), which a backbone would replace: choose another folder')
+    foreign = (
+        [p.name for p in folder.iterdir() if p.name not in FILES]
+        if folder.is_dir()
+        else [folder.name] * folder.exists()
+    )
+    if foreign:
+        raise CmidError(
+            f"{folder}: holds other things ({foreign[0]}), which a backbone would replace: choose another folder"
+        )
     own = dict(format=FORMAT, architecture=encoder.name, in_chans=encoder.in_chans, img_size=encoder.img_size)
-    checked = _card(own | card, f'{folder.name}/card.json')
-    try: text = json.dumps(checked.model_dump(), indent=1, sort_keys=True, allow_nan=False)
-    except (TypeError, ValueError) as e: raise CmidError(f'{folder.name}/card.json: cannot be written as JSON ({e})') from None
-    tensors = dict(model=encoder.model.state_dict(), extras={'mask_token': encoder.mask_token} | (extras or {})) | ({'teacher': teacher.model.state_dict()} if teacher is not None else {})
+    checked = _card(own | card, f"{folder.name}/card.json")
+    try:
+        text = json.dumps(checked.model_dump(), indent=1, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError) as e:
+        raise CmidError(f"{folder.name}/card.json: cannot be written as JSON ({e})") from None
+    tensors = dict(model=encoder.model.state_dict(), extras={"mask_token": encoder.mask_token} | (extras or {})) | (
+        {"teacher": teacher.model.state_dict()} if teacher is not None else {}
+    )
     with _whole_folder(folder, _bytes(tensors)) as part:
-        for k,v in tensors.items(): _save_tensors(v, part/f'{k}.safetensors')
-        for k,v in {'card.json': text + '\n', 'README.md': _readme(checked)}.items(): (part/k).write_text(v, encoding='utf8', newline='\n')
+        for k, v in tensors.items():
+            _save_tensors(v, part / f"{k}.safetensors")
+        for k, v in {"card.json": text + "\n", "README.md": _readme(checked)}.items():
+            (part / k).write_text(v, encoding="utf8", newline="\n")
     return folder
 
 # %% ../nbs/22_checkpoint.ipynb #861c1d1e
 def _read_tensors(path):
     "Tensors of a safetensors file"
-    if not path.is_file(): raise FileNotFoundError(f'{path}: is missing')
-    try: return load_file(path)
-    except (SafetensorError, OSError, ValueError) : raise Damaged(f'{path}: is cut short or is no safetensors file') from None
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: is missing")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError):
+        raise Damaged(f"{path}: is cut short or is no safetensors file") from None
+
 
 def _fill(module, tensors, where):
     "Load `tensors` strictly; raises `CmidError` naming the first key that does not fit"
     want = module.state_dict()
     for k in sorted(want.keys() | tensors.keys()):
-        if k not in tensors: raise CmidError(f'{where}: {k} is missing')
-        if k not in want: raise CmidError(f'{where}: {k} does not belong to this architecture')
-        if not isinstance(tensors[k], torch.Tensor): raise CmidError(f'{where}: {k} is no tensor')
+        if k not in tensors:
+            raise CmidError(f"{where}: {k} is missing")
+        if k not in want:
+            raise CmidError(f"{where}: {k} does not belong to this architecture")
+        if not isinstance(tensors[k], torch.Tensor):
+            raise CmidError(f"{where}: {k} is no tensor")
         got, need = [(tuple(t.shape), t.dtype) for t in (tensors[k], want[k])]
-        if got != need: raise CmidError(f'{where}: {k} is {got[0]} {got[1]}, this architecture has {need[0]} {need[1]}')
+        if got != need:
+            raise CmidError(f"{where}: {k} is {got[0]} {got[1]}, this architecture has {need[0]} {need[1]}")
     module.load_state_dict(tensors)
+
 
 def _set_token(encoder, token, where):
     "The mask token of an encoder; one value per channel, in any shape"
     want = encoder.mask_token
-    if not isinstance(token, torch.Tensor) or token.numel() != want.numel(): raise CmidError(f'{where}: mask_token must hold {want.numel()} values')
+    if not isinstance(token, torch.Tensor) or token.numel() != want.numel():
+        raise CmidError(f"{where}: mask_token must hold {want.numel()} values")
     want.data.copy_(token.reshape(want.shape))
 
 # %% ../nbs/22_checkpoint.ipynb #134985bb
 def load_extras(
-    folder, # that `export_backbone` wrote
+    folder,  # that `export_backbone` wrote
 ) -> dict:
     "The tensors beside the backbone: `mask_token`, and what was given as `extras`"
-    return _read_tensors(_there(folder)/'extras.safetensors')
+    return _read_tensors(_there(folder) / "extras.safetensors")
 
 # %% ../nbs/22_checkpoint.ipynb #f8a59943
-BRANCHES = 'student', 'teacher'
+BRANCHES = "student", "teacher"
+
 
 def load_backbone(
-    path, # folder that `export_backbone` wrote, by whomever
-    drop_path_rate:float=0., # stochastic depth, for fine-tuning
-    branch:str='student', # student | teacher, of a backbone that was pretrained with one
+    path,  # folder that `export_backbone` wrote, by whomever
+    drop_path_rate: float = 0.0,  # stochastic depth, for fine-tuning
+    branch: str = "student",  # student | teacher, of a backbone that was pretrained with one
 ) -> tuple:
     "`(encoder, card)`, the encoder in eval mode; runs no code of the file; raises `FileNotFoundError` or `CmidError` naming file and key"
-    folder = _there(path); card = read_card(folder)
-    if branch not in BRANCHES: raise CmidError(f'branch: {branch!r} is neither student nor teacher')
-    weights = folder/('model.safetensors' if branch == 'student' else 'teacher.safetensors')
-    if branch == 'teacher' and not weights.is_file(): raise CmidError(f'{folder}: has no teacher ({card.method}); use branch: student')
+    folder = _there(path)
+    card = read_card(folder)
+    if branch not in BRANCHES:
+        raise CmidError(f"branch: {branch!r} is neither student nor teacher")
+    weights = folder / ("model.safetensors" if branch == "student" else "teacher.safetensors")
+    if branch == "teacher" and not weights.is_file():
+        raise CmidError(f"{folder}: has no teacher ({card.method}); use branch: student")
     encoder = create(card.architecture, card.in_chans, card.img_size, drop_path_rate)
     _fill(encoder.model, _read_tensors(weights), weights)
-    _set_token(encoder, load_extras(folder).get('mask_token'), folder/'extras.safetensors')
+    _set_token(encoder, load_extras(folder).get("mask_token"), folder / "extras.safetensors")
     return encoder.eval(), card
 
 # %% ../nbs/22_checkpoint.ipynb #e8f58f1f
-PREFIX = 'online_encoder.' # what the released files put before the student's keys
-RULES = ((r'^patch_embed\.proj\.', 'patch_embed.projection.'), (r'\.attn\.', '.attn.w_msa.'), (r'\.mlp\.fc1\.', '.ffn.layers.0.0.'),
-         (r'\.mlp\.fc2\.', '.ffn.layers.1.'), (r'^norm\.', 'norm3.'), (r'^layers\.', 'stages.')) # timm's Swin to the published one
+PREFIX = "online_encoder."  # what the released files put before the student's keys
+RULES = (
+    (r"^patch_embed\.proj\.", "patch_embed.projection."),
+    (r"\.attn\.", ".attn.w_msa."),
+    (r"\.mlp\.fc1\.", ".ffn.layers.0.0."),
+    (r"\.mlp\.fc2\.", ".ffn.layers.1."),
+    (r"^norm\.", "norm3."),
+    (r"^layers\.", "stages."),
+)  # timm's Swin to the published one
+
 
 def published_key(
-    key:str, # of a timm Swin's state dict
+    key: str,  # of a timm Swin's state dict
 ) -> str:
     "Its name in the published layout; a merging moves from the head of a stage to the tail of the one before"
-    key = re.sub(r'^layers\.(\d+)\.downsample\.', lambda m: f'stages.{int(m[1]) - 1}.downsample.', key)
-    for timm_name, published in RULES: key = re.sub(timm_name, published, key)
+    key = re.sub(r"^layers\.(\d+)\.downsample\.", lambda m: f"stages.{int(m[1]) - 1}.downsample.", key)
+    for timm_name, published in RULES:
+        key = re.sub(timm_name, published, key)
     return key
 
 # %% ../nbs/22_checkpoint.ipynb #0dec068c
 def _moved(key, w, to_timm):
     "The last axis of a merging's weight reordered; other weights as they are"
-    if '.downsample.' not in key: return w
-    C = w.shape[-1]//4
+    if ".downsample." not in key:
+        return w
+    C = w.shape[-1] // 4
     return w.unflatten(-1, (C, 2, 2) if to_timm else (2, 2, C)).transpose(-1, -3).flatten(-3)
 
-def _is_swin(keys): return any(k.startswith(('layers.', 'stages.')) for k in keys)
+
+def _is_swin(keys):
+    return any(k.startswith(("layers.", "stages.")) for k in keys)
 
 # %% ../nbs/22_checkpoint.ipynb #26a6bc4f
 def from_published(
-    weights:dict, # tensors by published key, without prefix
-    model, # the timm network that they are for
+    weights: dict,  # tensors by published key, without prefix
+    model,  # the timm network that they are for
 ) -> dict:
     "The same weights by timm's keys; position indices, which timm computes, are dropped, unknown keys keep their names"
-    if not _is_swin(weights): return dict(weights)
+    if not _is_swin(weights):
+        return dict(weights)
     names = {published_key(k): k for k in model.state_dict()}
-    return {names.get(k, k): _moved(k, v, True) for k,v in weights.items() if not k.endswith('relative_position_index')}
+    return {
+        names.get(k, k): _moved(k, v, True) for k, v in weights.items() if not k.endswith("relative_position_index")
+    }
 
 # %% ../nbs/22_checkpoint.ipynb #1244c5c7
 def to_published(
-    weights:dict, # tensors by timm's key
+    weights: dict,  # tensors by timm's key
 ) -> dict:
     "The same weights by published key, without prefix"
-    if not _is_swin(weights): return dict(weights)
-    return {published_key(k): _moved(k, v, False) for k,v in weights.items()}
+    if not _is_swin(weights):
+        return dict(weights)
+    return {published_key(k): _moved(k, v, False) for k, v in weights.items()}
 
 # %% ../nbs/22_checkpoint.ipynb #38a6ee80
-STUDY = dict(mean=[.33797, .3605, .3348], std=[.1359, .1352, .1407], bands=['red', 'green', 'blue']) # of the paper's images, in [0, 1]
+STUDY = dict(
+    mean=[0.33797, 0.3605, 0.3348], std=[0.1359, 0.1352, 0.1407], bands=["red", "green", "blue"]
+)  # of the paper's images, in [0, 1]
+
 
 def to_cmid(
-    src, # published .pth
-    dst, # folder to write
-    backbone:str, # timm name
+    src,  # published .pth
+    dst,  # folder to write
+    backbone: str,  # timm name
 ) -> Path:
     "Published weights to a backbone folder; raises `FileNotFoundError` or `CmidError` naming file and key"
-    src = Path(src); held = _tensors_only(src)
-    for key in ('state_dict', 'model'): held = held[key] if isinstance(held, dict) and isinstance(held.get(key), dict) else held
-    if not isinstance(held, dict): raise CmidError(f'{src}: holds no weights by name')
-    own = {k.removeprefix(PREFIX): v for k,v in held.items() if k.startswith(PREFIX)} or held
-    model = {k.removeprefix('model.'): v for k,v in own.items() if k.startswith('model.')} or {k: v for k,v in own.items() if k != 'mask_token'}
+    src = Path(src)
+    held = _tensors_only(src)
+    for key in ("state_dict", "model"):
+        held = held[key] if isinstance(held, dict) and isinstance(held.get(key), dict) else held
+    if not isinstance(held, dict):
+        raise CmidError(f"{src}: holds no weights by name")
+    own = {k.removeprefix(PREFIX): v for k, v in held.items() if k.startswith(PREFIX)} or held
+    model = {k.removeprefix("model."): v for k, v in own.items() if k.startswith("model.")} or {
+        k: v for k, v in own.items() if k != "mask_token"
+    }
     encoder = create(backbone)
     _fill(encoder.model, from_published(model, encoder.model), src)
-    if 'mask_token' in own: _set_token(encoder, own['mask_token'], src)
-    return export_backbone(encoder, dst, STUDY | dict(method='cmid, published weights', parameters={}, data_hash=None, data_licence=None, provenance={}, health={}))
+    if "mask_token" in own:
+        _set_token(encoder, own["mask_token"], src)
+    return export_backbone(
+        encoder,
+        dst,
+        STUDY
+        | dict(
+            method="cmid, published weights", parameters={}, data_hash=None, data_licence=None, provenance={}, health={}
+        ),
+    )
 
 # %% ../nbs/22_checkpoint.ipynb #e630763f
 def from_cmid(
-    src, # folder that `export_backbone` wrote
-    dst, # .pth to write
+    src,  # folder that `export_backbone` wrote
+    dst,  # .pth to write
 ) -> Path:
     "A backbone folder to the published layout"
     encoder, _ = load_backbone(src)
-    weights = {f'{PREFIX}mask_token': encoder.mask_token.data} | {f'{PREFIX}model.{k}': v for k,v in to_published(encoder.model.state_dict()).items()}
-    with whole(dst, _bytes(weights)) as f: torch.save({k: v.contiguous() for k,v in weights.items()}, f)
+    weights = {f"{PREFIX}mask_token": encoder.mask_token.data} | {
+        f"{PREFIX}model.{k}": v for k, v in to_published(encoder.model.state_dict()).items()
+    }
+    with whole(dst, _bytes(weights)) as f:
+        torch.save({k: v.contiguous() for k, v in weights.items()}, f)
     return Path(dst)
 
 # %% ../nbs/22_checkpoint.ipynb #2875f5bf
 @call_parse
 @cli
 def cmid_convert(
-    src:str, # published .pth (to_cmid), or a backbone folder (from_cmid)
-    dst:str, # folder to write (to_cmid), or .pth (from_cmid)
-    direction:Param('which way', str, choices=['to_cmid', 'from_cmid'])='to_cmid',
-    backbone:str=None, # timm name; needed for to_cmid, read from the card for from_cmid
+    src: str,  # published .pth (to_cmid), or a backbone folder (from_cmid)
+    dst: str,  # folder to write (to_cmid), or .pth (from_cmid)
+    direction: Param("which way", str, choices=["to_cmid", "from_cmid"]) = "to_cmid",
+    backbone: str = None,  # timm name; needed for to_cmid, read from the card for from_cmid
 ):
     "Convert a published CMID checkpoint to a backbone folder, or back"
-    if direction == 'from_cmid': return print(f'wrote {from_cmid(src, dst)}')
-    if backbone is None: raise CmidError('--backbone: name the architecture of the checkpoint, e.g. resnet50')
-    print(f'wrote {to_cmid(src, dst, backbone)}')
+    if direction == "from_cmid":
+        return print(f"wrote {from_cmid(src, dst)}")
+    if backbone is None:
+        raise CmidError("--backbone: name the architecture of the checkpoint, e.g. resnet50")
+    print(f"wrote {to_cmid(src, dst, backbone)}")

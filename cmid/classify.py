@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from .checkpoint import load_backbone, read_card
 from .figures import panels_figure
-from .finetune import FineTune, chance, fit, is_resnet # first: it imports fastai without its warning
+from .finetune import FineTune, chance, fit, is_resnet  # first: it imports fastai without its warning
 from .finetune import learner as task_learner
 from .params import Classify, CmidError, seed_everything
 from .pretrain import lr_at
@@ -32,12 +32,16 @@ from fastai.learner import Learner
 # %% ../nbs/31_classify.ipynb #318c618b
 class Classifier(nn.Module):
     "A backbone, its last map averaged over all places, and a linear layer (section IV-B)."
-    def __init__(self,
-        encoder:nn.Module, # from `load_backbone`
-        classes:int, # how many there are
+
+    def __init__(
+        self,
+        encoder: nn.Module,  # from `load_backbone`
+        classes: int,  # how many there are
     ):
-        super().__init__(); self.encoder, self.head = encoder, nn.Linear(encoder.feature_channels[-1], classes)
-        nn.init.trunc_normal_(self.head.weight, std=.02); nn.init.zeros_(self.head.bias)
+        super().__init__()
+        self.encoder, self.head = encoder, nn.Linear(encoder.feature_channels[-1], classes)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
 
     def forward(self, images, targets=None):
         "Normalised (B, C, S, S) to logits (B, classes); with targets (B,) or (B, classes), their loss."
@@ -46,46 +50,66 @@ class Classifier(nn.Module):
 
 # %% ../nbs/31_classify.ipynb #9168763a
 def drop_path_of(
-    settings:Classify, # params.yaml: classify
-    architecture:str, # timm name
-) -> float: # rate of stochastic depth
+    settings: Classify,  # params.yaml: classify
+    architecture: str,  # timm name
+) -> float:  # rate of stochastic depth
     "What the settings say, or .5 for Swin and ViT and 0 for ResNets (section IV-B)."
-    if settings.drop_path is not None: return settings.drop_path
-    return 0. if is_resnet(architecture) else .5
+    if settings.drop_path is not None:
+        return settings.drop_path
+    return 0.0 if is_resnet(architecture) else 0.5
 
 # %% ../nbs/31_classify.ipynb #7d71c672
-NOTATION = r'rand(-(t(weights|3aw|3a)|(m|n|inc|mmax)\d+|(p|mstd)\d+(\.\d+)?))*' # timm's
+NOTATION = r"rand(-(t(weights|3aw|3a)|(m|n|inc|mmax)\d+|(p|mstd)\d+(\.\d+)?))*"  # timm's
+
 
 def rand_augment(
-    config:str|None, # timm's notation, such as rand-m9-mstd0.5; None: no RandAugment
-    mean, # per band, of images in [0, 1]: what fills the corners of a turned image
+    config: str | None,  # timm's notation, such as rand-m9-mstd0.5; None: no RandAugment
+    mean,  # per band, of images in [0, 1]: what fills the corners of a turned image
 ):
     "timm's RandAugment (arXiv 1909.13719), or None where it is off or images are not RGB; `CmidError` with what timm does not understand"
-    if config is None or len(mean) != 3: return None
+    if config is None or len(mean) != 3:
+        return None
     try:
-        if not re.fullmatch(NOTATION, config): raise ValueError(config)
+        if not re.fullmatch(NOTATION, config):
+            raise ValueError(config)
         return rand_augment_transform(config, dict(img_mean=tuple(round(255 * o) for o in mean)))
-    except (AssertionError, ValueError): raise CmidError(f"params.yaml: classify.randaugment: timm does not understand {config!r}; write it like rand-m9-mstd0.5, or null") from None
+    except (AssertionError, ValueError):
+        raise CmidError(
+            f"params.yaml: classify.randaugment: timm does not understand {config!r}; write it like rand-m9-mstd0.5, or null"
+        ) from None
 
 # %% ../nbs/31_classify.ipynb #36dbbaf0
 class Augmented(Dataset):
     "Batches of training images, cropped, mirrored and RandAugmented; an item is asked for by (step, image numbers)."
-    def __init__(self,
-        images, # what gives uint8 (B, C, S, S) for an array of numbers, such as `Prepared`
-        labels, # (all images,) integers
-        scale, # area of a crop / area of the image
-        augment=None, # of `rand_augment`
-        seed:int=0, # of all of it
-    ):
-        self.images, self.labels, self.scale, self.augment, self.seed = images, torch.as_tensor(labels).long(), scale, augment, seed
 
-    def __getitem__(self, at): # uint8 (B, C, S, S), labels (B,)
-        (step, rows), g = at, step_generator(self.seed, at[0]); x = torch.from_numpy(self.images[rows]).float(); n, _, *size = x.shape
-        boxes, flips = random_boxes(n, size, self.scale, generator=g), torch.rand(2, n, generator=g) < .5
-        x = crop(x, boxes, flips[0]); x = torch.where(flips[1].view(-1, 1, 1, 1), x.flip(2), x).round_().clamp_(0, 255).byte()
+    def __init__(
+        self,
+        images,  # what gives uint8 (B, C, S, S) for an array of numbers, such as `Prepared`
+        labels,  # (all images,) integers
+        scale,  # area of a crop / area of the image
+        augment=None,  # of `rand_augment`
+        seed: int = 0,  # of all of it
+    ):
+        self.images, self.labels, self.scale, self.augment, self.seed = (
+            images,
+            torch.as_tensor(labels).long(),
+            scale,
+            augment,
+            seed,
+        )
+
+    def __getitem__(self, at):  # uint8 (B, C, S, S), labels (B,)
+        (step, rows), g = at, step_generator(self.seed, at[0])
+        x = torch.from_numpy(self.images[rows]).float()
+        n, _, *size = x.shape
+        boxes, flips = random_boxes(n, size, self.scale, generator=g), torch.rand(2, n, generator=g) < 0.5
+        x = crop(x, boxes, flips[0])
+        x = torch.where(flips[1].view(-1, 1, 1, 1), x.flip(2), x).round_().clamp_(0, 255).byte()
         if self.augment is not None:
-            with chance(g.initial_seed()): x = torch.stack([_pil(self.augment, o) for o in x])
+            with chance(g.initial_seed()):
+                x = torch.stack([_pil(self.augment, o) for o in x])
         return x, self.labels[rows]
+
 
 def _pil(augment, x):
     "uint8 (3, S, S) through what takes a PIL image"
@@ -93,17 +117,24 @@ def _pil(augment, x):
 
 # %% ../nbs/31_classify.ipynb #d50ed6cf
 def mixing(
-    settings:Classify, # params.yaml: classify
-    classes:int, # how many there are
-) -> Mixup: # takes an even batch
+    settings: Classify,  # params.yaml: classify
+    classes: int,  # how many there are
+) -> Mixup:  # takes an even batch
     "timm's mixup, CutMix and label smoothing (arXiv 1710.09412, 1905.04899); one of the first two a batch."
-    return Mixup(settings.mixup, settings.cutmix, prob=float(settings.mixup > 0 or settings.cutmix > 0), label_smoothing=settings.smoothing, num_classes=classes)
+    return Mixup(
+        settings.mixup,
+        settings.cutmix,
+        prob=float(settings.mixup > 0 or settings.cutmix > 0),
+        label_smoothing=settings.smoothing,
+        num_classes=classes,
+    )
+
 
 def mix(
-    mixup:Mixup, # of `mixing`
-    images:torch.Tensor, # float (B, C, S, S), normalised
-    labels:torch.Tensor, # (B,) integers
-) -> tuple: # images, targets (B, classes) that sum to 1
+    mixup: Mixup,  # of `mixing`
+    images: torch.Tensor,  # float (B, C, S, S), normalised
+    labels: torch.Tensor,  # (B,) integers
+) -> tuple:  # images, targets (B, classes) that sum to 1
     "Mix a batch of any size with its reverse."
     n, odd = len(images), len(images) % 2
     x, y = mixup(torch.cat([images, images[:odd]]), torch.cat([labels, labels[:odd]]))
@@ -112,151 +143,256 @@ def mix(
 # %% ../nbs/31_classify.ipynb #9c6e9cf0
 class FineTuning(FineTune):
     "Erasing, mixing, schedule and validation of scene classification."
-    def __init__(self, settings:Classify, mean, std, classes:int, images, held=(), say=print):
-        super().__init__(settings, mean, std, 'classify', None, say)
+
+    def __init__(self, settings: Classify, mean, std, classes: int, images, held=(), say=print):
+        super().__init__(settings, mean, std, "classify", None, say)
         self.images, self.held, self.mixup, self.best = images, np.asarray(held, int), mixing(settings, classes), None
 
-    def before_fit(self): super().before_fit(); self.erase = RandomErasing(self.settings.erasing, mode='pixel', device=self.on)
-    def rate(self): s = self.settings; return lr_at(self.done, self.steps, s.warmup_epochs * self.each, s.lr, s.lr_min)
-    def inputs(self, x, y): return mix(self.mixup, self.erase(x), y)
+    def before_fit(self):
+        super().before_fit()
+        self.erase = RandomErasing(self.settings.erasing, mode="pixel", device=self.on)
+
+    def rate(self):
+        s = self.settings
+        return lr_at(self.done, self.steps, s.warmup_epochs * self.each, s.lr, s.lr_min)
+
+    def inputs(self, x, y):
+        return mix(self.mixup, self.erase(x), y)
 
     def ended(self, epoch):
         "Accuracy on the held-out images; the best epoch is kept: most right, and among equals the likeliest"
-        if not len(self.held): return {}
-        out, y = logits(self.learn.model, self.images, self.held, self.mean, self.std), torch.as_tensor(self.images.labels[self.held]).long()
+        if not len(self.held):
+            return {}
+        out, y = (
+            logits(self.learn.model, self.images, self.held, self.mean, self.std),
+            torch.as_tensor(self.images.labels[self.held]).long(),
+        )
         rating = (out.argmax(1) == y).sum().item(), -F.cross_entropy(out, y).item()
-        if self.best is None or rating > self.best[0]: self.best = rating, epoch, copy.deepcopy(self.learn.model.state_dict())
+        if self.best is None or rating > self.best[0]:
+            self.best = rating, epoch, copy.deepcopy(self.learn.model.state_dict())
         return dict(validation=rating[0] / len(y))
 
 # %% ../nbs/31_classify.ipynb #8a037530
 @torch.no_grad()
 def logits(
-    model:Classifier, # on the device where to compute
-    images, # `Prepared`
-    index, # (N,) numbers of images
-    mean, # per band, of images in [0, 1]
-    std, # per band
-    batch:int=64, # images at a time
-) -> torch.Tensor: # float32 (N, classes), on the CPU, in the order of `index`
+    model: Classifier,  # on the device where to compute
+    images,  # `Prepared`
+    index,  # (N,) numbers of images
+    mean,  # per band, of images in [0, 1]
+    std,  # per band
+    batch: int = 64,  # images at a time
+) -> torch.Tensor:  # float32 (N, classes), on the CPU, in the order of `index`
     "What the network makes of whole images; `CmidError` when it is not finite"
     w = model.head.weight
     return model.head(features(model.encoder, images, index, mean, std, batch, w.device).to(w.device)).float().cpu()
 
 # %% ../nbs/31_classify.ipynb #47fe5ed6
 def learner(
-    model:Classifier, # a fresh one
-    images, # `Prepared`, with labels
-    index, # numbers of the images that are learnt from
-    settings:Classify, # params.yaml: classify
-    mean, # per band, of images in [0, 1]: the card's
-    std, # per band
-    seed:int=0, # of order and augmentation
-    on:torch.device|None=None, # device
-    held=(), # numbers of the images that choose the epoch
-    say=print, # takes a line
-    workers:int|None=None, # processes that augment; None: up to 8 beside a GPU, none else
-) -> Learner: # whose `fit(settings.epochs)` trains
+    model: Classifier,  # a fresh one
+    images,  # `Prepared`, with labels
+    index,  # numbers of the images that are learnt from
+    settings: Classify,  # params.yaml: classify
+    mean,  # per band, of images in [0, 1]: the card's
+    std,  # per band
+    seed: int = 0,  # of order and augmentation
+    on: torch.device | None = None,  # device
+    held=(),  # numbers of the images that choose the epoch
+    say=print,  # takes a line
+    workers: int | None = None,  # processes that augment; None: up to 8 beside a GPU, none else
+) -> Learner:  # whose `fit(settings.epochs)` trains
     "A fastai Learner for fine-tuning; `CmidError` where the device lacks the precision, or batch norm would see a single value."
     n = math.ceil(len(index) / settings.batch)
-    if model.encoder.has_batch_norm and len(index) // n * (images.side // model.encoder.strides[-1])**2 < 2: raise CmidError(f"params.yaml: classify.batch: batch norm would see one image of {images.side} px, which is a single value; raise batch or prepare.side")
+    if model.encoder.has_batch_norm and len(index) // n * (images.side // model.encoder.strides[-1]) ** 2 < 2:
+        raise CmidError(
+            f"params.yaml: classify.batch: batch norm would see one image of {images.side} px, which is a single value; raise batch or prepare.side"
+        )
     data = Augmented(images, images.labels, settings.crop_scale, rand_augment(settings.randaugment, mean), seed)
-    return task_learner(model, data, index, settings, FineTuning(settings, mean, std, model.head.out_features, images, held, say), partial(Adan, lr=settings.lr, betas=tuple(settings.betas)), seed, on, workers)
+    return task_learner(
+        model,
+        data,
+        index,
+        settings,
+        FineTuning(settings, mean, std, model.head.out_features, images, held, say),
+        partial(Adan, lr=settings.lr, betas=tuple(settings.betas)),
+        seed,
+        on,
+        workers,
+    )
 
 # %% ../nbs/31_classify.ipynb #76e61b92
 def fine_tune(
-    folder, # models/<init>
-    images, # `Prepared`, with labels
-    index, # numbers of the images that may be learnt from
-    settings:Classify, # params.yaml: classify
-    seed:int=0, # of everything random
-    on:torch.device|None=None, # device
-    say=print, # takes a line
-) -> Learner: # trained; its model is that of the epoch that counts
+    folder,  # models/<init>
+    images,  # `Prepared`, with labels
+    index,  # numbers of the images that may be learnt from
+    settings: Classify,  # params.yaml: classify
+    seed: int = 0,  # of everything random
+    on: torch.device | None = None,  # device
+    say=print,  # takes a line
+) -> Learner:  # trained; its model is that of the epoch that counts
     "Fine-tune the backbone of a folder; `CmidError` when bands differ, there is one class, or the loss is not finite."
-    seed_everything(seed, torch.are_deterministic_algorithms_enabled()); counts = np.bincount(images.labels[index], minlength=len(images.classes))
+    seed_everything(seed, torch.are_deterministic_algorithms_enabled())
+    counts = np.bincount(images.labels[index], minlength=len(images.classes))
     encoder, card = load_backbone(folder, drop_path_of(settings, read_card(folder).architecture))
-    if encoder.in_chans != images.bands: raise CmidError(f"{images.folder}: images have {images.bands} bands, {folder} was made for {encoder.in_chans}; take the same bands (prepare.bands), or pretrain on these")
-    if (counts > 0).sum() < 2: raise CmidError(f"{images.folder}: the {len(index)} training images are all of one class: nothing can be told apart")
-    held = _held_out(images.labels, index, settings.validation, seed) if settings.validation and counts[counts > 0].min() > 1 else []
-    learn = learner(Classifier(encoder, len(images.classes)), images, np.setdiff1d(index, held), settings, card.mean, card.std, seed, on, held, say)
+    if encoder.in_chans != images.bands:
+        raise CmidError(
+            f"{images.folder}: images have {images.bands} bands, {folder} was made for {encoder.in_chans}; take the same bands (prepare.bands), or pretrain on these"
+        )
+    if (counts > 0).sum() < 2:
+        raise CmidError(
+            f"{images.folder}: the {len(index)} training images are all of one class: nothing can be told apart"
+        )
+    held = (
+        _held_out(images.labels, index, settings.validation, seed)
+        if settings.validation and counts[counts > 0].min() > 1
+        else []
+    )
+    learn = learner(
+        Classifier(encoder, len(images.classes)),
+        images,
+        np.setdiff1d(index, held),
+        settings,
+        card.mean,
+        card.std,
+        seed,
+        on,
+        held,
+        say,
+    )
     _announce(learn, images, settings, say)
-    fit(learn, learn.fine_tuning, 'prepare.side')
-    if learn.fine_tuning.best: learn.model.load_state_dict(learn.fine_tuning.best[2])
+    fit(learn, learn.fine_tuning, "prepare.side")
+    if learn.fine_tuning.best:
+        learn.model.load_state_dict(learn.fine_tuning.best[2])
     return learn
 
 # %% ../nbs/31_classify.ipynb #1fc052d8
 def _held_out(labels, index, share, seed):
     "A stratified share of the images, one of each class at least, and never the last one of a class"
-    held = subsample(labels, index, share, seed); left = np.setdiff1d(np.unique(labels[index]), labels[np.setdiff1d(index, held)])
+    held = subsample(labels, index, share, seed)
+    left = np.setdiff1d(np.unique(labels[index]), labels[np.setdiff1d(index, held)])
     return np.setdiff1d(held, [held[labels[held] == c][-1] for c in left])
+
 
 def _announce(learn, images, settings, say):
     "What the run is about to do, and what it cannot"
-    order = learn.dls.train.sampler; n = len(order.index)
-    say(f"{n} images an epoch, {len(order)} steps of {settings.batch if n > settings.batch else n} at most, {settings.epochs} epochs, lr {settings.lr:g} (params.yaml: classify.lr)")
-    if n < settings.batch: say(f"note: classify.batch is {settings.batch}: all {n} images are one batch")
-    if settings.randaugment and images.bands != 3: say(f"note: RandAugment is for RGB, and left out for {images.bands} bands")
-    if settings.validation and not len(learn.fine_tuning.held): say("note: a class has one training image, so nothing is held out: the last epoch counts")
+    order = learn.dls.train.sampler
+    n = len(order.index)
+    say(
+        f"{n} images an epoch, {len(order)} steps of {settings.batch if n > settings.batch else n} at most, {settings.epochs} epochs, lr {settings.lr:g} (params.yaml: classify.lr)"
+    )
+    if n < settings.batch:
+        say(f"note: classify.batch is {settings.batch}: all {n} images are one batch")
+    if settings.randaugment and images.bands != 3:
+        say(f"note: RandAugment is for RGB, and left out for {images.bands} bands")
+    if settings.validation and not len(learn.fine_tuning.held):
+        say("note: a class has one training image, so nothing is held out: the last epoch counts")
 
 # %% ../nbs/31_classify.ipynb #f8ee7dea
-def _ratio(a, b): return float(a / b) if b else None
+def _ratio(a, b):
+    return float(a / b) if b else None
+
 
 def class_table(
-    confusion, # int (classes, classes): rows truth, columns prediction
-    names:list, # of the classes
-) -> dict: # name -> images, precision, recall, f1
+    confusion,  # int (classes, classes): rows truth, columns prediction
+    names: list,  # of the classes
+) -> dict:  # name -> images, precision, recall, f1
     "What was found of each class, and how much of what was called by its name."
-    n = np.asarray(confusion); rows, columns, hits = n.sum(1), n.sum(0), n.diagonal()
-    return {o: dict(images=int(r), precision=_ratio(h, c), recall=_ratio(h, r), f1=_ratio(2 * h, r + c)) for o, r, c, h in zip(names, rows, columns, hits)}
+    n = np.asarray(confusion)
+    rows, columns, hits = n.sum(1), n.sum(0), n.diagonal()
+    return {
+        o: dict(images=int(r), precision=_ratio(h, c), recall=_ratio(h, r), f1=_ratio(2 * h, r + c))
+        for o, r, c, h in zip(names, rows, columns, hits)
+    }
 
 # %% ../nbs/31_classify.ipynb #3a541417
 def classify(
-    folder, # models/<init>
-    prepared, # `Prepared`, with classes and the two splits
-    settings:Classify, # params.yaml: classify
-    seed:int=0, # of everything random
-    on:torch.device|None=None, # device
-    say=print, # takes a line
-) -> tuple: # (dict as JSON takes it; epochs of the run with the most labels, for `curves_figure`)
+    folder,  # models/<init>
+    prepared,  # `Prepared`, with classes and the two splits
+    settings: Classify,  # params.yaml: classify
+    seed: int = 0,  # of everything random
+    on: torch.device | None = None,  # device
+    say=print,  # takes a line
+) -> tuple:  # (dict as JSON takes it; epochs of the run with the most labels, for `curves_figure`)
     "Fine-tune on each fraction of the labels and score the whole test split; `CmidError` as `labelled_splits` and `fine_tune`."
-    train, test = labelled_splits(prepared, settings.train, settings.test); names, truth = prepared.classes, prepared.labels[test]; runs = {}
+    train, test = labelled_splits(prepared, settings.train, settings.test)
+    names, truth = prepared.classes, prepared.labels[test]
+    runs = {}
     for f in sorted(set(settings.fractions)):
-        say(f"{100 * f:g} % of the labels"); part = subsample(prepared.labels, train, f, seed)
-        learn = fine_tune(folder, prepared, part, settings, seed, on, say); a = learn.fine_tuning
+        say(f"{100 * f:g} % of the labels")
+        part = subsample(prepared.labels, train, f, seed)
+        learn = fine_tune(folder, prepared, part, settings, seed, on, say)
+        a = learn.fine_tuning
         guess = logits(learn.model, prepared, test, a.mean, a.std).argmax(1).numpy()
-        runs[str(f)] = scored(guess, truth, train_images=len(part), held_out=len(a.held), epoch=a.best[1] if a.best else settings.epochs)
-    n = confusion_matrix(truth, guess, labels=range(len(names))); table = class_table(n, names)
-    return dict(classes=len(names), test_images=len(test), chance=float(np.bincount(truth).max() / len(test)), epoch=runs[str(f)]['epoch'],
-                chosen_on=f"validation ({len(a.held)} images)" if len(a.held) else 'last', finetune=runs,
-                mean_recall=float(np.mean([o['recall'] for o in table.values() if o['images']])), per_class=table, confusion=n.tolist()), a.epochs
+        runs[str(f)] = scored(
+            guess, truth, train_images=len(part), held_out=len(a.held), epoch=a.best[1] if a.best else settings.epochs
+        )
+    n = confusion_matrix(truth, guess, labels=range(len(names)))
+    table = class_table(n, names)
+    return dict(
+        classes=len(names),
+        test_images=len(test),
+        chance=float(np.bincount(truth).max() / len(test)),
+        epoch=runs[str(f)]["epoch"],
+        chosen_on=f"validation ({len(a.held)} images)" if len(a.held) else "last",
+        finetune=runs,
+        mean_recall=float(np.mean([o["recall"] for o in table.values() if o["images"]])),
+        per_class=table,
+        confusion=n.tolist(),
+    ), a.epochs
 
 # %% ../nbs/31_classify.ipynb #8d87be18
-CURVES = {'loss': 'loss', 'learning rate': 'lr', 'validation accuracy': 'validation'}
+CURVES = {"loss": "loss", "learning rate": "lr", "validation accuracy": "validation"}
+
 
 def curves_figure(
-    epochs:list, # of `classify`
-): # matplotlib Figure, as wide as a phone
+    epochs: list,  # of `classify`
+):  # matplotlib Figure, as wide as a phone
     "Loss, learning rate and validation accuracy, where there is one, over the steps of a run."
-    return panels_figure({title: [(k, [o['step'] for o in epochs], [o[k] for o in epochs])] for title, k in CURVES.items() if k in epochs[0]})
+    return panels_figure(
+        {
+            title: [(k, [o["step"] for o in epochs], [o[k] for o in epochs])]
+            for title, k in CURVES.items()
+            if k in epochs[0]
+        }
+    )
 
 # %% ../nbs/31_classify.ipynb #45e9e7c1
 def _ticks(names):
     "Ticks and labels of the columns and of the rows: names, or of many classes numbers, of very many every fifth"
-    k = len(names); numbered = [f'{o} {i}' for i, o in enumerate(names, 1)]; at = range(k) if k <= 20 else range(4, k, 5)
+    k = len(names)
+    numbered = [f"{o} {i}" for i, o in enumerate(names, 1)]
+    at = range(k) if k <= 20 else range(4, k, 5)
     return (range(k), names, range(k), names) if k <= 12 else (at, [i + 1 for i in at], range(k), numbered)
 
+
 def confusion_figure(
-    confusion, # int (classes, classes): rows truth, columns prediction
-    names:list, # of the classes
-): # matplotlib Figure, as wide as a phone
+    confusion,  # int (classes, classes): rows truth, columns prediction
+    names: list,  # of the classes
+):  # matplotlib Figure, as wide as a phone
     "What each class is taken for: share of its test images as colour (its root, so that rare mistakes show), counts where they fit."
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
-    n = np.asarray(confusion); k = len(n); share = n / np.maximum(n.sum(1, keepdims=True), 1); at, columns, rows_at, rows = _ticks(names)
-    fig = Figure(figsize=(4.4, 1.3 + max(.15 * k, 2.4)), dpi=80, layout='constrained'); ax = fig.subplots()
-    ax.imshow(share, cmap='Blues', norm=PowerNorm(.5, 0, 1), aspect='auto'); ax.set(xlabel='taken for', ylabel='is'); ax.spines[:].set_visible(False)
-    ax.set_xticks(at, columns, rotation=90 if k <= 12 else 0, fontsize=8); ax.set_yticks(rows_at, rows, fontsize=8 if k <= 30 else 7)
-    ax.set_title(f'{n.trace()} of {n.sum()} right', fontsize=9, loc='left')
+
+    n = np.asarray(confusion)
+    k = len(n)
+    share = n / np.maximum(n.sum(1, keepdims=True), 1)
+    at, columns, rows_at, rows = _ticks(names)
+    fig = Figure(figsize=(4.4, 1.3 + max(0.15 * k, 2.4)), dpi=80, layout="constrained")
+    ax = fig.subplots()
+    ax.imshow(share, cmap="Blues", norm=PowerNorm(0.5, 0, 1), aspect="auto")
+    ax.set(xlabel="taken for", ylabel="is")
+    ax.spines[:].set_visible(False)
+    ax.set_xticks(at, columns, rotation=90 if k <= 12 else 0, fontsize=8)
+    ax.set_yticks(rows_at, rows, fontsize=8 if k <= 30 else 7)
+    ax.set_title(f"{n.trace()} of {n.sum()} right", fontsize=9, loc="left")
     if k * max(2, len(str(n.max()))) <= 45:
-        for i, j in np.argwhere(n): ax.text(j, i, n[i, j], ha='center', va='center', fontsize=min(9, 150 / k), color='white' if share[i, j] > .4 else 'black')
+        for i, j in np.argwhere(n):
+            ax.text(
+                j,
+                i,
+                n[i, j],
+                ha="center",
+                va="center",
+                fontsize=min(9, 150 / k),
+                color="white" if share[i, j] > 0.4 else "black",
+            )
     return fig

@@ -16,11 +16,11 @@ from .reconstruction import full_precision
 # %% ../nbs/13_contrast.ipynb #6218d1fb
 @full_precision
 def info_nce(
-    query:Tensor, # (N, D) unit vectors of the student
-    key:Tensor, # (N, D) unit vectors of the teacher, row by row the partners of `query`
-    queue:Tensor, # (D, Q) unit vectors of other images
-    temperature:float=.2, # divides the cosines
-) -> Tensor: # scalar, in nats
+    query: Tensor,  # (N, D) unit vectors of the student
+    key: Tensor,  # (N, D) unit vectors of the teacher, row by row the partners of `query`
+    queue: Tensor,  # (D, Q) unit vectors of other images
+    temperature: float = 0.2,  # divides the cosines
+) -> Tensor:  # scalar, in nats
     "Cross-entropy of finding each query's key among the queue; no gradient into keys (MoCo, arXiv 1911.05722, equation 1)"
     key, queue = key.detach(), queue.detach()
     positive = (query * key).sum(1) / temperature
@@ -30,27 +30,30 @@ def info_nce(
 # %% ../nbs/13_contrast.ipynb #25669028
 @full_precision
 def byol_loss(
-    prediction:Tensor, # (N, D) what the student's predictor says of the key, any length
-    key:Tensor, # (N, D) the teacher's projection, any length
-) -> Tensor: # scalar in [0, 4]
+    prediction: Tensor,  # (N, D) what the student's predictor says of the key, any length
+    key: Tensor,  # (N, D) the teacher's projection, any length
+) -> Tensor:  # scalar in [0, 4]
     "`2 - 2 cos`; no gradient into the key (BYOL, arXiv 2006.07733)"
     return (2 - 2 * F.cosine_similarity(prediction, key.detach(), dim=1)).mean()
 
 # %% ../nbs/13_contrast.ipynb #290c2fc1
 class KeyQueue(nn.Module):
     "The last `size` keys, first in, first out; random unit vectors at first (MoCo v2, arXiv 2003.04297)"
-    def __init__(self,
-        dim:int, # D, length of a key
-        size:int, # Q, how many are kept; below the number of images
+
+    def __init__(
+        self,
+        dim: int,  # D, length of a key
+        size: int,  # Q, how many are kept; below the number of images
     ):
         super().__init__()
-        self.register_buffer('keys', F.normalize(torch.randn(dim, size), dim=0))
-        self.register_buffer('ptr', torch.tensor(0)) # where the next key goes
-        self.register_buffer('filled', torch.tensor(0)) # how many are keys of images
+        self.register_buffer("keys", F.normalize(torch.randn(dim, size), dim=0))
+        self.register_buffer("ptr", torch.tensor(0))  # where the next key goes
+        self.register_buffer("filled", torch.tensor(0))  # how many are keys of images
 
     @torch.no_grad()
-    def enqueue(self,
-        keys:Tensor, # (N, D) unit vectors; of more than `size` the last are kept
+    def enqueue(
+        self,
+        keys: Tensor,  # (N, D) unit vectors; of more than `size` the last are kept
     ):
         "Overwrite the oldest keys in place; only after `backward`, which still needs them"
         size, n = self.keys.shape[1], len(keys)
@@ -62,10 +65,11 @@ class KeyQueue(nn.Module):
 # %% ../nbs/13_contrast.ipynb #c9943039
 @torch.no_grad()
 def gather_keys(
-    keys:Tensor, # (N, D) of this process, N the same in all
-) -> Tensor: # (processes * N, D) in the order of ranks; `keys` itself where there is one process
+    keys: Tensor,  # (N, D) of this process, N the same in all
+) -> Tensor:  # (processes * N, D) in the order of ranks; `keys` itself where there is one process
     "The keys of all processes, each once"
-    if not (dist.is_available() and dist.is_initialized()): return keys
+    if not (dist.is_available() and dist.is_initialized()):
+        return keys
     gathered = [torch.empty_like(keys) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, keys.contiguous())
     return torch.cat(gathered)

@@ -29,523 +29,865 @@ from .params import CmidError, Detect, device, seed_everything
 from .pyramid import STRIDES, Pyramid
 from .segment import picture
 from .views import step_generator
-from fastai.callback.core import Callback # after cmid, which imports fastai without its warning
+from fastai.callback.core import Callback  # after cmid, which imports fastai without its warning
 
 # %% ../nbs/35_detect.ipynb #2b4ebfb9
-RATIOS = .5, 1., 2. # height / width
+RATIOS = 0.5, 1.0, 2.0  # height / width
+
 
 def anchors_of(
-    sizes:list, # (h, w) of each map
-    strides:list, # of each map, px
-    anchor:float, # side of the square one, in strides
+    sizes: list,  # (h, w) of each map
+    strides: list,  # of each map, px
+    anchor: float,  # side of the square one, in strides
     device=None,
-) -> list: # of a map: float (h * w * 3, 4), centre x, y, width, height in px
+) -> list:  # of a map: float (h * w * 3, 4), centre x, y, width, height in px
     "Upright boxes at all places of each map, row by row (section 3.1)."
-    root = torch.stack([torch.full((), o, device=device) for o in RATIOS]).sqrt(); shapes = torch.stack([1 / root, root], 1) * anchor
+    root = torch.stack([torch.full((), o, device=device) for o in RATIOS]).sqrt()
+    shapes = torch.stack([1 / root, root], 1) * anchor
+
     def level(size, stride):
-        y, x = torch.meshgrid(*(torch.arange(n, device=device) + .5 for n in size), indexing='ij')
+        y, x = torch.meshgrid(*(torch.arange(n, device=device) + 0.5 for n in size), indexing="ij")
         centres = torch.stack([x, y], 2).view(-1, 1, 2).expand(-1, len(RATIOS), 2)
         return torch.cat([centres, shapes.expand(len(centres), -1, -1)], 2).view(-1, 4) * stride
+
     return [level(*o) for o in zip(sizes, strides)]
 
 # %% ../nbs/35_detect.ipynb #caeb5480
-SPREAD = 1., 1., 1., 1., .5, .5 # what the six are divided by, so that the network's targets are of one size
-WIDEST = math.log(1000 / 16) # of the logarithms of sizes
-TIE = 1e-3 # px: of two vertices that are equally high, or nearly so, the right one is the topmost
+SPREAD = 1.0, 1.0, 1.0, 1.0, 0.5, 0.5  # what the six are divided by, so that the network's targets are of one size
+WIDEST = math.log(1000 / 16)  # of the logarithms of sizes
+TIE = 1e-3  # px: of two vertices that are equally high, or nearly so, the right one is the topmost
 
-def _filled(numbers, like): "Numbers as a tensor, filled in where `like` is: a copy from the host would wait for it"; return torch.stack([like.new_full((), o) for o in numbers])
+
+def _filled(numbers, like):
+    "Numbers as a tensor, filled in where `like` is: a copy from the host would wait for it"
+    return torch.stack([like.new_full((), o) for o in numbers])
+
 
 def wrapped(
-    angle:torch.Tensor, # radians, any
-) -> torch.Tensor: # in [-pi/2, pi/2)
+    angle: torch.Tensor,  # radians, any
+) -> torch.Tensor:  # in [-pi/2, pi/2)
     "The same direction of a line."
     a = torch.remainder(angle + math.pi / 2, math.pi) - math.pi / 2
     return torch.where(a < math.pi / 2, a, a - math.pi)
 
 # %% ../nbs/35_detect.ipynb #a5609422
 def encode_midpoints(
-    anchors:torch.Tensor, # (n, 4): centre x, y, width, height
-    boxes:torch.Tensor, # (n, 5)
-) -> torch.Tensor: # (n, 6)
+    anchors: torch.Tensor,  # (n, 4): centre x, y, width, height
+    boxes: torch.Tensor,  # (n, 5)
+) -> torch.Tensor:  # (n, 6)
     "What the first stage should say of each anchor for it to become its box (equation 2)."
-    b = bounds(boxes); size = b[:, 2:] - b[:, :2]; x, y = to_polygon(torch.cat([torch.zeros_like(boxes[:, :2]), boxes[:, 2:]], 1)).unbind(2)
-    k = torch.where(y <= y.amin(1, True) + TIE, x, -torch.inf).argmax(1, True)                                   # the topmost vertex; the next one, clockwise, is the right one
+    b = bounds(boxes)
+    size = b[:, 2:] - b[:, :2]
+    x, y = to_polygon(torch.cat([torch.zeros_like(boxes[:, :2]), boxes[:, 2:]], 1)).unbind(2)
+    k = torch.where(y <= y.amin(1, True) + TIE, x, -torch.inf).argmax(
+        1, True
+    )  # the topmost vertex; the next one, clockwise, is the right one
     moved, scaled = (boxes[:, :2] - anchors[:, :2]) / anchors[:, 2:], (size / anchors[:, 2:]).log()
-    return torch.cat([moved, scaled, torch.cat([x.gather(1, k), y.gather(1, (k + 1) % 4)], 1) / size], 1) / _filled(SPREAD, boxes)
+    return torch.cat([moved, scaled, torch.cat([x.gather(1, k), y.gather(1, (k + 1) % 4)], 1) / size], 1) / _filled(
+        SPREAD, boxes
+    )
+
 
 def decode_midpoints(
-    anchors:torch.Tensor, # (n, 4)
-    deltas:torch.Tensor, # (n, 6)
-) -> torch.Tensor: # (n, 5), le90, no side under 1 px
+    anchors: torch.Tensor,  # (n, 4)
+    deltas: torch.Tensor,  # (n, 6)
+) -> torch.Tensor:  # (n, 5), le90, no side under 1 px
     "The box that an anchor becomes: bounds, parallelogram, rectangle (equation 1 and figure 4)."
-    d = deltas * _filled(SPREAD, deltas); centre, size = anchors[:, :2] + d[:, :2] * anchors[:, 2:], anchors[:, 2:] * d[:, 2:4].clamp(-WIDEST, WIDEST).exp()
-    shift, half = d[:, 4:].clamp(-.5, .5) * size, size / 2
-    top, right = torch.stack([shift[:, 0], -half[:, 1]], 1), torch.stack([half[:, 0], shift[:, 1]], 1)          # from the centre: half the diagonals
-    a, b = top.norm(dim=1, keepdim=True), right.norm(dim=1, keepdim=True); long = torch.maximum(a, b); top, right = top * long / a, right * long / b
-    side = right - top; shape = torch.stack([side.norm(dim=1), (right + top).norm(dim=1)], 1).clamp_min(1)
+    d = deltas * _filled(SPREAD, deltas)
+    centre, size = anchors[:, :2] + d[:, :2] * anchors[:, 2:], anchors[:, 2:] * d[:, 2:4].clamp(-WIDEST, WIDEST).exp()
+    shift, half = d[:, 4:].clamp(-0.5, 0.5) * size, size / 2
+    top, right = (
+        torch.stack([shift[:, 0], -half[:, 1]], 1),
+        torch.stack([half[:, 0], shift[:, 1]], 1),
+    )  # from the centre: half the diagonals
+    a, b = top.norm(dim=1, keepdim=True), right.norm(dim=1, keepdim=True)
+    long = torch.maximum(a, b)
+    top, right = top * long / a, right * long / b
+    side = right - top
+    shape = torch.stack([side.norm(dim=1), (right + top).norm(dim=1)], 1).clamp_min(1)
     return convert(torch.cat([centre, shape, torch.atan2(side[:, 1], side[:, 0])[:, None]], 1))
 
 # %% ../nbs/35_detect.ipynb #2d744e9b
-NEAR = 1e-3 # of an IoU: anchors that come as close as the closest one
+NEAR = 1e-3  # of an IoU: anchors that come as close as the closest one
+
 
 def assign(
-    overlaps:torch.Tensor, # (n, m): IoU of candidates and objects
-    high:float, # least of an object
-    low:float, # below it is background
-    closest:bool, # does an object that is reached by none take the closest ones?
-) -> tuple: # int8 (n,): 1 object, 0 background, -1 neither; (n,) which object it is
+    overlaps: torch.Tensor,  # (n, m): IoU of candidates and objects
+    high: float,  # least of an object
+    low: float,  # below it is background
+    closest: bool,  # does an object that is reached by none take the closest ones?
+) -> tuple:  # int8 (n,): 1 object, 0 background, -1 neither; (n,) which object it is
     "The assigner of both stages (sections 3.1 and 3.2)."
-    if overlaps.shape[1] == 0: return overlaps.new_zeros(len(overlaps), dtype=torch.int8), overlaps.new_zeros(len(overlaps), dtype=torch.long)
-    most, which = overlaps.max(1); kind = (most >= high).to(torch.int8) - ((most >= low) & (most < high)).to(torch.int8)
-    if not closest: return kind, which
-    best = overlaps.amax(0); tied, owner = torch.where((overlaps >= best - NEAR) & (best > 0), overlaps, -1.).max(1)
+    if overlaps.shape[1] == 0:
+        return overlaps.new_zeros(len(overlaps), dtype=torch.int8), overlaps.new_zeros(len(overlaps), dtype=torch.long)
+    most, which = overlaps.max(1)
+    kind = (most >= high).to(torch.int8) - ((most >= low) & (most < high)).to(torch.int8)
+    if not closest:
+        return kind, which
+    best = overlaps.amax(0)
+    tied, owner = torch.where((overlaps >= best - NEAR) & (best > 0), overlaps, -1.0).max(1)
     return torch.where(tied > 0, 1, kind).to(torch.int8), torch.where(tied > 0, owner, which)
 
 # %% ../nbs/35_detect.ipynb #3b765dd3
 def sampled(
-    kind:torch.Tensor, # int8 (n,), of `assign`
-    count:int, # to be drawn
-    share:float, # of objects among them, at most
-) -> tuple: # (k,) which, k = count at most; bool (k,) is it an object; bool (k,) does it count
+    kind: torch.Tensor,  # int8 (n,), of `assign`
+    count: int,  # to be drawn
+    share: float,  # of objects among them, at most
+) -> tuple:  # (k,) which, k = count at most; bool (k,) is it an object; bool (k,) does it count
     "Random candidates of both kinds, from torch's own generator."
-    chance = torch.rand(kind.shape, device=kind.device); n = len(kind); pick = lambda which, k: torch.where(kind == which, chance, -1.).topk(min(k, n))
+    chance = torch.rand(kind.shape, device=kind.device)
+    n = len(kind)
+    pick = lambda which, k: torch.where(kind == which, chance, -1.0).topk(min(k, n))
     (a, i), (b, j) = pick(1, int(count * share)), pick(0, count)
-    objects = a >= 0; counted = torch.cat([objects, (b >= 0) & (torch.arange(len(b), device=b.device) < count - objects.sum())])
+    objects = a >= 0
+    counted = torch.cat([objects, (b >= 0) & (torch.arange(len(b), device=b.device) < count - objects.sum())])
     first = counted.to(torch.uint8).topk(min(count, n)).indices
     return torch.cat([i, j])[first], torch.cat([objects, torch.zeros_like(b, dtype=torch.bool)])[first], counted[first]
 
 # %% ../nbs/35_detect.ipynb #2a32f730
-OVERLAP = .8 # of bounds: the weaker of two proposals of a map goes
+OVERLAP = 0.8  # of bounds: the weaker of two proposals of a map goes
 
-def _flat(x, k): "(B, anchors * k, h, w) to (B, h * w * anchors, k)"; return x.permute(0, 2, 3, 1).reshape(len(x), -1, k).float()
+
+def _flat(x, k):
+    "(B, anchors * k, h, w) to (B, h * w * anchors, k)"
+    return x.permute(0, 2, 3, 1).reshape(len(x), -1, k).float()
+
 
 class Proposals(nn.Module):
     "Oriented region proposal network (section 3.1)."
-    def __init__(self,
-        channels:int, # of the maps
-    ):
-        super().__init__(); self.conv, self.score, self.offset = nn.Conv2d(channels, channels, 3, padding=1), nn.Conv2d(channels, len(RATIOS), 1), nn.Conv2d(channels, 6 * len(RATIOS), 1)
-        for o in (self.conv, self.score, self.offset): nn.init.normal_(o.weight, std=.01); nn.init.zeros_(o.bias)
 
-    def forward(self,
-        maps:list, # (B, channels, h, w) each
-    ) -> tuple: # lists of (B, h * w * 3) logits and (B, h * w * 3, 6) offsets
+    def __init__(
+        self,
+        channels: int,  # of the maps
+    ):
+        super().__init__()
+        self.conv, self.score, self.offset = (
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.Conv2d(channels, len(RATIOS), 1),
+            nn.Conv2d(channels, 6 * len(RATIOS), 1),
+        )
+        for o in (self.conv, self.score, self.offset):
+            nn.init.normal_(o.weight, std=0.01)
+            nn.init.zeros_(o.bias)
+
+    def forward(
+        self,
+        maps: list,  # (B, channels, h, w) each
+    ) -> tuple:  # lists of (B, h * w * 3) logits and (B, h * w * 3, 6) offsets
         "What every anchor is, and what it should become."
         x = [self.conv(o).relu() for o in maps]
         return [_flat(self.score(o), 1).squeeze(2) for o in x], [_flat(self.offset(o), 6) for o in x]
 
+
 @torch.no_grad()
 def propose(
-    anchors:list, # of a map: (n, 4)
-    scores:list, # of a map: (B, n)
-    deltas:list, # of a map: (B, n, 6)
-    count:int, # of a map before suppression, of an image after it, at most
-) -> list: # of an image: (k, 5), best first
+    anchors: list,  # of a map: (n, 4)
+    scores: list,  # of a map: (B, n)
+    deltas: list,  # of a map: (B, n, 6)
+    count: int,  # of a map before suppression, of an image after it, at most
+) -> list:  # of an image: (k, 5), best first
     "The best boxes of the first stage."
-    B = len(scores[0]); kept = []
+    B = len(scores[0])
+    kept = []
     for a, s, d in zip(anchors, scores, deltas):
-        s, i = s.topk(min(count, s.shape[1]), 1); d = d.gather(1, i[..., None].expand(-1, -1, 6))
+        s, i = s.topk(min(count, s.shape[1]), 1)
+        d = d.gather(1, i[..., None].expand(-1, -1, 6))
         kept.append((decode_midpoints(a[i].flatten(0, 1), d.flatten(0, 1)).unflatten(0, (B, -1)), s))
-    boxes, s = (torch.cat(o, 1) for o in zip(*kept)); n = s.shape[1]
-    group = torch.cat([torch.full((o.shape[1],), k, device=s.device) for k, (_, o) in enumerate(kept)]) + len(kept) * torch.arange(B, device=s.device)[:, None]
+    boxes, s = (torch.cat(o, 1) for o in zip(*kept))
+    n = s.shape[1]
+    group = (
+        torch.cat([torch.full((o.shape[1],), k, device=s.device) for k, (_, o) in enumerate(kept)])
+        + len(kept) * torch.arange(B, device=s.device)[:, None]
+    )
     keep = batched_nms(bounds(boxes.flatten(0, 1)), s.flatten(), group.flatten(), OVERLAP)
     return [boxes[b, keep[keep // n == b][:count] - b * n] for b in range(B)]
 
 # %% ../nbs/35_detect.ipynb #d8867712
 def overlaps(
-    anchors:torch.Tensor, # (h * w * 3, 4), of one map, of `anchors_of`
-    size:tuple, # (h, w)
-    objects:torch.Tensor, # (m, 4): left, top, right, bottom
-) -> torch.Tensor: # (h * w * 3, m)
+    anchors: torch.Tensor,  # (h * w * 3, 4), of one map, of `anchors_of`
+    size: tuple,  # (h, w)
+    objects: torch.Tensor,  # (m, 4): left, top, right, bottom
+) -> torch.Tensor:  # (h * w * 3, m)
     "Intersection over union of a map's anchors with upright rectangles."
-    grid, shared = anchors.view(*size, len(RATIOS), 4), lambda a, k: (torch.minimum(a[..., k, None] + a[..., k + 2, None] / 2, objects[:, k + 2]) - torch.maximum(a[..., k, None] - a[..., k + 2, None] / 2, objects[:, k])).clamp_min(0)
-    both = shared(grid[:, 0], 1)[:, None] * shared(grid[0], 0); areas = grid[0, 0, :, 2:].prod(1)[:, None] + (objects[:, 2:] - objects[:, :2]).prod(1)
+    grid, shared = (
+        anchors.view(*size, len(RATIOS), 4),
+        lambda a, k: (
+            torch.minimum(a[..., k, None] + a[..., k + 2, None] / 2, objects[:, k + 2])
+            - torch.maximum(a[..., k, None] - a[..., k + 2, None] / 2, objects[:, k])
+        ).clamp_min(0),
+    )
+    both = shared(grid[:, 0], 1)[:, None] * shared(grid[0], 0)
+    areas = grid[0, 0, :, 2:].prod(1)[:, None] + (objects[:, 2:] - objects[:, :2]).prod(1)
     return both.div_(areas - both).flatten(0, 2)
 
 # %% ../nbs/35_detect.ipynb #30e54bb3
-def _padded(x): "One row more, so that there is one to be asked for"; return F.pad(x, (0, 0, 0, 1), value=1.) if x.ndim == 2 else F.pad(x, (0, 1))
+def _padded(x):
+    "One row more, so that there is one to be asked for"
+    return F.pad(x, (0, 0, 0, 1), value=1.0) if x.ndim == 2 else F.pad(x, (0, 1))
+
 
 def proposal_losses(
-    anchors:list, # of a map: (n, 4)
-    sizes:list, # (h, w) of each map
-    scores:torch.Tensor, # (B, all n)
-    deltas:torch.Tensor, # (B, all n, 6)
-    boxes:list, # of an image: (m, 5), the objects
-    count:int, # anchors of an image that are drawn
-) -> dict: # objectness, offsets
+    anchors: list,  # of a map: (n, 4)
+    sizes: list,  # (h, w) of each map
+    scores: torch.Tensor,  # (B, all n)
+    deltas: torch.Tensor,  # (B, all n, 6)
+    boxes: list,  # of an image: (m, 5), the objects
+    count: int,  # anchors of an image that are drawn
+) -> dict:  # objectness, offsets
     "Losses of the first stage: of the drawn anchors half are objects where there are as many (equation 3)."
     every, out = torch.cat(anchors), []
     for s, d, b in zip(scores, deltas, boxes):
-        kind, which = assign(torch.cat([overlaps(a, size, bounds(b)) for a, size in zip(anchors, sizes)]), .7, .3, True); i, positive, counted = sampled(kind, count, .5)
-        target = encode_midpoints(every[i], _padded(b)[which[i]]); off = F.smooth_l1_loss(d[i], target, beta=1 / 9, reduction='none').sum(1)
-        out.append(torch.stack([F.binary_cross_entropy_with_logits(s[i], positive.float(), counted.float(), reduction='sum'), torch.where(positive, off, 0.).sum(), counted.sum()]))
-    named, off, n = torch.stack(out).sum(0); return dict(objectness=named / n.clamp_min(1), offsets=off / n.clamp_min(1))
+        kind, which = assign(
+            torch.cat([overlaps(a, size, bounds(b)) for a, size in zip(anchors, sizes)]), 0.7, 0.3, True
+        )
+        i, positive, counted = sampled(kind, count, 0.5)
+        target = encode_midpoints(every[i], _padded(b)[which[i]])
+        off = F.smooth_l1_loss(d[i], target, beta=1 / 9, reduction="none").sum(1)
+        out.append(
+            torch.stack(
+                [
+                    F.binary_cross_entropy_with_logits(s[i], positive.float(), counted.float(), reduction="sum"),
+                    torch.where(positive, off, 0.0).sum(),
+                    counted.sum(),
+                ]
+            )
+        )
+    named, off, n = torch.stack(out).sum(0)
+    return dict(objectness=named / n.clamp_min(1), offsets=off / n.clamp_min(1))
 
 # %% ../nbs/35_detect.ipynb #eb52f43c
-PRECISION = .1, .1, .2, .2, .1 # what the five are divided by
+PRECISION = 0.1, 0.1, 0.2, 0.2, 0.1  # what the five are divided by
+
 
 def encode_boxes(
-    rois:torch.Tensor, # (n, 5)
-    boxes:torch.Tensor, # (n, 5)
-) -> torch.Tensor: # (n, 5)
+    rois: torch.Tensor,  # (n, 5)
+    boxes: torch.Tensor,  # (n, 5)
+) -> torch.Tensor:  # (n, 5)
     "What the second stage should say of each proposal for it to become its box (section 3.2)."
     (x, y), (w, h), c, s = (boxes[:, :2] - rois[:, :2]).T, boxes[:, 2:4].T, rois[:, 4].cos(), rois[:, 4].sin()
-    plain, turned = wrapped(boxes[:, 4] - rois[:, 4]), wrapped(boxes[:, 4] - rois[:, 4] + math.pi / 2); same = plain.abs() <= turned.abs()
+    plain, turned = wrapped(boxes[:, 4] - rois[:, 4]), wrapped(boxes[:, 4] - rois[:, 4] + math.pi / 2)
+    same = plain.abs() <= turned.abs()
     w, h = torch.where(same, w, h), torch.where(same, h, w)
-    d = torch.stack([(c * x + s * y) / rois[:, 2], (c * y - s * x) / rois[:, 3], (w / rois[:, 2]).log(), (h / rois[:, 3]).log(), torch.where(same, plain, turned)], 1)
+    d = torch.stack(
+        [
+            (c * x + s * y) / rois[:, 2],
+            (c * y - s * x) / rois[:, 3],
+            (w / rois[:, 2]).log(),
+            (h / rois[:, 3]).log(),
+            torch.where(same, plain, turned),
+        ],
+        1,
+    )
     return d / _filled(PRECISION, boxes)
 
+
 def decode_boxes(
-    rois:torch.Tensor, # (n, 5)
-    deltas:torch.Tensor, # (n, 5)
-) -> torch.Tensor: # (n, 5), le90, no side under 1 px
+    rois: torch.Tensor,  # (n, 5)
+    deltas: torch.Tensor,  # (n, 5)
+) -> torch.Tensor:  # (n, 5), le90, no side under 1 px
     "The boxes that proposals become."
-    d = deltas * _filled(PRECISION, deltas); c, s = rois[:, 4].cos(), rois[:, 4].sin(); x, y = (d[:, :2] * rois[:, 2:4]).T
+    d = deltas * _filled(PRECISION, deltas)
+    c, s = rois[:, 4].cos(), rois[:, 4].sin()
+    x, y = (d[:, :2] * rois[:, 2:4]).T
     w, h = (rois[:, 2:4] * d[:, 2:4].clamp(-WIDEST, WIDEST).exp()).clamp_min(1).T
     return convert(torch.stack([rois[:, 0] + c * x - s * y, rois[:, 1] + s * x + c * y, w, h, rois[:, 4] + d[:, 4]], 1))
 
 # %% ../nbs/35_detect.ipynb #d096b448
-FINEST = 56 # px: boxes up to twice this side look at the finest map
+FINEST = 56  # px: boxes up to twice this side look at the finest map
+
 
 def pooled(
-    maps:list, # (B, C, h, w) at strides 4, 8, 16 and 32
-    boxes:list, # of an image: (n, 5)
-) -> torch.Tensor: # (all n, C, 7, 7)
+    maps: list,  # (B, C, h, w) at strides 4, 8, 16 and 32
+    boxes: list,  # of an image: (n, 5)
+) -> torch.Tensor:  # (all n, C, 7, 7)
     "Rotated RoIAlign of each box on the map that suits its size (section 3.2)."
     rois = torch.cat([torch.cat([torch.full_like(b[:, :1], i), b], 1) for i, b in enumerate(boxes)])
     level = (rois[:, 3:5].prod(1).sqrt() / FINEST + 1e-6).log2().floor().clamp(0, len(STRIDES) - 1).nan_to_num()
     at = [(level == k).nonzero().squeeze(1) for k in range(len(STRIDES))]
-    return torch.cat([rotated_roi_align(m, rois[i], 7, 1 / s, 2) for m, i, s in zip(maps, at, STRIDES)])[torch.cat(at).argsort()]
+    return torch.cat([rotated_roi_align(m, rois[i], 7, 1 / s, 2) for m, i, s in zip(maps, at, STRIDES)])[
+        torch.cat(at).argsort()
+    ]
+
 
 class BoxHead(nn.Module):
     "What is in a box, and how it is corrected (section 3.2); one correction for all classes."
-    def __init__(self,
-        channels:int, # of the maps
-        hidden:int, # of the two shared layers
-        classes:int, # how many there are; background is the last
-    ):
-        super().__init__(); self.shared = nn.Sequential(nn.Flatten(), nn.Linear(49 * channels, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU())
-        self.classes, self.box = nn.Linear(hidden, classes + 1), nn.Linear(hidden, 5)
-        for o in (self.shared[1], self.shared[3]): nn.init.xavier_uniform_(o.weight); nn.init.zeros_(o.bias)
-        for o, std in ((self.classes, .01), (self.box, .001)): nn.init.normal_(o.weight, std=std); nn.init.zeros_(o.bias)
 
-    def forward(self, maps, boxes): "Logits (n, classes + 1) and corrections (n, 5)."; x = self.shared(pooled(maps, boxes)); return self.classes(x).float(), self.box(x).float()
+    def __init__(
+        self,
+        channels: int,  # of the maps
+        hidden: int,  # of the two shared layers
+        classes: int,  # how many there are; background is the last
+    ):
+        super().__init__()
+        self.shared = nn.Sequential(
+            nn.Flatten(), nn.Linear(49 * channels, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()
+        )
+        self.classes, self.box = nn.Linear(hidden, classes + 1), nn.Linear(hidden, 5)
+        for o in (self.shared[1], self.shared[3]):
+            nn.init.xavier_uniform_(o.weight)
+            nn.init.zeros_(o.bias)
+        for o, std in ((self.classes, 0.01), (self.box, 0.001)):
+            nn.init.normal_(o.weight, std=std)
+            nn.init.zeros_(o.bias)
+
+    def forward(self, maps, boxes):
+        "Logits (n, classes + 1) and corrections (n, 5)."
+        x = self.shared(pooled(maps, boxes))
+        return self.classes(x).float(), self.box(x).float()
 
 # %% ../nbs/35_detect.ipynb #db666343
 def drawn(
-    proposals:list, # of an image: (k, 5)
-    boxes:list, # of an image: (m, 5), the objects
-    count:int, # boxes of an image, at most
-) -> tuple: # of an image each: boxes (k, 5), which object, is it one, does it count
+    proposals: list,  # of an image: (k, 5)
+    boxes: list,  # of an image: (m, 5), the objects
+    count: int,  # boxes of an image, at most
+) -> tuple:  # of an image each: boxes (k, 5), which object, is it one, does it count
     "Proposals, and the objects themselves, that the second stage learns from: a quarter of them objects at most."
     out = []
     for p, b in zip(proposals, boxes):
-        p = torch.cat([b, p]); kind, which = assign(rotated_iou(p, b), .5, .5, False); i, positive, counted = sampled(kind, count, .25)
+        p = torch.cat([b, p])
+        kind, which = assign(rotated_iou(p, b), 0.5, 0.5, False)
+        i, positive, counted = sampled(kind, count, 0.25)
         out.append((p[i], which[i], positive, counted))
     return tuple(zip(*out))
 
+
 def head_losses(
-    logits:torch.Tensor, # (n, classes + 1)
-    deltas:torch.Tensor, # (n, 5)
-    rois:list, which:list, positive:list, counted:list, # of `drawn`
-    boxes:list, labels:list, # of an image: (m, 5) and (m,), the objects
-) -> dict: # classes, boxes
+    logits: torch.Tensor,  # (n, classes + 1)
+    deltas: torch.Tensor,  # (n, 5)
+    rois: list,
+    which: list,
+    positive: list,
+    counted: list,  # of `drawn`
+    boxes: list,
+    labels: list,  # of an image: (m, 5) and (m,), the objects
+) -> dict:  # classes, boxes
     "Cross-entropy of the drawn boxes, and smooth L1 of the corrections of objects, both divided by how many were drawn."
-    b, y = (torch.cat([_padded(o)[w] for o, w in zip(part, which)]) for part in (boxes, labels)); rois, positive, counted = torch.cat(rois), torch.cat(positive), torch.cat(counted)
-    named = F.cross_entropy(logits, torch.where(positive, y, logits.shape[1] - 1), reduction='none'); n = counted.sum().clamp_min(1)
-    off = F.smooth_l1_loss(deltas, encode_boxes(rois, b), reduction='none').sum(1)
-    return dict(classes=torch.where(counted, named, 0.).sum() / n, boxes=torch.where(positive, off, 0.).sum() / n)
+    b, y = (torch.cat([_padded(o)[w] for o, w in zip(part, which)]) for part in (boxes, labels))
+    rois, positive, counted = torch.cat(rois), torch.cat(positive), torch.cat(counted)
+    named = F.cross_entropy(logits, torch.where(positive, y, logits.shape[1] - 1), reduction="none")
+    n = counted.sum().clamp_min(1)
+    off = F.smooth_l1_loss(deltas, encode_boxes(rois, b), reduction="none").sum(1)
+    return dict(classes=torch.where(counted, named, 0.0).sum() / n, boxes=torch.where(positive, off, 0.0).sum() / n)
 
 # %% ../nbs/35_detect.ipynb #ad1d8254
 def frozen(
-    encoder, # from `load_backbone`
-    method:str, # of its card
-    stages:int, # settings.frozen_stages
-) -> int|None: # stages that keep their weights; None: also its batch norms learn, at first
+    encoder,  # from `load_backbone`
+    method: str,  # of its card
+    stages: int,  # settings.frozen_stages
+) -> int | None:  # stages that keep their weights; None: also its batch norms learn, at first
     "What of a backbone stays as it is: only a pretrained ResNet has something that is worth it."
-    return stages if isinstance(encoder, ResNetEncoder) and method != 'random' else None
+    return stages if isinstance(encoder, ResNetEncoder) and method != "random" else None
 
-CANDIDATES = 2000 # named boxes of an image that the last suppression looks at
+
+CANDIDATES = 2000  # named boxes of an image that the last suppression looks at
+
 
 class OrientedRCNN(nn.Module):
     "Oriented R-CNN (arXiv 2108.05699) on any encoder."
-    def __init__(self,
-        encoder:nn.Module, # from `load_backbone`
-        classes:int, # how many there are
-        settings:Detect, # params.yaml: detect
-        still:int|None=None, # of `frozen`
+
+    def __init__(
+        self,
+        encoder: nn.Module,  # from `load_backbone`
+        classes: int,  # how many there are
+        settings: Detect,  # params.yaml: detect
+        still: int | None = None,  # of `frozen`
     ):
-        super().__init__(); self.pyramid, self.settings, self.still, self.keeps = Pyramid(encoder), settings, still, still is not None; c = settings.channels
+        super().__init__()
+        self.pyramid, self.settings, self.still, self.keeps = Pyramid(encoder), settings, still, still is not None
+        c = settings.channels
         self.fpn = FeaturePyramidNetwork(self.pyramid.channels, c, extra_blocks=LastLevelMaxPool())
         self.proposals, self.head = Proposals(c), BoxHead(c, settings.head_hidden, classes)
-        m = encoder.model; [o.requires_grad_(False) for part in ([m.conv1, m.bn1, m.layer1, m.layer2, m.layer3, m.layer4][:still + 2] if still else []) for o in part.parameters()]
+        m = encoder.model
+        [
+            o.requires_grad_(False)
+            for part in ([m.conv1, m.bn1, m.layer1, m.layer2, m.layer3, m.layer4][: still + 2] if still else [])
+            for o in part.parameters()
+        ]
 
     def train(self, mode=True):
         "As of any module, but for batch norms that keep their statistics, which `keeps` says."
         super().train(mode)
-        if self.keeps: [o.eval() for o in self.pyramid.encoder.modules() if isinstance(o, nn.modules.batchnorm._BatchNorm)]
+        if self.keeps:
+            [o.eval() for o in self.pyramid.encoder.modules() if isinstance(o, nn.modules.batchnorm._BatchNorm)]
         return self
 
-    def forward(self,
-        images, # float (B, C, H, W), normalised, sides multiples of 32
-        targets=None, # (boxes, labels): of an image (m, 5) and (m,); None to detect
-    ): # losses by name, or of an image dict(boxes (k, 5), scores (k,), classes (k,)), best first
+    def forward(
+        self,
+        images,  # float (B, C, H, W), normalised, sides multiples of 32
+        targets=None,  # (boxes, labels): of an image (m, 5) and (m,); None to detect
+    ):  # losses by name, or of an image dict(boxes (k, 5), scores (k,), classes (k,)), best first
         "Losses with targets, detections without."
-        maps = list(self.fpn(dict(enumerate(self.pyramid(images)))).values()); sizes = [o.shape[-2:] for o in maps]
-        anchors = anchors_of(sizes, [*STRIDES, 2 * STRIDES[-1]], self.settings.anchor, images.device); scores, deltas = self.proposals(maps)
+        maps = list(self.fpn(dict(enumerate(self.pyramid(images)))).values())
+        sizes = [o.shape[-2:] for o in maps]
+        anchors = anchors_of(sizes, [*STRIDES, 2 * STRIDES[-1]], self.settings.anchor, images.device)
+        scores, deltas = self.proposals(maps)
         found = propose(anchors, scores, deltas, self.settings.proposals)
-        if targets is None: return self.detected(maps[:4], found)
-        boxes, labels = targets; first, second = self.settings.samples; rois, *drawn_as = drawn(found, boxes, second)
+        if targets is None:
+            return self.detected(maps[:4], found)
+        boxes, labels = targets
+        first, second = self.settings.samples
+        rois, *drawn_as = drawn(found, boxes, second)
         losses = proposal_losses(anchors, sizes, torch.cat(scores, 1), torch.cat(deltas, 1), boxes, first)
         return losses | head_losses(*self.head(maps[:4], rois), rois, *drawn_as, boxes, labels)
 
     def detected(self, maps, proposals):
         "Named and corrected proposals, those that count"
-        logits, deltas = self.head(maps, proposals); boxes = decode_boxes(torch.cat(proposals), deltas); n = [len(o) for o in proposals]
+        logits, deltas = self.head(maps, proposals)
+        boxes = decode_boxes(torch.cat(proposals), deltas)
+        n = [len(o) for o in proposals]
         return [self.best(*o) for o in zip(boxes.split(n), logits.softmax(1)[:, :-1].split(n))]
 
     def best(self, boxes, scores):
         "Boxes of a class that score enough, and overlap no better one"
-        s = self.settings; at, label = (scores > s.score).nonzero().T; p, top = scores[at, label].topk(min(CANDIDATES, len(at))); at, label = at[top], label[top]
-        keep = rotated_nms(boxes[at], p, s.nms, label)[:s.detections]
+        s = self.settings
+        at, label = (scores > s.score).nonzero().T
+        p, top = scores[at, label].topk(min(CANDIDATES, len(at)))
+        at, label = at[top], label[top]
+        keep = rotated_nms(boxes[at], p, s.nms, label)[: s.detections]
         return dict(boxes=boxes[at][keep], scores=p[keep], classes=label[keep])
 
 # %% ../nbs/35_detect.ipynb #4f5d8a1f
 def mirrored(
-    image:torch.Tensor, # (C, h, w)
-    boxes:torch.Tensor, # (n, 5)
-    across:bool, # left to right
-    down:bool, # top to bottom
-    turn:bool, # rows become columns, before
-) -> tuple: # image (C, h, w) or (C, w, h); boxes
+    image: torch.Tensor,  # (C, h, w)
+    boxes: torch.Tensor,  # (n, 5)
+    across: bool,  # left to right
+    down: bool,  # top to bottom
+    turn: bool,  # rows become columns, before
+) -> tuple:  # image (C, h, w) or (C, w, h); boxes
     "A tile and its boxes, mirrored."
     x, y, w, h, a = boxes.unbind(1)
-    if turn: image, x, y, a = image.mT, y, x, math.pi / 2 - a
-    if across: image, x, a = image.flip(2), image.shape[2] - x, -a
-    if down: image, y, a = image.flip(1), image.shape[1] - y, -a
+    if turn:
+        image, x, y, a = image.mT, y, x, math.pi / 2 - a
+    if across:
+        image, x, a = image.flip(2), image.shape[2] - x, -a
+    if down:
+        image, y, a = image.flip(1), image.shape[1] - y, -a
     return image, torch.stack([x, y, w, h, wrapped(a)], 1)
 
+
 def stacked(
-    images:list, # uint8 (C, h, w) of any sizes
-    fill, # (C,) uint8: what is beside them
-) -> torch.Tensor: # uint8 (B, C, H, W), multiples of 32
+    images: list,  # uint8 (C, h, w) of any sizes
+    fill,  # (C,) uint8: what is beside them
+) -> torch.Tensor:  # uint8 (B, C, H, W), multiples of 32
     "Images as a batch: each in the upper left corner, the rest in one colour."
-    h, w = (-(-max(o.shape[k] for o in images) // 32) * 32 for k in (1, 2)); out = torch.as_tensor(fill).view(1, -1, 1, 1).repeat(len(images), 1, h, w)
-    for o, x in zip(out, images): o[:, :x.shape[1], :x.shape[2]] = x
+    h, w = (-(-max(o.shape[k] for o in images) // 32) * 32 for k in (1, 2))
+    out = torch.as_tensor(fill).view(1, -1, 1, 1).repeat(len(images), 1, h, w)
+    for o, x in zip(out, images):
+        o[:, : x.shape[1], : x.shape[2]] = x
     return out
 
 # %% ../nbs/35_detect.ipynb #5fd63724
 def windows_by_scale(
-    size:tuple, # (height, width) of an image, px
-    settings:Detect, # params.yaml: detect
-) -> list: # of a scale each: (scale, int (n, 4): top, left, bottom, right in px of the image)
+    size: tuple,  # (height, width) of an image, px
+    settings: Detect,  # params.yaml: detect
+) -> list:  # of a scale each: (scale, int (n, 4): top, left, bottom, right in px of the image)
     "The tiles of an image at every scale, of `tile / scale` px each."
     sides = [(s, int(settings.tile / s)) for s in settings.scales]
     return [(s, windows(*size, side, min(int(settings.gap / s), side - 1))) for s, side in sides]
 
-def _scaled_length(n, scale): "A side of a tile, px, as the network sees it; the last pixel may show less than others"; return math.ceil(round(n * scale, 6))
+
+def _scaled_length(n, scale):
+    "A side of a tile, px, as the network sees it; the last pixel may show less than others"
+    return math.ceil(round(n * scale, 6))
+
 
 def scaled_tile(
-    image, # uint8 (C, H, W) array
-    window, # of `windows_by_scale`
-    scale:float,
-) -> torch.Tensor: # uint8 (C, h, w): a point at x, y of the window lies at scale * x, scale * y, edges of pixels being whole numbers
+    image,  # uint8 (C, H, W) array
+    window,  # of `windows_by_scale`
+    scale: float,
+) -> (
+    torch.Tensor
+):  # uint8 (C, h, w): a point at x, y of the window lies at scale * x, scale * y, edges of pixels being whole numbers
     "What the network sees of a tile, averaged where it is made smaller."
-    top, left, bottom, right = window; x = image[:, top:bottom, left:right]
-    if scale == 1: return torch.from_numpy(np.array(x))
-    h, w = (_scaled_length(n, scale) for n in x.shape[1:]); more = [(0, math.ceil(k / scale) + 1 - n) for k, n in zip((h, w), x.shape[1:])]   # torch leaves out a last pixel that is not whole
-    return F.interpolate(torch.from_numpy(np.pad(x, ((0, 0), *more), 'edge'))[None], scale_factor=scale, mode='bilinear', antialias=True)[0, :, :h, :w]
+    top, left, bottom, right = window
+    x = image[:, top:bottom, left:right]
+    if scale == 1:
+        return torch.from_numpy(np.array(x))
+    h, w = (_scaled_length(n, scale) for n in x.shape[1:])
+    more = [
+        (0, math.ceil(k / scale) + 1 - n) for k, n in zip((h, w), x.shape[1:])
+    ]  # torch leaves out a last pixel that is not whole
+    return F.interpolate(
+        torch.from_numpy(np.pad(x, ((0, 0), *more), "edge"))[None], scale_factor=scale, mode="bilinear", antialias=True
+    )[0, :, :h, :w]
+
 
 class Tiles(Dataset):
     "Tiles with objects of some images; a batch is asked for by (step, numbers of tiles)."
-    def __init__(self,
-        labelled, # `Labelled`
-        index, # numbers of images
-        settings:Detect, # params.yaml: detect
-        mean, # per band, of images in [0, 1]: the colour beside small images
-        seed:int=0, # of mirroring
+
+    def __init__(
+        self,
+        labelled,  # `Labelled`
+        index,  # numbers of images
+        settings: Detect,  # params.yaml: detect
+        mean,  # per band, of images in [0, 1]: the colour beside small images
+        seed: int = 0,  # of mirroring
     ):
         self.labelled, self.settings, self.fill, self.seed = labelled, settings, _colour(mean), seed
         at = [(i, *o) for i in index for o in windows_by_scale(labelled.sizes[i], settings)]
-        self.tiles = [(i, w, *o, scale) for i, scale, tiles in at for w, o in zip(tiles, (_learnt(o, scale) for o in cut(_eased(labelled.objects(i)), tiles))) if len(o[0])]
+        self.tiles = [
+            (i, w, *o, scale)
+            for i, scale, tiles in at
+            for w, o in zip(tiles, (_learnt(o, scale) for o in cut(_eased(labelled.objects(i)), tiles)))
+            if len(o[0])
+        ]
 
-    def __len__(self): return len(self.tiles)
-    def __getitem__(self, at): # uint8 (B, C, H, W), ([boxes (m, 5)], [labels (m,)])
-        (step, rows), s, chance = at, self.settings, torch.rand(3, len(at[1]), generator=step_generator(self.seed, at[0]))
+    def __len__(self):
+        return len(self.tiles)
+
+    def __getitem__(self, at):  # uint8 (B, C, H, W), ([boxes (m, 5)], [labels (m,)])
+        (step, rows), s, chance = (
+            at,
+            self.settings,
+            torch.rand(3, len(at[1]), generator=step_generator(self.seed, at[0])),
+        )
         coins = (chance < torch.tensor([[s.flip], [s.flip], [s.turn]])).T.tolist()
         images, boxes = zip(*[mirrored(self._pixels(r), self.tiles[r][2], *o) for r, o in zip(rows, coins)])
         return stacked(images, self.fill), (list(boxes), [self.tiles[r][3] for r in rows])
 
-    def _pixels(self, r): i, window, *_, scale = self.tiles[r]; return scaled_tile(self.labelled.image(i), window, scale)
+    def _pixels(self, r):
+        i, window, *_, scale = self.tiles[r]
+        return scaled_tile(self.labelled.image(i), window, scale)
 
-def _eased(objects): "What is difficult is learnt like anything else, as published"; return objects | dict(difficult=np.zeros(len(objects['classes']), bool))
+
+def _eased(objects):
+    "What is difficult is learnt like anything else, as published"
+    return objects | dict(difficult=np.zeros(len(objects["classes"]), bool))
+
 
 def _learnt(objects, scale):
     "Boxes, as the network sees them, and classes of a tile's objects, but for those of which most is outside; sides of 1 px at least"
-    there = torch.from_numpy(~objects['difficult']); boxes = _scaled(from_polygon(torch.from_numpy(objects['polygons'])[there]), scale)
-    return torch.cat([boxes[:, :2], boxes[:, 2:4].clamp_min(1), boxes[:, 4:]], 1), torch.from_numpy(objects['classes'])[there]
+    there = torch.from_numpy(~objects["difficult"])
+    boxes = _scaled(from_polygon(torch.from_numpy(objects["polygons"])[there]), scale)
+    return torch.cat([boxes[:, :2], boxes[:, 2:4].clamp_min(1), boxes[:, 4:]], 1), torch.from_numpy(objects["classes"])[
+        there
+    ]
 
-def _scaled(boxes, by): "(n, 5)"; return torch.cat([boxes[:, :4] * by, boxes[:, 4:]], 1)
 
-def _colour(mean): return torch.as_tensor(mean).mul(255).round().clamp(0, 255).to(torch.uint8)
+def _scaled(boxes, by):
+    "(n, 5)"
+    return torch.cat([boxes[:, :4] * by, boxes[:, 4:]], 1)
+
+
+def _colour(mean):
+    return torch.as_tensor(mean).mul(255).round().clamp(0, 255).to(torch.uint8)
 
 # %% ../nbs/35_detect.ipynb #345efce1
 @torch.no_grad()
 def detect_image(
-    model:OrientedRCNN, # in eval mode, on the device where to compute
-    image, # uint8 (C, H, W) array, of any size
-    settings:Detect, # params.yaml: detect
-    mean, std, # per band, of images in [0, 1]: the card's
-) -> dict: # boxes (n, 5), scores (n,), classes (n,), best first, on the CPU
+    model: OrientedRCNN,  # in eval mode, on the device where to compute
+    image,  # uint8 (C, H, W) array, of any size
+    settings: Detect,  # params.yaml: detect
+    mean,
+    std,  # per band, of images in [0, 1]: the card's
+) -> dict:  # boxes (n, 5), scores (n,), classes (n,), best first, on the CPU
     "What is found in an image, scale by scale and tile by tile."
     on, found, at = next(model.parameters()).device, [], windows_by_scale(image.shape[1:], settings)
     for scale, tiles in at:
         for k in range(0, len(tiles), settings.batch):
-            part = [scaled_tile(image, o, scale) for o in tiles[k:k + settings.batch]]; x = stacked(part, _colour(mean))
-            found += [_within(o, window, scale) for o, window in zip(model(normalised(x.to(on), mean, std)), tiles[k:k + settings.batch])]
+            part = [scaled_tile(image, o, scale) for o in tiles[k : k + settings.batch]]
+            x = stacked(part, _colour(mean))
+            found += [
+                _within(o, window, scale)
+                for o, window in zip(model(normalised(x.to(on), mean, std)), tiles[k : k + settings.batch])
+            ]
     return {k: v.cpu() for k, v in merged(found, np.concatenate([o for _, o in at]), settings.nms).items()}
+
 
 def _within(found, window, scale):
     "Detections whose centre lies in the tile, not beside it; in pixels of the image"
-    (top, left, bottom, right), found = window, found | dict(boxes=_scaled(found['boxes'], 1 / scale)); x, y = found['boxes'][:, :2].T
-    inside = (x >= 0) & (x < right - left) & (y >= 0) & (y < bottom - top); return {k: v[inside] for k, v in found.items()}
+    (top, left, bottom, right), found = window, found | dict(boxes=_scaled(found["boxes"], 1 / scale))
+    x, y = found["boxes"][:, :2].T
+    inside = (x >= 0) & (x < right - left) & (y >= 0) & (y < bottom - top)
+    return {k: v[inside] for k, v in found.items()}
 
 # %% ../nbs/35_detect.ipynb #e44519b6
-PUBLISHED = dict(sgd=dict(lr=.005, weight_decay=1e-4), adamw=dict(lr=1e-4, weight_decay=.05), drop_path=.2) # section IV-D
-SECOND = 'voc07', 'area' # ways to average a precision
+PUBLISHED = dict(
+    sgd=dict(lr=0.005, weight_decay=1e-4), adamw=dict(lr=1e-4, weight_decay=0.05), drop_path=0.2
+)  # section IV-D
+SECOND = "voc07", "area"  # ways to average a precision
+
 
 def scored(
-    found:list, # of `detect_image`, one an image
-    labelled, # `Labelled`
-    index, # numbers of the images
-    metric:str, # voc07 | area: which of the two counts
-) -> dict: # as JSON takes it
+    found: list,  # of `detect_image`, one an image
+    labelled,  # `Labelled`
+    index,  # numbers of the images
+    metric: str,  # voc07 | area: which of the two counts
+) -> dict:  # as JSON takes it
     "Mean average precision of a split, by class; what each detection was worth, for intervals."
-    m = matched(found, [labelled.objects(i) for i in index], labelled.classes); both = {k: detection_map(m, k) for k in SECOND}
-    return dict(images=len(index), objects=sum(sum(o) for o in m['truths'].values()), metric=metric) | both[metric] | {f'map50_{k}': both[k]['map'] for k in SECOND} | m
+    m = matched(found, [labelled.objects(i) for i in index], labelled.classes)
+    both = {k: detection_map(m, k) for k in SECOND}
+    return (
+        dict(images=len(index), objects=sum(sum(o) for o in m["truths"].values()), metric=metric)
+        | both[metric]
+        | {f"map50_{k}": both[k]["map"] for k in SECOND}
+        | m
+    )
 
 # %% ../nbs/35_detect.ipynb #a5a8a649
 def _unfit(folder, labelled, tiles, name, card):
     "Raise what no training can mend"
-    if card.in_chans != labelled.bands: raise CmidError(f"{labelled.folder}: images have {labelled.bands} bands, {folder} was made for {card.in_chans}; take the same bands (labels.bands), or pretrain on these")
-    if not len(tiles): raise CmidError(f"{labelled.folder}: no image of split {name!r} has an object to learn from; look at classes and ignore of the task in params.yaml")
+    if card.in_chans != labelled.bands:
+        raise CmidError(
+            f"{labelled.folder}: images have {labelled.bands} bands, {folder} was made for {card.in_chans}; take the same bands (labels.bands), or pretrain on these"
+        )
+    if not len(tiles):
+        raise CmidError(
+            f"{labelled.folder}: no image of split {name!r} has an object to learn from; look at classes and ignore of the task in params.yaml"
+        )
+
 
 def _rising(settings):
     "Raise where steps or frozen stages make no sense"
-    if settings.steps != sorted({*settings.steps}): raise CmidError(f"params.yaml: detect.steps: {settings.steps} do not rise; name each epoch once, in order")
-    if settings.frozen_stages > 4: raise CmidError(f"params.yaml: detect.frozen_stages: {settings.frozen_stages} are more than the 4 stages that there are")
+    if settings.steps != sorted({*settings.steps}):
+        raise CmidError(f"params.yaml: detect.steps: {settings.steps} do not rise; name each epoch once, in order")
+    if settings.frozen_stages > 4:
+        raise CmidError(
+            f"params.yaml: detect.frozen_stages: {settings.frozen_stages} are more than the 4 stages that there are"
+        )
+
 
 def _lone(model, tiles, batch):
     "Raise where a batch norm that learns would see a single value"
-    least = min(math.ceil(_scaled_length(b - t, s) / 32) * math.ceil(_scaled_length(r - l, s) / 32) for _, (t, l, b, r), *_, s in tiles.tiles) * (len(tiles) // -(-len(tiles) // batch))
-    if model.still is None and model.pyramid.encoder.has_batch_norm and least < 2: raise CmidError("params.yaml: detect.batch: batch norm would see one tile of 32 px, which is a single value; raise batch, tile or scales")
+    least = min(
+        math.ceil(_scaled_length(b - t, s) / 32) * math.ceil(_scaled_length(r - l, s) / 32)
+        for _, (t, l, b, r), *_, s in tiles.tiles
+    ) * (len(tiles) // -(-len(tiles) // batch))
+    if model.still is None and model.pyramid.encoder.has_batch_norm and least < 2:
+        raise CmidError(
+            "params.yaml: detect.batch: batch norm would see one tile of 32 px, which is a single value; raise batch, tile or scales"
+        )
+
 
 def _said(model, card, say):
     "What of the backbone stays as it is"
-    if model.still is not None: return say(f"{card.architecture} ({card.method}): {f'its stem and first {model.still} of 4 stages keep their weights' if model.still else 'all weights learn'}, batch norms keep their statistics")
-    s = model.settings; span = f' for {s.steps[0]} epochs' if s.steps and s.steps[0] < s.epochs else ''
-    say(f"{card.architecture} ({card.method}): all weights learn" + (f", batch norms measure their statistics anew{span}: random weights are not worth keeping" if model.pyramid.encoder.has_batch_norm else ""))
+    if model.still is not None:
+        return say(
+            f"{card.architecture} ({card.method}): {f'its stem and first {model.still} of 4 stages keep their weights' if model.still else 'all weights learn'}, batch norms keep their statistics"
+        )
+    s = model.settings
+    span = f" for {s.steps[0]} epochs" if s.steps and s.steps[0] < s.epochs else ""
+    say(
+        f"{card.architecture} ({card.method}): all weights learn"
+        + (
+            f", batch norms measure their statistics anew{span}: random weights are not worth keeping"
+            if model.pyramid.encoder.has_batch_norm
+            else ""
+        )
+    )
+
 
 class Settle(Callback):
     "From an epoch on the batch norms of a network keep their statistics: the rest is learnt as it will be detected (arXiv 2105.07576, section 4)."
-    def __init__(self,
-        epoch:int, # from 0
-    ): self.at = epoch
+
+    def __init__(
+        self,
+        epoch: int,  # from 0
+    ):
+        self.at = epoch
 
     def before_epoch(self):
-        if self.learn.epoch >= self.at: self.learn.model.keeps = True
+        if self.learn.epoch >= self.at:
+            self.learn.model.keeps = True
+
 
 def fine_tune(
-    folder, # models/<init>
-    labelled, # `Labelled`, for detect
-    index, # numbers of the images that are learnt from
-    settings:Detect, # params.yaml: detect
-    seed:int=0, # of everything random
-    on:torch.device|None=None, # device
-    say=print, # takes a line
-) -> tuple: # (model in eval mode; epochs)
+    folder,  # models/<init>
+    labelled,  # `Labelled`, for detect
+    index,  # numbers of the images that are learnt from
+    settings: Detect,  # params.yaml: detect
+    seed: int = 0,  # of everything random
+    on: torch.device | None = None,  # device
+    say=print,  # takes a line
+) -> tuple:  # (model in eval mode; epochs)
     "Fine-tune the backbone of a folder on the tiles of some images; `CmidError` when bands differ, there is no object, or settings make no sense."
-    _rising(settings); s = resolved(settings, read_card(folder).architecture, PUBLISHED); seed_everything(seed, torch.are_deterministic_algorithms_enabled()); encoder, card = load_backbone(folder, s.drop_path)
-    tiles = Tiles(labelled, index, s, card.mean, seed); _unfit(folder, labelled, tiles, s.train, card)
-    model = OrientedRCNN(encoder, len(labelled.classes), s, frozen(encoder, card.method, s.frozen_stages)); _lone(model, tiles, s.batch); _said(model, card, say)
-    epochs = train(model, tiles, range(len(tiles)), s, card.mean, card.std, 'detect', falling(s.steps), seed, on or device(), say, (Settle(s.steps[0]),) if s.steps else ())
+    _rising(settings)
+    s = resolved(settings, read_card(folder).architecture, PUBLISHED)
+    seed_everything(seed, torch.are_deterministic_algorithms_enabled())
+    encoder, card = load_backbone(folder, s.drop_path)
+    tiles = Tiles(labelled, index, s, card.mean, seed)
+    _unfit(folder, labelled, tiles, s.train, card)
+    model = OrientedRCNN(encoder, len(labelled.classes), s, frozen(encoder, card.method, s.frozen_stages))
+    _lone(model, tiles, s.batch)
+    _said(model, card, say)
+    epochs = train(
+        model,
+        tiles,
+        range(len(tiles)),
+        s,
+        card.mean,
+        card.std,
+        "detect",
+        falling(s.steps),
+        seed,
+        on or device(),
+        say,
+        (Settle(s.steps[0]),) if s.steps else (),
+    )
     return model.eval(), epochs
 
+
 def detect(
-    folder, # models/<init>
-    labelled, # `Labelled`, for detect
-    settings:Detect, # params.yaml: detect
-    seed:int=0, # of everything random
-    on:torch.device|None=None, # device
-    say=print, # takes a line
-) -> tuple: # (dict as JSON takes it; epochs for `curves_figure`; detections of each image of the test split)
+    folder,  # models/<init>
+    labelled,  # `Labelled`, for detect
+    settings: Detect,  # params.yaml: detect
+    seed: int = 0,  # of everything random
+    on: torch.device | None = None,  # device
+    say=print,  # takes a line
+) -> tuple:  # (dict as JSON takes it; epochs for `curves_figure`; detections of each image of the test split)
     "Fine-tune on one split and score another, whole; `CmidError` as `fine_tune`, or where a split is unknown."
-    learnt, test = splits_of(labelled, settings, 'detect'); card = read_card(folder)
+    learnt, test = splits_of(labelled, settings, "detect")
+    card = read_card(folder)
     model, epochs = fine_tune(folder, labelled, learnt, settings, seed, on, say)
-    found = [detect_image(model, labelled.image(i), settings, card.mean, card.std) for i in tqdm(test, desc='detect', unit=' images')]
-    return scored(found, labelled, test, settings.metric) | dict(train_images=len(learnt), epoch=settings.epochs, scored_on_training=bool(np.isin(test, learnt).any())), epochs, found
+    found = [
+        detect_image(model, labelled.image(i), settings, card.mean, card.std)
+        for i in tqdm(test, desc="detect", unit=" images")
+    ]
+    return (
+        scored(found, labelled, test, settings.metric)
+        | dict(train_images=len(learnt), epoch=settings.epochs, scored_on_training=bool(np.isin(test, learnt).any())),
+        epochs,
+        found,
+    )
 
 # %% ../nbs/35_detect.ipynb #5f4c2d0f
-SHOWN = .3 # least score of what is drawn
-HARD = '#999999' # of what is found of difficult objects
-FEW = 30 # as many boxes have their scores written beside them
+SHOWN = 0.3  # least score of what is drawn
+HARD = "#999999"  # of what is found of difficult objects
+FEW = 30  # as many boxes have their scores written beside them
+
 
 def judged(
-    found:dict, # of `detect_image`
-    objects:dict, # of `Labelled`
-) -> tuple: # bool (n,): is it the first to find its object; bool (n,): is it a false alarm; bool (m,): was the object missed
+    found: dict,  # of `detect_image`
+    objects: dict,  # of `Labelled`
+) -> (
+    tuple
+):  # bool (n,): is it the first to find its object; bool (n,): is it a false alarm; bool (m,): was the object missed
     "Detections of one image held against its objects, at an overlap of 1/2; what is difficult is not missed, and it is not wrong to find it."
-    hard = np.asarray(objects['difficult'], bool); missed, hits = ~hard, np.zeros(len(found['classes']), bool); false = ~hits
-    if not len(missed) or not len(hits): return hits, false, missed
-    best, which = torch.where(found['classes'][:, None] == torch.from_numpy(objects['classes']), rotated_iou(found['boxes'], from_polygon(torch.from_numpy(objects['polygons']))), 0.).max(1)
-    for k in (best > .5).nonzero().flatten().tolist(): hits[k], false[k], missed[which[k]] = missed[which[k]], not missed[which[k]] and not hard[which[k]], False
+    hard = np.asarray(objects["difficult"], bool)
+    missed, hits = ~hard, np.zeros(len(found["classes"]), bool)
+    false = ~hits
+    if not len(missed) or not len(hits):
+        return hits, false, missed
+    best, which = torch.where(
+        found["classes"][:, None] == torch.from_numpy(objects["classes"]),
+        rotated_iou(found["boxes"], from_polygon(torch.from_numpy(objects["polygons"]))),
+        0.0,
+    ).max(1)
+    for k in (best > 0.5).nonzero().flatten().tolist():
+        hits[k], false[k], missed[which[k]] = missed[which[k]], not missed[which[k]] and not hard[which[k]], False
     return hits, false, missed
+
 
 def _drawn(ax, image, groups, scores=None):
     "An image, and outlines in the colours of their groups: [(colour, (n, 4, 2))]; scores beside the boxes that have some"
-    from matplotlib.collections import PolyCollection; from matplotlib.patheffects import withStroke
-    h, w = image.shape[1:]; ax.imshow(picture(image), extent=(0, w, h, 0)); ax.set(xticks=[], yticks=[], xlim=(0, w), ylim=(h, 0)); ax.spines[:].set_visible(False)
-    for colour, p in groups: ax.add_collection(PolyCollection(np.asarray(p), facecolors='none', edgecolors=colour, linewidths=1))
+    from matplotlib.collections import PolyCollection
+    from matplotlib.patheffects import withStroke
+
+    h, w = image.shape[1:]
+    ax.imshow(picture(image), extent=(0, w, h, 0))
+    ax.set(xticks=[], yticks=[], xlim=(0, w), ylim=(h, 0))
+    ax.spines[:].set_visible(False)
+    for colour, p in groups:
+        ax.add_collection(PolyCollection(np.asarray(p), facecolors="none", edgecolors=colour, linewidths=1))
     for (colour, p), s in zip(groups, scores or ()):
-        for o, v in zip(np.asarray(p), s): ax.text(*o[o[:, 1].argmin()], f'{v:.2f}'.lstrip('0'), fontsize=5, color=colour, va='bottom', ha='center', clip_on=True, path_effects=[withStroke(linewidth=1.5, foreground='white')])
+        for o, v in zip(np.asarray(p), s):
+            ax.text(
+                *o[o[:, 1].argmin()],
+                f"{v:.2f}".lstrip("0"),
+                fontsize=5,
+                color=colour,
+                va="bottom",
+                ha="center",
+                clip_on=True,
+                path_effects=[withStroke(linewidth=1.5, foreground="white")],
+            )
+
 
 def _legend(fig, names):
     "Names in their colours, below"
     from matplotlib.lines import Line2D
-    fig.legend([Line2D([], [], color=c, lw=2) for c, _ in names], [o for _, o in names], loc='outside lower center', ncols=min(3, len(names)), fontsize=8, frameon=False)
 
-def _above(found, least): keep = found['scores'] >= least; return {k: v[keep] for k, v in found.items()}
+    fig.legend(
+        [Line2D([], [], color=c, lw=2) for c, _ in names],
+        [o for _, o in names],
+        loc="outside lower center",
+        ncols=min(3, len(names)),
+        fontsize=8,
+        frameon=False,
+    )
+
+
+def _above(found, least):
+    keep = found["scores"] >= least
+    return {k: v[keep] for k, v in found.items()}
+
 
 def detections_figure(
-    labelled, # `Labelled`
-    index, # numbers of images
-    found:list, # of `detect_image`, of the same images
-    least:float=SHOWN, # score
-    known:bool=True, # is it known what there is in these images?
-): # matplotlib Figure, as wide as a phone
+    labelled,  # `Labelled`
+    index,  # numbers of images
+    found: list,  # of `detect_image`, of the same images
+    least: float = SHOWN,  # score
+    known: bool = True,  # is it known what there is in these images?
+):  # matplotlib Figure, as wide as a phone
     "Hits, false alarms and misses in some images, two a row; of images without labels all that is found. Scores where boxes are few."
     from matplotlib.figure import Figure
-    rows = -(-len(index) // 2); tall = [max(labelled.sizes[i][0] / labelled.sizes[i][1] for i in index[k:k + 2]) for k in range(0, len(index), 2)]
-    fig = Figure(figsize=(4.4, 2.1 * sum(tall) + .25 * rows + .4), dpi=80, layout='constrained'); axes = fig.subplots(rows, 2, squeeze=False, height_ratios=tall).ravel(); [o.axis('off') for o in axes[len(index):]]
+
+    rows = -(-len(index) // 2)
+    tall = [max(labelled.sizes[i][0] / labelled.sizes[i][1] for i in index[k : k + 2]) for k in range(0, len(index), 2)]
+    fig = Figure(figsize=(4.4, 2.1 * sum(tall) + 0.25 * rows + 0.4), dpi=80, layout="constrained")
+    axes = fig.subplots(rows, 2, squeeze=False, height_ratios=tall).ravel()
+    [o.axis("off") for o in axes[len(index) :]]
     for ax, i, f in zip(axes, index, found):
-        f, objects = _above(f, least), labelled.objects(i); hits, false, missed = judged(f, objects) if known else (o := np.ones(len(f['classes']), bool), ~o, np.zeros(len(objects['classes']), bool))
-        p, s, other = to_polygon(f['boxes']).numpy(), f['scores'].numpy(), ~hits & ~false; groups = [(COLOURS[2], hits), (COLOURS[1], false), (HARD, other)]
-        _drawn(ax, labelled.image(i), [(c, p[o]) for c, o in groups] + [(COLOURS[4], objects['polygons'][missed])], [s[o] for _, o in groups] if len(s) <= FEW else None)
-        ax.set_title(f"{hits.sum()} of {(~np.asarray(objects['difficult'], bool)).sum()} found, {false.sum()} false" if known else f"{len(s)} found, without labels", fontsize=8)
-    _legend(fig, [(COLOURS[2], 'found')] + [(COLOURS[1], 'false alarm'), (COLOURS[4], 'missed')] * known); fig.suptitle(f'score {least:g} and more' + ', overlap above 1/2' * known, fontsize=8); return fig
+        f, objects = _above(f, least), labelled.objects(i)
+        hits, false, missed = (
+            judged(f, objects)
+            if known
+            else (o := np.ones(len(f["classes"]), bool), ~o, np.zeros(len(objects["classes"]), bool))
+        )
+        p, s, other = to_polygon(f["boxes"]).numpy(), f["scores"].numpy(), ~hits & ~false
+        groups = [(COLOURS[2], hits), (COLOURS[1], false), (HARD, other)]
+        _drawn(
+            ax,
+            labelled.image(i),
+            [(c, p[o]) for c, o in groups] + [(COLOURS[4], objects["polygons"][missed])],
+            [s[o] for _, o in groups] if len(s) <= FEW else None,
+        )
+        ax.set_title(
+            f"{hits.sum()} of {(~np.asarray(objects['difficult'], bool)).sum()} found, {false.sum()} false"
+            if known
+            else f"{len(s)} found, without labels",
+            fontsize=8,
+        )
+    _legend(fig, [(COLOURS[2], "found")] + [(COLOURS[1], "false alarm"), (COLOURS[4], "missed")] * known)
+    fig.suptitle(f"score {least:g} and more" + ", overlap above 1/2" * known, fontsize=8)
+    return fig
+
 
 def scene_figure(
-    image, # uint8 (C, H, W)
-    found:dict, # of `detect_image`
-    names:list, # of the classes
-    outlined=(), # of `windows_by_scale`: tiles that it was put together from
-    least:float=SHOWN, # score
-): # matplotlib Figure, as wide as a phone
+    image,  # uint8 (C, H, W)
+    found: dict,  # of `detect_image`
+    names: list,  # of the classes
+    outlined=(),  # of `windows_by_scale`: tiles that it was put together from
+    least: float = SHOWN,  # score
+):  # matplotlib Figure, as wide as a phone
     "A whole image, assembled from tiles (dotted): boxes in the colours of their classes, with scores where boxes are few."
-    from matplotlib.figure import Figure; from matplotlib.patches import Rectangle
-    h, w = image.shape[1:]; fig = Figure(figsize=(4.4, min(8., 4.3 * h / w) + .6), dpi=80, layout='constrained'); ax = fig.subplots(); f = _above(found, least)
-    p, s, c = to_polygon(f['boxes']).numpy(), f['scores'].numpy(), f['classes'].numpy(); there = np.unique(c); colour = lambda k: COLOURS[k % len(COLOURS)]
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    h, w = image.shape[1:]
+    fig = Figure(figsize=(4.4, min(8.0, 4.3 * h / w) + 0.6), dpi=80, layout="constrained")
+    ax = fig.subplots()
+    f = _above(found, least)
+    p, s, c = to_polygon(f["boxes"]).numpy(), f["scores"].numpy(), f["classes"].numpy()
+    there = np.unique(c)
+    colour = lambda k: COLOURS[k % len(COLOURS)]
     _drawn(ax, image, [(colour(k), p[c == k]) for k in there], [s[c == k] for k in there] if len(s) <= FEW else None)
     tiles = [o for _, part in outlined for o in part]
-    for t, l, b, r in tiles: ax.add_patch(Rectangle((l, t), r - l, b - t, fill=False, ec='white', lw=.8, ls=':'))
-    ax.set_title(f"{h} x {w} px, {len(tiles)} tile{'s' * (len(tiles) != 1)}; {len(s)} detections of score {least:g} and more", fontsize=8); _legend(fig, [(colour(k), names[k]) for k in there]) if len(there) else None; return fig
+    for t, l, b, r in tiles:
+        ax.add_patch(Rectangle((l, t), r - l, b - t, fill=False, ec="white", lw=0.8, ls=":"))
+    ax.set_title(
+        f"{h} x {w} px, {len(tiles)} tile{'s' * (len(tiles) != 1)}; {len(s)} detections of score {least:g} and more",
+        fontsize=8,
+    )
+    _legend(fig, [(colour(k), names[k]) for k in there]) if len(there) else None
+    return fig

@@ -11,95 +11,138 @@ from pathlib import Path
 from .params import CmidError, Params, check_all, cli, device, root, write_json
 
 # %% ../nbs/25_digest.ipynb #f1189e8a
-def _is_text(o): return isinstance(o, ast.Expr) and isinstance(o.value, ast.Constant) and isinstance(o.value.value, str)
+def _is_text(o):
+    return isinstance(o, ast.Expr) and isinstance(o.value, ast.Constant) and isinstance(o.value.value, str)
+
 
 def bare_tree(
-    source:str, # Python
-) -> ast.Module: # its tree without docstrings
+    source: str,  # Python
+) -> ast.Module:  # its tree without docstrings
     "What of a source can change a number. Raises `SyntaxError`."
     tree = ast.parse(source)
     for o in ast.walk(tree):
-        if isinstance(o, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and o.body and _is_text(o.body[0]): o.body = o.body[1:] or [ast.Pass()]
+        if (
+            isinstance(o, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+            and o.body
+            and _is_text(o.body[0])
+        ):
+            o.body = o.body[1:] or [ast.Pass()]
     return tree
 
 # %% ../nbs/25_digest.ipynb #f60ffec8
 def notebook_tree(
-    path, # a notebook
-) -> ast.Module: # of all its code cells
+    path,  # a notebook
+) -> ast.Module:  # of all its code cells
     "All code of a notebook. Raises `CmidError` naming a notebook that cannot be read."
-    try: cells = json.loads(Path(path).read_text(encoding='utf-8'))['cells']
-    except (OSError, ValueError, KeyError, TypeError, RecursionError): raise CmidError(f"{path}: no readable notebook") from None
-    plain = lambda o: '\n'.join(f'pass;{l!r}' if l.startswith(('%', '!')) else l for l in ''.join(o['source']).split('\n'))
-    try: return ast.Module([n for o in cells if o['cell_type'] == 'code' for n in bare_tree(plain(o)).body], [])
-    except SyntaxError as e: raise CmidError(f"{path}: a cell cannot be parsed ({e.msg}: {(e.text or '').strip()})") from None
+    try:
+        cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise CmidError(f"{path}: no readable notebook") from None
+    plain = lambda o: "\n".join(
+        f"pass;{l!r}" if l.startswith(("%", "!")) else l for l in "".join(o["source"]).split("\n")
+    )
+    try:
+        return ast.Module([n for o in cells if o["cell_type"] == "code" for n in bare_tree(plain(o)).body], [])
+    except SyntaxError as e:
+        raise CmidError(f"{path}: a cell cannot be parsed ({e.msg}: {(e.text or '').strip()})") from None
 
 # %% ../nbs/25_digest.ipynb #f40e53c5
 def imported(
-    tree:ast.Module, # Python
-    package:str='cmid', # that relative imports start from, and whose modules are looked for
-) -> set: # dotted names below `cmid`
+    tree: ast.Module,  # Python
+    package: str = "cmid",  # that relative imports start from, and whose modules are looked for
+) -> set:  # dotted names below `cmid`
     "Modules of `cmid` that code imports, absolutely or relatively."
     found = set()
     for o in ast.walk(tree):
-        if isinstance(o, ast.Import): found |= {a.name for a in o.names}
+        if isinstance(o, ast.Import):
+            found |= {a.name for a in o.names}
         elif isinstance(o, ast.ImportFrom):
-            base = '.'.join([*package.split('.')[:len(package.split('.')) - o.level + 1], *([o.module] if o.module else [])]) if o.level else o.module
-            found |= {base} | {f'{base}.{a.name}' for a in o.names}
-    return {o.removeprefix('cmid').lstrip('.') for o in found if o.split('.')[0] == 'cmid'} - {''}
+            base = (
+                ".".join(
+                    [*package.split(".")[: len(package.split(".")) - o.level + 1], *([o.module] if o.module else [])]
+                )
+                if o.level
+                else o.module
+            )
+            found |= {base} | {f"{base}.{a.name}" for a in o.names}
+    return {o.removeprefix("cmid").lstrip(".") for o in found if o.split(".")[0] == "cmid"} - {""}
 
 # %% ../nbs/25_digest.ipynb #d539bf83
-UNCOUNTED = {'smoke'}  # temporary studies: no number of a real one comes from there
+UNCOUNTED = {"smoke"}  # temporary studies: no number of a real one comes from there
+
 
 def _file(package, name):
     "The file of a module or subpackage, or None. The package's own __init__ holds nothing but the version."
-    path = Path(package, *name.split('.'))
-    return next((o for o in (path.with_suffix('.py'), path/'__init__.py') if o.is_file()), None)
+    path = Path(package, *name.split("."))
+    return next((o for o in (path.with_suffix(".py"), path / "__init__.py") if o.is_file()), None)
 
-def _hash(tree): return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
+
+def _hash(tree):
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
+
 
 @functools.cache
 def _known(source, package):
     "Hash of a module's text, and what that imports"
-    tree = bare_tree(source); return _hash(tree), imported(tree, package)
+    tree = bare_tree(source)
+    return _hash(tree), imported(tree, package)
+
 
 def _module(path, package):
-    try: return _known(path.read_text(encoding='utf-8'), package)
-    except SyntaxError as e: raise CmidError(f"{path}:{e.lineno or 1}: cannot be parsed ({e.msg}); mend it, or export the notebooks again") from None
-    except ValueError as e: raise CmidError(f"{path}: cannot be parsed ({e}); mend it, or export the notebooks again") from None
+    try:
+        return _known(path.read_text(encoding="utf-8"), package)
+    except SyntaxError as e:
+        raise CmidError(
+            f"{path}:{e.lineno or 1}: cannot be parsed ({e.msg}); mend it, or export the notebooks again"
+        ) from None
+    except ValueError as e:
+        raise CmidError(f"{path}: cannot be parsed ({e}); mend it, or export the notebooks again") from None
+
 
 def reach(
-    tree:ast.Module, # of a notebook
-    package, # folder of the package's modules
-) -> dict: # module -> hash of its bare tree
+    tree: ast.Module,  # of a notebook
+    package,  # folder of the package's modules
+) -> dict:  # module -> hash of its bare tree
     "Every module that code reaches, with the modules that those reach. Raises `CmidError` naming file and line of one that is no Python."
     found, waiting = {}, imported(tree)
     while waiting:
-        name = waiting.pop(); path = _file(package, name)
-        if name in found or name in UNCOUNTED or path is None: continue
-        parent = '.'.join(['cmid', *name.split('.')[:-1]])
-        found[name], more = _module(path, parent if path.name != '__init__.py' else f'cmid.{name}')
-        waiting |= more | ({name.rpartition('.')[0]} - {''})
+        name = waiting.pop()
+        path = _file(package, name)
+        if name in found or name in UNCOUNTED or path is None:
+            continue
+        parent = ".".join(["cmid", *name.split(".")[:-1]])
+        found[name], more = _module(path, parent if path.name != "__init__.py" else f"cmid.{name}")
+        waiting |= more | ({name.rpartition(".")[0]} - {""})
     return found
 
 # %% ../nbs/25_digest.ipynb #a98a94a5
 def digest(
-    notebook, # a stage's path
-    package, # folder of the package's modules
-) -> dict: # part -> hash, and `all`
+    notebook,  # a stage's path
+    package,  # folder of the package's modules
+) -> dict:  # part -> hash, and `all`
     "Hashes of what a stage reaches: its own cells and each module."
     tree = notebook_tree(notebook)
-    hashes = {'notebook': _hash(tree)} | dict(sorted(reach(tree, package).items()))
-    return {'all': hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16]} | hashes
+    hashes = {"notebook": _hash(tree)} | dict(sorted(reach(tree, package).items()))
+    return {"all": hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:16]} | hashes
 
 # %% ../nbs/25_digest.ipynb #6a045ed3
 @cli
 def cmid_digest():
     "Hash the code that each stage reaches, one file a stage; refuse parameters that are misspelt, mistyped or out of range."
-    parser = argparse.ArgumentParser(prog='cmid_digest', description=cmid_digest.__doc__)
-    parser.add_argument('out', nargs='?', default='digests', help='folder to write (digests)')
-    a = parser.parse_args(); at = root()
-    found = {o.stem: digest(o, at/'cmid') for o in sorted((at/'nbs/pipeline').glob('*.ipynb'))}     # all, before one is written
-    if not found: raise CmidError(f"{at/'nbs/pipeline'}: holds no notebook; run inside a clone of the project, or set CMID_ROOT")
-    p = check_all(Params(at))                                                                       # before DVC removes what a stage wrote last
-    if p.run.device not in ('auto', 'cpu'): device(p.run.device)
-    for k, v in found.items(): write_json(at/a.out/f'{k}.json', v); (at/'results'/k).mkdir(parents=True, exist_ok=True)   # what the report depends on is there, if empty
+    parser = argparse.ArgumentParser(prog="cmid_digest", description=cmid_digest.__doc__)
+    parser.add_argument("out", nargs="?", default="digests", help="folder to write (digests)")
+    a = parser.parse_args()
+    at = root()
+    found = {
+        o.stem: digest(o, at / "cmid") for o in sorted((at / "nbs/pipeline").glob("*.ipynb"))
+    }  # all, before one is written
+    if not found:
+        raise CmidError(
+            f"{at / 'nbs/pipeline'}: holds no notebook; run inside a clone of the project, or set CMID_ROOT"
+        )
+    p = check_all(Params(at))  # before DVC removes what a stage wrote last
+    if p.run.device not in ("auto", "cpu"):
+        device(p.run.device)
+    for k, v in found.items():
+        write_json(at / a.out / f"{k}.json", v)
+        (at / "results" / k).mkdir(parents=True, exist_ok=True)  # what the report depends on is there, if empty

@@ -15,21 +15,22 @@ from .reconstruction import full_precision
 
 # %% ../nbs/14_distillation.ipynb #5b9c729b
 def default_matches(
-    cells:int, # cells of the grid, n * n
-) -> int: # cells to match, at least 1
+    cells: int,  # cells of the grid, n * n
+) -> int:  # cells to match, at least 1
     "20 of 49 cells, and the same share of any other grid"
     return max(1, round(20 / 49 * cells))
 
 # %% ../nbs/14_distillation.ipynb #1330112a
 @torch.no_grad()
 def match_cells(
-    student_centres:Tensor, # (B, N, 2) as (y, x) in source pixels
-    teacher_centres:Tensor, # (B, M, 2) likewise
-    matches:int, # K, how many student cells are kept
-) -> tuple[Tensor, Tensor]: # student and teacher index, each (B, K) int64, student indices ascending
+    student_centres: Tensor,  # (B, N, 2) as (y, x) in source pixels
+    teacher_centres: Tensor,  # (B, M, 2) likewise
+    matches: int,  # K, how many student cells are kept
+) -> tuple[Tensor, Tensor]:  # student and teacher index, each (B, K) int64, student indices ascending
     "The K student cells with a teacher cell nearest by, and that cell; of equals the first. `CmidError` where K is not in 1..N"
     cells = student_centres.shape[1]
-    if not 1 <= matches <= cells: raise CmidError(f'matches {matches}: give 1 to {cells}, the number of cells')
+    if not 1 <= matches <= cells:
+        raise CmidError(f"matches {matches}: give 1 to {cells}, the number of cells")
     difference = student_centres.float()[:, :, None] - teacher_centres.float()[:, None]
     distance, nearest = difference.square().sum(-1).min(2)
     kept = distance.argsort(dim=1, stable=True)[:, :matches].sort(1).values
@@ -37,19 +38,19 @@ def match_cells(
 
 # %% ../nbs/14_distillation.ipynb #4657b326
 def gather_cells(
-    features:Tensor, # (B, C, h, w)
-    index:Tensor, # (B, K) int64, cells row by row
-) -> Tensor: # (B, C, K)
+    features: Tensor,  # (B, C, h, w)
+    index: Tensor,  # (B, K) int64, cells row by row
+) -> Tensor:  # (B, C, K)
     "The features at the cells `index`"
     return features.flatten(2).gather(2, index[:, None].expand(-1, features.shape[1], -1))
 
 # %% ../nbs/14_distillation.ipynb #efc93866
 def temperature_at(
-    epoch:float, # epochs done, from 0
-    epochs_warm:int=50, # epochs that the rise takes
-    start:float=.04, # temperature of the first epoch
-    end:float=.07, # temperature from the last warm epoch on
-) -> float: # temperature of the teacher
+    epoch: float,  # epochs done, from 0
+    epochs_warm: int = 50,  # epochs that the rise takes
+    start: float = 0.04,  # temperature of the first epoch
+    end: float = 0.07,  # temperature from the last warm epoch on
+) -> float:  # temperature of the teacher
     "Linear rise over the first `epochs_warm` epochs, then `end` (DINO, arXiv 2104.14294)"
     risen = min(epoch / (epochs_warm - 1), 1) if epochs_warm > 1 else epoch >= epochs_warm
     return start + (end - start) * risen
@@ -57,29 +58,34 @@ def temperature_at(
 # %% ../nbs/14_distillation.ipynb #9041c0ef
 class PrototypeLoss(nn.Module):
     "Cross-entropy of student and teacher over prototypes, the teacher centred and sharpened (iBOT, arXiv 2111.07832)"
-    def __init__(self,
-        prototypes:int, # P
-        student_temperature:float=.1, # divides the student's logits
-        centre_momentum:float=.9, # share of the old centre that stays at each call
+
+    def __init__(
+        self,
+        prototypes: int,  # P
+        student_temperature: float = 0.1,  # divides the student's logits
+        centre_momentum: float = 0.9,  # share of the old centre that stays at each call
     ):
         super().__init__()
         self.student_temperature, self.centre_momentum = student_temperature, centre_momentum
-        self.register_buffer('centre', torch.zeros(1, prototypes, 1))
+        self.register_buffer("centre", torch.zeros(1, prototypes, 1))
 
     @full_precision
-    def forward(self,
-        student:Tensor, # (B, P, K) logits
-        teacher:Tensor, # (B, P, K) logits at the partners
-        teacher_temperature:float|Tensor, # see `temperature_at`; a tensor has no dimensions
-    ) -> Tensor: # scalar, in nats
+    def forward(
+        self,
+        student: Tensor,  # (B, P, K) logits
+        teacher: Tensor,  # (B, P, K) logits at the partners
+        teacher_temperature: float | Tensor,  # see `temperature_at`; a tensor has no dimensions
+    ) -> Tensor:  # scalar, in nats
         "The loss with the centre as it was; in train mode the centre moves afterwards"
         wanted = ((teacher.detach() - self.centre) / teacher_temperature).softmax(1)
-        if self.training: self.update_centre(teacher)
+        if self.training:
+            self.update_centre(teacher)
         return -(wanted * (student / self.student_temperature).log_softmax(1)).sum(1).mean()
 
     @torch.no_grad()
-    def update_centre(self,
-        teacher:Tensor, # (B, P, K) logits
+    def update_centre(
+        self,
+        teacher: Tensor,  # (B, P, K) logits
     ):
         "`c <- m c + (1 - m) mean(teacher)` over batch, positions and processes"
         mean = teacher.mean((0, 2), keepdim=True).to(self.centre)

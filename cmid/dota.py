@@ -18,118 +18,203 @@ def _clipped(points, window):
     "Corners of an outline (k, 2) as x, y within a window"
     top, left, bottom, right = window
     for axis, sign, limit in ((0, 1, left), (0, -1, right), (1, 1, top), (1, -1, bottom)):
-        inside = sign * (points[:, axis] - limit); after = np.roll(inside, -1); crosses = (inside >= 0) != (after >= 0)
+        inside = sign * (points[:, axis] - limit)
+        after = np.roll(inside, -1)
+        crosses = (inside >= 0) != (after >= 0)
         part = np.divide(inside, inside - after, out=np.zeros_like(inside), where=crosses)[:, None]
-        points = np.stack([points, points + part * (np.roll(points, -1, 0) - points)], 1)[np.stack([inside >= 0, crosses], 1)]
+        points = np.stack([points, points + part * (np.roll(points, -1, 0) - points)], 1)[
+            np.stack([inside >= 0, crosses], 1)
+        ]
     return points
 
-def _area(points): "Of outlines (..., k, 2), px²"; x, y = points[..., 0], points[..., 1]; return abs((x * np.roll(y, -1, -1) - y * np.roll(x, -1, -1)).sum(-1)) / 2
+
+def _area(points):
+    "Of outlines (..., k, 2), px²"
+    x, y = points[..., 0], points[..., 1]
+    return abs((x * np.roll(y, -1, -1) - y * np.roll(x, -1, -1)).sum(-1)) / 2
 
 # %% ../nbs/34_dota.ipynb #e46355db
 def cut(
-    objects:dict, # of an image: polygons (n, 4, 2) as x, y in px, classes (n,), difficult (n,)
-    windows, # (tiles, 4): top, left, bottom, right in px, of `finetune.windows`
-    least:float=.7, # share of an object's area that must be in a tile to count there
-) -> list: # of dicts like `objects`, one a tile, in its pixels
+    objects: dict,  # of an image: polygons (n, 4, 2) as x, y in px, classes (n,), difficult (n,)
+    windows,  # (tiles, 4): top, left, bottom, right in px, of `finetune.windows`
+    least: float = 0.7,  # share of an object's area that must be in a tile to count there
+) -> list:  # of dicts like `objects`, one a tile, in its pixels
     "What of an image's objects lies in each tile (arXiv 1711.10398, section 5)"
-    points = np.asarray(objects['polygons'], np.float64).reshape(-1, 4, 2); ends = points.min(1), points.max(1)
+    points = np.asarray(objects["polygons"], np.float64).reshape(-1, 4, 2)
+    ends = points.min(1), points.max(1)
     return [_cut(points, ends, objects, np.asarray(o), least) for o in windows]
 
+
 def _cut(points, ends, objects, window, least):
-    low, high = window[[1, 0]], window[[3, 2]]; near = ((ends[1] > low) & (ends[0] < high)).all(1).nonzero()[0]; out = []
+    low, high = window[[1, 0]], window[[3, 2]]
+    near = ((ends[1] > low) & (ends[0] < high)).all(1).nonzero()[0]
+    out = []
     for k in near:
-        if (ends[0][k] >= low).all() and (ends[1][k] <= high).all(): out.append((k, points[k], 1.)); continue
+        if (ends[0][k] >= low).all() and (ends[1][k] <= high).all():
+            out.append((k, points[k], 1.0))
+            continue
         left, area = _clipped(points[k], window), _area(points[k])
-        if area > 0 and _area(left) > 0: out.append((k, to_polygon(from_polygon(torch.from_numpy(left)[None]))[0].numpy(), _area(left) / area))
-    index = np.array([o[0] for o in out], int); moved = np.array([o[1] for o in out]).reshape(-1, 4, 2) - low
-    return dict(polygons=moved.astype(np.float32), classes=np.asarray(objects['classes'])[index], difficult=np.asarray(objects['difficult'], bool)[index] | np.array([o[2] < least for o in out], bool))
+        if area > 0 and _area(left) > 0:
+            out.append((k, to_polygon(from_polygon(torch.from_numpy(left)[None]))[0].numpy(), _area(left) / area))
+    index = np.array([o[0] for o in out], int)
+    moved = np.array([o[1] for o in out]).reshape(-1, 4, 2) - low
+    return dict(
+        polygons=moved.astype(np.float32),
+        classes=np.asarray(objects["classes"])[index],
+        difficult=np.asarray(objects["difficult"], bool)[index] | np.array([o[2] < least for o in out], bool),
+    )
 
 # %% ../nbs/34_dota.ipynb #35850a1d
 def merged(
-    tiles:list, # of dicts of tensors: boxes (n, 5) in px of the tile, scores (n,), classes (n,); one a tile
-    windows, # (tiles, 4): top, left, bottom, right in px
-    iou:float, # overlap above which the weaker of two of a class goes
-) -> dict: # boxes in px of the image, scores, classes: by falling score
+    tiles: list,  # of dicts of tensors: boxes (n, 5) in px of the tile, scores (n,), classes (n,); one a tile
+    windows,  # (tiles, 4): top, left, bottom, right in px
+    iou: float,  # overlap above which the weaker of two of a class goes
+) -> dict:  # boxes in px of the image, scores, classes: by falling score
     "Detections of an image's tiles, put together"
-    if len(tiles) != len(windows): raise ValueError(f"{len(tiles)} tiles with detections, {len(windows)} windows")
-    moved = [o['boxes'] + o['boxes'].new_tensor([float(w[1]), float(w[0]), 0., 0., 0.]) for o, w in zip(tiles, windows)]
-    out = dict(boxes=torch.cat(moved)) | {k: torch.cat([o[k] for o in tiles]) for k in ('scores', 'classes')}
-    kept = rotated_nms(out['boxes'], out['scores'], iou, out['classes']); return {k: o[kept] for k, o in out.items()}
+    if len(tiles) != len(windows):
+        raise ValueError(f"{len(tiles)} tiles with detections, {len(windows)} windows")
+    moved = [
+        o["boxes"] + o["boxes"].new_tensor([float(w[1]), float(w[0]), 0.0, 0.0, 0.0]) for o, w in zip(tiles, windows)
+    ]
+    out = dict(boxes=torch.cat(moved)) | {k: torch.cat([o[k] for o in tiles]) for k in ("scores", "classes")}
+    kept = rotated_nms(out["boxes"], out["scores"], iou, out["classes"])
+    return {k: o[kept] for k, o in out.items()}
 
 # %% ../nbs/34_dota.ipynb #a958543a
-def _written(name): "As in a web address where a line cannot hold it: a space is %20"; return re.sub(r'[\s/\\%\x00-\x1f\ud800-\udfff]', lambda o: ''.join(f'%{b:02X}' for b in o[0].encode('utf8', 'surrogateescape')), name)
+def _written(name):
+    "As in a web address where a line cannot hold it: a space is %20"
+    return re.sub(
+        r"[\s/\\%\x00-\x1f\ud800-\udfff]",
+        lambda o: "".join(f"%{b:02X}" for b in o[0].encode("utf8", "surrogateescape")),
+        name,
+    )
+
 
 def server_names(
-    files:list, # names of the images' files, relative to their folder
-    classes:list, # their names
-    say=print, # takes a line
-) -> tuple: # (names of the images, names of the classes) that lines can hold, no two alike
+    files: list,  # names of the images' files, relative to their folder
+    classes: list,  # their names
+    say=print,  # takes a line
+) -> tuple:  # (names of the images, names of the classes) that lines can hold, no two alike
     "What images and classes are called for DOTA's server: an image by its file without folder and ending, where that tells all apart"
-    stems = [Path(o).stem for o in files]; twice = next((o for o in stems if stems.count(o) > 1), None) if len({*stems}) < len(stems) else None; names = stems if twice is None else files
-    if twice is not None: say(f"note: several images are called {twice!r}: for DOTA's server all are written with their folders")
+    stems = [Path(o).stem for o in files]
+    twice = next((o for o in stems if stems.count(o) > 1), None) if len({*stems}) < len(stems) else None
+    names = stems if twice is None else files
+    if twice is not None:
+        say(f"note: several images are called {twice!r}: for DOTA's server all are written with their folders")
     odd = [o for o in (*names, *classes) if _written(o) != o]
-    if odd: say(f"note: {len(odd)} names have characters that DOTA's files cannot hold, such as {odd[0]!r}: it is written {_written(odd[0])}")
+    if odd:
+        say(
+            f"note: {len(odd)} names have characters that DOTA's files cannot hold, such as {odd[0]!r}: it is written {_written(odd[0])}"
+        )
     return [_written(o) for o in names], [_written(o) for o in classes]
+
 
 def _lines(image, found, c):
     "Of one class in one image"
-    boxes, scores, classes = (torch.as_tensor(found[k]).detach().cpu() for k in ('boxes', 'scores', 'classes')); mine = classes == c
-    return [f"{image} {s:.6f} {' '.join(f'{o:.2f}' for o in p)}\n" for p, s in zip(to_polygon(boxes[mine].double()).flatten(1).tolist(), scores[mine].tolist())]
+    boxes, scores, classes = (torch.as_tensor(found[k]).detach().cpu() for k in ("boxes", "scores", "classes"))
+    mine = classes == c
+    return [
+        f"{image} {s:.6f} {' '.join(f'{o:.2f}' for o in p)}\n"
+        for p, s in zip(to_polygon(boxes[mine].double()).flatten(1).tolist(), scores[mine].tolist())
+    ]
+
 
 def write_submission(
-    path, # a zip file where it ends in .zip, else a folder
-    detections:dict, # of each image by its name without ending: boxes (n, 5), scores (n,), classes (n,)
-    names:list, # of the classes
+    path,  # a zip file where it ends in .zip, else a folder
+    detections: dict,  # of each image by its name without ending: boxes (n, 5), scores (n,), classes (n,)
+    names: list,  # of the classes
 ):
     "Files for DOTA's server, each whole or not at all; `CmidError` for a name that its lines cannot hold"
     for o in (*detections, *names):
-        if not re.fullmatch(r'[^\s/\\]+', o): raise CmidError(f"{path}: {o!r} cannot be written for DOTA's server: it has a space or a slash; `server_names` makes names that can")
-    files = {f'Task1_{name}.txt': ''.join(o for image, found in detections.items() for o in _lines(image, found, c)) for c, name in enumerate(names)}
-    if Path(path).suffix != '.zip': [write_whole(Path(path)/k, o) for k, o in files.items()]; return
-    with whole(path) as f, zipfile.ZipFile(f, 'w', zipfile.ZIP_DEFLATED) as z: [z.writestr(zipfile.ZipInfo(k), o, zipfile.ZIP_DEFLATED) for k, o in files.items()]
+        if not re.fullmatch(r"[^\s/\\]+", o):
+            raise CmidError(
+                f"{path}: {o!r} cannot be written for DOTA's server: it has a space or a slash; `server_names` makes names that can"
+            )
+    files = {
+        f"Task1_{name}.txt": "".join(o for image, found in detections.items() for o in _lines(image, found, c))
+        for c, name in enumerate(names)
+    }
+    if Path(path).suffix != ".zip":
+        [write_whole(Path(path) / k, o) for k, o in files.items()]
+        return
+    with whole(path) as f, zipfile.ZipFile(f, "w", zipfile.ZIP_DEFLATED) as z:
+        [z.writestr(zipfile.ZipInfo(k), o, zipfile.ZIP_DEFLATED) for k, o in files.items()]
 
 # %% ../nbs/34_dota.ipynb #4130c558
-def _boxes_of(truth): "Boxes (n, 5) of an image's objects"; return torch.as_tensor(truth['boxes']) if 'boxes' in truth else from_polygon(torch.as_tensor(truth['polygons']))
+def _boxes_of(truth):
+    "Boxes (n, 5) of an image's objects"
+    return torch.as_tensor(truth["boxes"]) if "boxes" in truth else from_polygon(torch.as_tensor(truth["polygons"]))
+
 
 def _nearest(found, truth, iou):
     "Number of the object of its class that each detection of an image overlaps most, by more than `iou`; -1: none"
-    boxes, there = torch.as_tensor(found['boxes']).detach().cpu(), _boxes_of(truth).cpu()
-    if not len(there): return np.full(len(boxes), -1)
-    same = torch.as_tensor(found['classes']).cpu()[:, None] == torch.as_tensor(truth['classes']).cpu()
-    best, which = torch.where(same, rotated_iou(boxes, there.to(boxes.dtype)), -1.).max(1)
+    boxes, there = torch.as_tensor(found["boxes"]).detach().cpu(), _boxes_of(truth).cpu()
+    if not len(there):
+        return np.full(len(boxes), -1)
+    same = torch.as_tensor(found["classes"]).cpu()[:, None] == torch.as_tensor(truth["classes"]).cpu()
+    best, which = torch.where(same, rotated_iou(boxes, there.to(boxes.dtype)), -1.0).max(1)
     return torch.where(best > iou, which, -1).numpy()
+
 
 def _judged(image, scores, nearest, difficult):
     "Rows of a class by falling score; `nearest` counts objects over all images"
-    order = np.argsort(-scores, kind='stable'); image, scores, nearest = image[order], scores[order], nearest[order]
-    hard = (nearest >= 0) & difficult[nearest]; first = np.zeros(len(order), bool); first[np.unique(nearest, return_index=True)[1]] = True
-    return [[int(i), float(s), None if h else int(k)] for i, s, h, k in zip(image, scores, hard, first & (nearest >= 0))]
+    order = np.argsort(-scores, kind="stable")
+    image, scores, nearest = image[order], scores[order], nearest[order]
+    hard = (nearest >= 0) & difficult[nearest]
+    first = np.zeros(len(order), bool)
+    first[np.unique(nearest, return_index=True)[1]] = True
+    return [
+        [int(i), float(s), None if h else int(k)] for i, s, h, k in zip(image, scores, hard, first & (nearest >= 0))
+    ]
+
 
 def matched(
-    detections:list, # of dicts, one an image: boxes (n, 5), scores (n,), classes (n,)
-    truths:list, # of dicts, likewise: boxes (n, 5) or polygons (n, 4, 2), classes (n,), difficult (n,)
-    names:list, # of the classes
-    iou:float=.5, # that must be exceeded
-) -> dict: # matches {class: [[image number, score, 1 hit | 0 false alarm | None neither]...]} by falling score, truths {class: [objects that count, an image]}
+    detections: list,  # of dicts, one an image: boxes (n, 5), scores (n,), classes (n,)
+    truths: list,  # of dicts, likewise: boxes (n, 5) or polygons (n, 4, 2), classes (n,), difficult (n,)
+    names: list,  # of the classes
+    iou: float = 0.5,  # that must be exceeded
+) -> dict:  # matches {class: [[image number, score, 1 hit | 0 false alarm | None neither]...]} by falling score, truths {class: [objects that count, an image]}
     "Detections held against the truth; `ValueError` when the lists differ in length or a score is not finite"
-    if len(detections) != len(truths): raise ValueError(f"detections of {len(detections)} images, truths of {len(truths)}")
-    n = [len(o['classes']) for o in truths]; past = np.concatenate([[0], np.cumsum(n)[:-1]]).astype(int) if n else []
-    near = [_nearest(f, t, iou) for f, t in zip(detections, truths)]; nearest = _joined([np.where(o < 0, -1, o + k) for o, k in zip(near, past)], int)
-    scores, classes = (_joined([torch.as_tensor(o[k]).detach().cpu().numpy() for o in detections], t) for k, t in (('scores', float), ('classes', int)))
-    of, difficult = (_joined([np.asarray(o[k]) for o in truths], t) for k, t in (('classes', int), ('difficult', bool)))
-    if not np.isfinite(scores).all(): raise ValueError(f"{(~np.isfinite(scores)).sum()} scores are not finite")
-    image, home = np.repeat(np.arange(len(near)), [len(o) for o in near]), np.repeat(np.arange(len(n)), n); difficult_or_none = np.append(difficult, False)
-    return dict(matches={name: _judged(image[m], scores[m], nearest[m], difficult_or_none) for c, name in enumerate(names) for m in [classes == c]},
-                truths={name: np.bincount(home[(of == c) & ~difficult], minlength=len(n)).tolist() for c, name in enumerate(names)})
+    if len(detections) != len(truths):
+        raise ValueError(f"detections of {len(detections)} images, truths of {len(truths)}")
+    n = [len(o["classes"]) for o in truths]
+    past = np.concatenate([[0], np.cumsum(n)[:-1]]).astype(int) if n else []
+    near = [_nearest(f, t, iou) for f, t in zip(detections, truths)]
+    nearest = _joined([np.where(o < 0, -1, o + k) for o, k in zip(near, past)], int)
+    scores, classes = (
+        _joined([torch.as_tensor(o[k]).detach().cpu().numpy() for o in detections], t)
+        for k, t in (("scores", float), ("classes", int))
+    )
+    of, difficult = (_joined([np.asarray(o[k]) for o in truths], t) for k, t in (("classes", int), ("difficult", bool)))
+    if not np.isfinite(scores).all():
+        raise ValueError(f"{(~np.isfinite(scores)).sum()} scores are not finite")
+    image, home = np.repeat(np.arange(len(near)), [len(o) for o in near]), np.repeat(np.arange(len(n)), n)
+    difficult_or_none = np.append(difficult, False)
+    return dict(
+        matches={
+            name: _judged(image[m], scores[m], nearest[m], difficult_or_none)
+            for c, name in enumerate(names)
+            for m in [classes == c]
+        },
+        truths={
+            name: np.bincount(home[(of == c) & ~difficult], minlength=len(n)).tolist() for c, name in enumerate(names)
+        },
+    )
 
-def _joined(parts, dtype): return np.concatenate([np.zeros(0, dtype), *parts]).astype(dtype)
+
+def _joined(parts, dtype):
+    return np.concatenate([np.zeros(0, dtype), *parts]).astype(dtype)
 
 # %% ../nbs/34_dota.ipynb #acbf5cad
 def detection_map(
-    found:dict, # of `matched`
-    metric:str='voc07', # voc07 | area
-) -> dict: # map, per_class {name: dict(ap, objects, detections)}, as JSON takes them
+    found: dict,  # of `matched`
+    metric: str = "voc07",  # voc07 | area
+) -> dict:  # map, per_class {name: dict(ap, objects, detections)}, as JSON takes them
     "Mean average precision over the classes that have objects; where there is none, ap is None, as is map without any"
-    ap = {k: average_precision(o, found['truths'][k], metric=metric) for k, o in found['matches'].items()}; there = [o for o in ap.values() if not np.isnan(o)]
-    per_class = {k: dict(ap=None if np.isnan(o) else o, objects=sum(found['truths'][k]), detections=len(found['matches'][k])) for k, o in ap.items()}
+    ap = {k: average_precision(o, found["truths"][k], metric=metric) for k, o in found["matches"].items()}
+    there = [o for o in ap.values() if not np.isnan(o)]
+    per_class = {
+        k: dict(ap=None if np.isnan(o) else o, objects=sum(found["truths"][k]), detections=len(found["matches"][k]))
+        for k, o in ap.items()
+    }
     return dict(map=float(np.mean(there)) if there else None, per_class=per_class)

@@ -11,22 +11,50 @@ import math
 import numpy as np
 
 # %% ../nbs/07_figures.ipynb #b0c8c3f6
-COLOURS = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000' # Okabe and Ito: told apart by colour-blind readers
-CURVES = {'total loss': ['total'], 'reconstruction': ['reconstruction'], 'contrast': ['contrast'], 'distillation': ['distillation'], 'learning rate': ['lr'],
-          'teacher momentum': ['momentum'], 'teacher temperature': ['teacher_temperature'], 'gradient norm': ['gradient_norm'], 'images a second': ['images_per_s']}
-HEALTH = {'feature deviation': ['student_std', 'teacher_std'], 'projection deviation': ['projection_std'], 'mean cosine': ['student_cosine', 'teacher_cosine'], 'effective rank': ['student_rank', 'teacher_rank'],
-          'prototypes used': ['prototypes_used'], 'prototype perplexity': ['prototypes_perplexity'], 'entropy of a place': ['prototypes_entropy'],
-          'reconstruction skill': ['reconstruction_skill'], 'kNN accuracy': ['knn'], 'queue age (steps)': ['queue_age']}
+COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#000000",
+)  # Okabe and Ito: told apart by colour-blind readers
+CURVES = {
+    "total loss": ["total"],
+    "reconstruction": ["reconstruction"],
+    "contrast": ["contrast"],
+    "distillation": ["distillation"],
+    "learning rate": ["lr"],
+    "teacher momentum": ["momentum"],
+    "teacher temperature": ["teacher_temperature"],
+    "gradient norm": ["gradient_norm"],
+    "images a second": ["images_per_s"],
+}
+HEALTH = {
+    "feature deviation": ["student_std", "teacher_std"],
+    "projection deviation": ["projection_std"],
+    "mean cosine": ["student_cosine", "teacher_cosine"],
+    "effective rank": ["student_rank", "teacher_rank"],
+    "prototypes used": ["prototypes_used"],
+    "prototype perplexity": ["prototypes_perplexity"],
+    "entropy of a place": ["prototypes_entropy"],
+    "reconstruction skill": ["reconstruction_skill"],
+    "kNN accuracy": ["knn"],
+    "queue age (steps)": ["queue_age"],
+}
+
 
 def _line(k, *sources):
     "(name, steps, values) of one quantity"
-    x = [(o['step'], o[k]) for s in sources for o in s if k in o]
+    x = [(o["step"], o[k]) for s in sources for o in s if k in o]
     return k, [o for o, _ in x], [o for _, o in x]
 
+
 def lines_of(
-    panels:dict, # title -> quantities
-    *sources:list, # points with `step` and quantities
-) -> dict: # title -> [(name, steps, values)]
+    panels: dict,  # title -> quantities
+    *sources: list,  # points with `step` and quantities
+) -> dict:  # title -> [(name, steps, values)]
     "The lines of each panel, of what was recorded and is not 0 throughout."
     found = {title: [o for k in keys if any((o := _line(k, *sources))[2])] for title, keys in panels.items()}
     return {k: v for k, v in found.items() if v}
@@ -34,100 +62,194 @@ def lines_of(
 # %% ../nbs/07_figures.ipynb #4a611831
 def _panel(ax, title, lines):
     "One panel; the last value of its first line stands at its right"
-    for colour, (name, x, y) in zip(COLOURS, lines): ax.plot(x, y, color=colour, marker='.' if len(x) < 30 else None, ls='-' if colour == COLOURS[0] else '--', lw=1.5, label=name.split('_')[0])
-    ax.set_title(title, fontsize=9, loc='left'); ax.set_title(f'{lines[0][2][-1]:.3g}', fontsize=9, loc='right', alpha=.7)
-    ax.spines[['top', 'right']].set_visible(False); ax.tick_params(labelsize=8); ax.ticklabel_format(style='plain', axis='x'); ax.locator_params(nbins=4); ax.grid(alpha=.25)
+    for colour, (name, x, y) in zip(COLOURS, lines):
+        ax.plot(
+            x,
+            y,
+            color=colour,
+            marker="." if len(x) < 30 else None,
+            ls="-" if colour == COLOURS[0] else "--",
+            lw=1.5,
+            label=name.split("_")[0],
+        )
+    ax.set_title(title, fontsize=9, loc="left")
+    ax.set_title(f"{lines[0][2][-1]:.3g}", fontsize=9, loc="right", alpha=0.7)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.tick_params(labelsize=8)
+    ax.ticklabel_format(style="plain", axis="x")
+    ax.locator_params(nbins=4)
+    ax.grid(alpha=0.25)
+
 
 def panels_figure(
-    lines:dict, # of `_lines`
-): # matplotlib Figure, as wide as a phone
+    lines: dict,  # of `_lines`
+):  # matplotlib Figure, as wide as a phone
     "Small panels, two a row, over the steps of a run."
     from matplotlib.figure import Figure
-    rows = max(1, math.ceil(len(lines) / 2)); fig = Figure(figsize=(4.6, 1.25 * rows + .3), dpi=80, layout='constrained'); axes = fig.subplots(rows, 2, squeeze=False).ravel()
-    for ax, o in zip(axes, lines.items()): _panel(ax, *o)
-    for ax in axes[len(lines):]: ax.axis('off')
-    for ax in axes[:len(lines)][-2:]: ax.set_xlabel('step', fontsize=8)
-    if twice := [a for a in axes if len(a.lines) > 1]: axes[-1].legend(*twice[0].get_legend_handles_labels(), fontsize=9, frameon=False, loc='center') if len(lines) % 2 else twice[0].legend(fontsize=7, frameon=False)
+
+    rows = max(1, math.ceil(len(lines) / 2))
+    fig = Figure(figsize=(4.6, 1.25 * rows + 0.3), dpi=80, layout="constrained")
+    axes = fig.subplots(rows, 2, squeeze=False).ravel()
+    for ax, o in zip(axes, lines.items()):
+        _panel(ax, *o)
+    for ax in axes[len(lines) :]:
+        ax.axis("off")
+    for ax in axes[: len(lines)][-2:]:
+        ax.set_xlabel("step", fontsize=8)
+    if twice := [a for a in axes if len(a.lines) > 1]:
+        axes[-1].legend(*twice[0].get_legend_handles_labels(), fontsize=9, frameon=False, loc="center") if len(
+            lines
+        ) % 2 else twice[0].legend(fontsize=7, frameon=False)
     return fig
 
 # %% ../nbs/07_figures.ipynb #403bf82f
 def curves_figure(
-    curve:list, # points of curve.json
-    epochs:list, # of epochs.json
-): # matplotlib Figure
+    curve: list,  # points of curve.json
+    epochs: list,  # of epochs.json
+):  # matplotlib Figure
     "Losses, schedules and speed of a pretraining run."
-    return panels_figure(lines_of(CURVES, curve, [{k: v for k, v in o.items() if k in ('step', 'images_per_s')} for o in epochs]))
+    return panels_figure(
+        lines_of(CURVES, curve, [{k: v for k, v in o.items() if k in ("step", "images_per_s")} for o in epochs])
+    )
+
 
 def health_figure(
-    epochs:list, # of epochs.json
-): # matplotlib Figure
+    epochs: list,  # of epochs.json
+):  # matplotlib Figure
     "Health of a pretraining run: spread of the features, use of the prototypes."
     return panels_figure(lines_of(HEALTH, epochs))
 
 # %% ../nbs/07_figures.ipynb #60eb7ea5
-MARKERS = 'osD^vPX'
+MARKERS = "osD^vPX"
 
-def across(names): "How many names fit side by side in a legend"; return 2 if max(map(len, names)) <= 24 else 1
+
+def across(names):
+    "How many names fit side by side in a legend"
+    return 2 if max(map(len, names)) <= 24 else 1
+
 
 def _curves(ax, results, kind):
     "A line with intervals for each init, set off a little so that intervals stay apart"
     for i, (name, o) in enumerate(results.items()):
-        f = np.array([float(k) for k in o[kind]]); a, low, high = (100 * np.array([v[k] for v in o[kind].values()]) for k in ('accuracy', 'low', 'high'))
-        ax.errorbar(f * 1.05**(i - (len(results) - 1) / 2), a, (a - low, high - a), label=name, color=COLOURS[i % 7], marker=MARKERS[i % 7], ls='-' if i < 7 else '--', ms=5, lw=1.5, capsize=3)
-    for o in sorted({o['chance'] for o in results.values()}): ax.axhline(100 * o, color='#777', ls=':', lw=1)
+        f = np.array([float(k) for k in o[kind]])
+        a, low, high = (100 * np.array([v[k] for v in o[kind].values()]) for k in ("accuracy", "low", "high"))
+        ax.errorbar(
+            f * 1.05 ** (i - (len(results) - 1) / 2),
+            a,
+            (a - low, high - a),
+            label=name,
+            color=COLOURS[i % 7],
+            marker=MARKERS[i % 7],
+            ls="-" if i < 7 else "--",
+            ms=5,
+            lw=1.5,
+            capsize=3,
+        )
+    for o in sorted({o["chance"] for o in results.values()}):
+        ax.axhline(100 * o, color="#777", ls=":", lw=1)
     at = sorted({float(k) for o in results.values() for k in o[kind]})
-    ax.set(xscale='log', xlim=(at[0] / 1.6, at[-1] * 1.6), title={'knn': 'kNN'}.get(kind, kind), ylabel='test accuracy (%)')
-    ax.set_xticks(at, [f'{100*k:g} %' for k in at]); ax.minorticks_off(); ax.grid(alpha=.25)
+    ax.set(
+        xscale="log", xlim=(at[0] / 1.6, at[-1] * 1.6), title={"knn": "kNN"}.get(kind, kind), ylabel="test accuracy (%)"
+    )
+    ax.set_xticks(at, [f"{100 * k:g} %" for k in at])
+    ax.minorticks_off()
+    ax.grid(alpha=0.25)
+
 
 def accuracy_figure(
-    results:dict, # init -> what `probe` gives
-): # matplotlib Figure, as wide as a phone
+    results: dict,  # init -> what `probe` gives
+):  # matplotlib Figure, as wide as a phone
     "Accuracy with 95 % intervals against the share of labels, kNN above linear; dotted: chance"
     from matplotlib.figure import Figure
-    fig = Figure(figsize=(4.4, 5.4 + .13 * len(results)), dpi=80, layout='constrained'); axes = fig.subplots(2, 1, sharex=True, sharey=True)
-    for ax, kind in zip(axes, ('knn', 'linear')): _curves(ax, results, kind)
-    axes[1].set_xlabel('share of the training labels'); fig.legend(*axes[0].get_legend_handles_labels(), loc='outside lower center', ncols=across(results), fontsize=9, frameon=False)
+
+    fig = Figure(figsize=(4.4, 5.4 + 0.13 * len(results)), dpi=80, layout="constrained")
+    axes = fig.subplots(2, 1, sharex=True, sharey=True)
+    for ax, kind in zip(axes, ("knn", "linear")):
+        _curves(ax, results, kind)
+    axes[1].set_xlabel("share of the training labels")
+    fig.legend(
+        *axes[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=across(results),
+        fontsize=9,
+        frameon=False,
+    )
     return fig
 
 # %% ../nbs/07_figures.ipynb #225d3157
 def marks(
-    c:int, # number of a class
-    ink:str, # a colour that the page allows, in place of black
-) -> dict: # color and marker
+    c: int,  # number of a class
+    ink: str,  # a colour that the page allows, in place of black
+) -> dict:  # color and marker
     "How a class is drawn"
     return dict(color=(*COLOURS[:6], ink)[c % 7], marker=MARKERS[(c // 7 + c) % 7])
 
+
 def _points(ax, name, o, ink):
     "One map"
-    label, x, y = (np.array(o[k]) for k in ('label', 'x', 'y')); size = float(np.clip(1600 / len(x), 4, 22))
-    if o['label'] is None: ax.scatter(x, y, s=size, color=COLOURS[0], linewidths=0)
-    else: [ax.scatter(x[label == c], y[label == c], s=size, linewidths=0, **marks(c, ink)) for c in np.unique(label)]
-    said = 'no classes' if o['label'] is None else f"purity {100 * np.mean(o['purity']):.0f} %, chance {100 * o['chance']:.0f} %"
-    ax.set_title(f"{name.replace('-', '-' + chr(10), 1) if len(name) > 24 else name}\n{said}", fontsize=9); ax.set(xticks=[], yticks=[]); ax.set_aspect('equal', 'datalim'); ax.spines[:].set_alpha(.3)
+    label, x, y = (np.array(o[k]) for k in ("label", "x", "y"))
+    size = float(np.clip(1600 / len(x), 4, 22))
+    if o["label"] is None:
+        ax.scatter(x, y, s=size, color=COLOURS[0], linewidths=0)
+    else:
+        [ax.scatter(x[label == c], y[label == c], s=size, linewidths=0, **marks(c, ink)) for c in np.unique(label)]
+    said = (
+        "no classes"
+        if o["label"] is None
+        else f"purity {100 * np.mean(o['purity']):.0f} %, chance {100 * o['chance']:.0f} %"
+    )
+    ax.set_title(f"{name.replace('-', '-' + chr(10), 1) if len(name) > 24 else name}\n{said}", fontsize=9)
+    ax.set(xticks=[], yticks=[])
+    ax.set_aspect("equal", "datalim")
+    ax.spines[:].set_alpha(0.3)
 
 # %% ../nbs/07_figures.ipynb #75b3c308
 def _legend(fig, names, used, ink):
     "The classes that are drawn, as many a row as there is room for"
-    if not used: return
+    if not used:
+        return
     from matplotlib.lines import Line2D
-    hands = [Line2D([], [], ls='', ms=6, label=names[c], **marks(c, ink)) for c in used]
-    fig.legend(handles=hands, loc='outside lower center', ncols=_columns(names, used), fontsize=_size(used), frameon=False, handletextpad=.1, columnspacing=.8, labelspacing=.3)
 
-def _size(used): return 9 if len(used) <= 20 else 8
+    hands = [Line2D([], [], ls="", ms=6, label=names[c], **marks(c, ink)) for c in used]
+    fig.legend(
+        handles=hands,
+        loc="outside lower center",
+        ncols=_columns(names, used),
+        fontsize=_size(used),
+        frameon=False,
+        handletextpad=0.1,
+        columnspacing=0.8,
+        labelspacing=0.3,
+    )
+
+
+def _size(used):
+    return 9 if len(used) <= 20 else 8
+
 
 def _columns(names, used):
     "How many of the longest name fit side by side, in 4.4 inches"
-    return max(1, min(4, int(4.4 * 72 / _size(used) / (.57 * max((len(names[c]) for c in used), default=0) + 2.9))))
+    return max(1, min(4, int(4.4 * 72 / _size(used) / (0.57 * max((len(names[c]) for c in used), default=0) + 2.9))))
+
 
 def embeddings_figure(
-    embeddings:dict, # name -> embedding, as `feature_space` gives it
-): # matplotlib Figure, as wide as a phone
+    embeddings: dict,  # name -> embedding, as `feature_space` gives it
+):  # matplotlib Figure, as wide as a phone
     "Maps of the same images by several backbones, two a row, coloured by class"
     import matplotlib
     from matplotlib.figure import Figure
-    ink, n = matplotlib.rcParams['text.color'], len(embeddings); names = next((o['classes'] for o in embeddings.values() if o['label'] is not None), [])
-    used = sorted({c for o in embeddings.values() for c in o['label'] or []}); across = min(2, n); down = math.ceil(n / across); rows = math.ceil(len(used) / _columns(names, used))
-    fig = Figure(figsize=(4.4, down * (2.6 if n > 1 else 4.) + .18 * rows + .1), dpi=80, layout='constrained'); axes = fig.subplots(down, across, squeeze=False).ravel()
-    for ax, (name, o) in zip(axes, embeddings.items()): _points(ax, name, o, ink)
-    for ax in axes[n:]: ax.axis('off')
-    _legend(fig, names, used, ink); return fig
+
+    ink, n = matplotlib.rcParams["text.color"], len(embeddings)
+    names = next((o["classes"] for o in embeddings.values() if o["label"] is not None), [])
+    used = sorted({c for o in embeddings.values() for c in o["label"] or []})
+    across = min(2, n)
+    down = math.ceil(n / across)
+    rows = math.ceil(len(used) / _columns(names, used))
+    fig = Figure(figsize=(4.4, down * (2.6 if n > 1 else 4.0) + 0.18 * rows + 0.1), dpi=80, layout="constrained")
+    axes = fig.subplots(down, across, squeeze=False).ravel()
+    for ax, (name, o) in zip(axes, embeddings.items()):
+        _points(ax, name, o, ink)
+    for ax in axes[n:]:
+        ax.axis("off")
+    _legend(fig, names, used, ink)
+    return fig

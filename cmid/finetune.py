@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from .figures import panels_figure
 from .labels import IGNORE
 from .params import CmidError, Tuning, device, near, seed_everything
-from .pretrain import clock, parameter_groups, plainly, precision_of, too_large # first: it imports fastai without its warning
+from .pretrain import clock, parameter_groups, plainly, precision_of, too_large  # first: it imports fastai without its warning  # fmt: skip
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import ProgressCallback
@@ -31,228 +31,373 @@ from fastai.torch_core import to_device
 
 # %% ../nbs/29_finetune.ipynb #716c8ce5
 def is_resnet(
-    architecture:str, # timm name
+    architecture: str,  # timm name
 ) -> bool:
     "Does the backbone belong to the family of ResNets?"
-    return architecture.split('.')[0] in timm.list_models(module='resnet')
+    return architecture.split(".")[0] in timm.list_models(module="resnet")
+
 
 def resolved(
-    settings:Tuning, # a section of params.yaml
-    architecture:str, # timm name
-    published:dict, # {'sgd': {'lr', 'weight_decay'}, 'adamw': {...}, 'drop_path': rate for Swin and ViT}
-) -> Tuning: # no key of which is null, but `clip`
+    settings: Tuning,  # a section of params.yaml
+    architecture: str,  # timm name
+    published: dict,  # {'sgd': {'lr', 'weight_decay'}, 'adamw': {...}, 'drop_path': rate for Swin and ViT}
+) -> Tuning:  # no key of which is null, but `clip`
     "Put the published optimiser, learning rate, weight decay and stochastic depth where the settings say null."
-    name = settings.optimiser or ('sgd' if is_resnet(architecture) else 'adamw')
-    own = dict(optimiser=name, drop_path=0. if is_resnet(architecture) else published['drop_path']) | published[name]
+    name = settings.optimiser or ("sgd" if is_resnet(architecture) else "adamw")
+    own = dict(optimiser=name, drop_path=0.0 if is_resnet(architecture) else published["drop_path"]) | published[name]
     return settings.model_copy(update={k: v for k, v in own.items() if getattr(settings, k) is None})
 
 # %% ../nbs/29_finetune.ipynb #12c5dd83
-def cosine(t, epoch): "Half a cosine, from 1 to 0."; return (1 + math.cos(math.pi * t)) / 2
-def linear(t, epoch): "A straight line, from 1 to 0."; return 1 - t
+def cosine(t, epoch):
+    "Half a cosine, from 1 to 0."
+    return (1 + math.cos(math.pi * t)) / 2
+
+
+def linear(t, epoch):
+    "A straight line, from 1 to 0."
+    return 1 - t
+
 
 class falling:
     "A tenth, from each of these epochs on."
-    def __init__(self, epochs): self.epochs = epochs
-    def __call__(self, t, epoch): return .1 ** sum(epoch >= o for o in self.epochs)
+
+    def __init__(self, epochs):
+        self.epochs = epochs
+
+    def __call__(self, t, epoch):
+        return 0.1 ** sum(epoch >= o for o in self.epochs)
+
 
 def rate_at(
-    step:int, # from 0
-    steps:int, # of the run
-    each:int, # steps an epoch
-    settings:Tuning, # peak and warm-up
-    schedule, # `cosine`, `linear` or a `falling`
-) -> float: # learning rate of this step
+    step: int,  # from 0
+    steps: int,  # of the run
+    each: int,  # steps an epoch
+    settings: Tuning,  # peak and warm-up
+    schedule,  # `cosine`, `linear` or a `falling`
+) -> float:  # learning rate of this step
     "Linear warm-up, times a schedule."
     w = min(settings.warmup_steps, steps)
     return settings.lr * min(1, (step + 1) / max(w, 1)) * schedule(max(step - w, 0) / max(steps - w, 1), step // each)
 
 # %% ../nbs/29_finetune.ipynb #98ea1dff
 def splits_of(
-    labelled, # `Labelled`
-    settings:Tuning, # names of the splits
-    section:str, # of params.yaml, and the task that it is for
-) -> tuple: # int (n,) and (m,): numbers of what is learnt from, and of what is scored
+    labelled,  # `Labelled`
+    settings: Tuning,  # names of the splits
+    section: str,  # of params.yaml, and the task that it is for
+) -> tuple:  # int (n,) and (m,): numbers of what is learnt from, and of what is scored
     "Both splits. Raises `CmidError` where the task is another, a split is not there or empty, or both overlap without being the same."
-    if labelled.task != section: raise CmidError(f"{labelled.folder}: is for {labelled.task}, not for {section}; name a task for {section} in its place (study.{section})")
-    learnt, scored = (_split(labelled, getattr(settings, k), f'{section}.{k}') for k in ('train', 'test'))
+    if labelled.task != section:
+        raise CmidError(
+            f"{labelled.folder}: is for {labelled.task}, not for {section}; name a task for {section} in its place (study.{section})"
+        )
+    learnt, scored = (_split(labelled, getattr(settings, k), f"{section}.{k}") for k in ("train", "test"))
     if len(both := np.intersect1d(learnt, scored)) and set(learnt) != set(scored):
-        raise CmidError(f"{labelled.folder}: {len(both)} images are in both {settings.train!r} and {settings.test!r}, the first is {labelled.names[both[0]]}; list each once")
+        raise CmidError(
+            f"{labelled.folder}: {len(both)} images are in both {settings.train!r} and {settings.test!r}, the first is {labelled.names[both[0]]}; list each once"
+        )
     return learnt, scored
+
 
 def _split(labelled, name, key):
     "Numbers of a split's images"
-    if name not in labelled.splits: raise CmidError(f"params.yaml: {key}: {labelled.folder} has no split {name!r}{near(name, labelled.splits)}; known: {', '.join(labelled.splits) or 'none'}")
-    if not len(index := np.asarray(labelled.splits[name])): raise CmidError(f"params.yaml: {key}: split {name!r} of {labelled.folder} is empty")
+    if name not in labelled.splits:
+        raise CmidError(
+            f"params.yaml: {key}: {labelled.folder} has no split {name!r}{near(name, labelled.splits)}; known: {', '.join(labelled.splits) or 'none'}"
+        )
+    if not len(index := np.asarray(labelled.splits[name])):
+        raise CmidError(f"params.yaml: {key}: split {name!r} of {labelled.folder} is empty")
     return index
 
+
 def check_masks(
-    labelled, # `Labelled` with masks
-    index, # numbers of images
+    labelled,  # `Labelled` with masks
+    index,  # numbers of images
 ):
     "Raise `CmidError` where a mask holds what is no class: a store that is damaged, but as long as before, is met here and not in the middle of a training."
     most = len(labelled.classes)
     for i in map(int, index):
-        y = np.asarray(labelled.mask(i)); wrong = y[(y >= most) & (y != IGNORE)]
-        if len(wrong): raise CmidError(f"{labelled.folder}: the mask of {labelled.names[i]} holds {wrong[0]}, but classes are 0 to {most - 1}: remove the folder and run cmid_stage labels -p dataset {Path(labelled.folder).name} again")
+        y = np.asarray(labelled.mask(i))
+        wrong = y[(y >= most) & (y != IGNORE)]
+        if len(wrong):
+            raise CmidError(
+                f"{labelled.folder}: the mask of {labelled.names[i]} holds {wrong[0]}, but classes are 0 to {most - 1}: remove the folder and run cmid_stage labels -p dataset {Path(labelled.folder).name} again"
+            )
 
 # %% ../nbs/29_finetune.ipynb #b49319ad
 class Shuffled:
     "Each image once an epoch, in batches whose sizes differ by one at most."
-    def __init__(self,
-        index, # numbers of the images that are learnt from
-        batch:int, # images a step, at most
-        seed:int=0, # of the order
-    ): self.index, self.seed, self.epoch, self.steps = np.asarray(index), seed, 0, math.ceil(len(index) / batch)
 
-    def __len__(self): return self.steps
+    def __init__(
+        self,
+        index,  # numbers of the images that are learnt from
+        batch: int,  # images a step, at most
+        seed: int = 0,  # of the order
+    ):
+        self.index, self.seed, self.epoch, self.steps = np.asarray(index), seed, 0, math.ceil(len(index) / batch)
+
+    def __len__(self):
+        return self.steps
+
     def __iter__(self):
         shuffled = np.random.default_rng([self.seed, self.epoch]).permutation(self.index)
         return iter([(self.epoch * self.steps + i, o) for i, o in enumerate(np.array_split(shuffled, self.steps))])
 
+
 @contextmanager
 def chance(
-    seed:int,
+    seed: int,
 ):
     "Python's and numpy's generators, seeded; afterwards where they were."
     held = random.getstate(), np.random.get_state()
-    random.seed(seed); np.random.seed(seed % 2**32)
-    try: yield
-    finally: random.setstate(held[0]); np.random.set_state(held[1])
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        random.setstate(held[0])
+        np.random.set_state(held[1])
 
 # %% ../nbs/29_finetune.ipynb #c7ac2684
 def normalised(
-    images:torch.Tensor, # uint8 (..., C, H, W)
-    mean, # (C,) of images in [0, 1]: the card's
-    std, # (C,)
-) -> torch.Tensor: # float32, of the same shape
+    images: torch.Tensor,  # uint8 (..., C, H, W)
+    mean,  # (C,) of images in [0, 1]: the card's
+    std,  # (C,)
+) -> torch.Tensor:  # float32, of the same shape
     "The backbone's own normalisation."
     shift, scale = (torch.as_tensor(o, dtype=torch.float32, device=images.device).view(-1, 1, 1) for o in (mean, std))
     return (images.float() / 255 - shift) / scale
 
+
 class Half(MixedPrecision):
     "fastai's mixed precision, on any device."
-    def __init__(self, dtype, on): super().__init__('bf16' if dtype == torch.bfloat16 else 'fp16'); self.dtype, self.on = dtype, on
+
+    def __init__(self, dtype, on):
+        super().__init__("bf16" if dtype == torch.bfloat16 else "fp16")
+        self.dtype, self.on = dtype, on
+
     def before_fit(self):
-        with warnings.catch_warnings(): warnings.simplefilter('ignore'); super().before_fit()   # it asks for a GPU
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            super().before_fit()  # it asks for a GPU
         self.autocast = torch.autocast(self.on.type, self.dtype)
 
 # %% ../nbs/29_finetune.ipynb #64ba72e6
-_THINGS = dict(change='pairs', detect='tiles') # what a batch is made of, where it is not images
+_THINGS = dict(change="pairs", detect="tiles")  # what a batch is made of, where it is not images
 
-def _layout(on, batch): "How pixels lie in memory: channel by channel only where a CPU takes one large tile a step, whose gradients come sooner so (AVX2)"; return torch.contiguous_format if on.type == 'cpu' and batch == 1 else torch.channels_last
+
+def _layout(on, batch):
+    "How pixels lie in memory: channel by channel only where a CPU takes one large tile a step, whose gradients come sooner so (AVX2)"
+    return torch.contiguous_format if on.type == "cpu" and batch == 1 else torch.channels_last
+
 
 class FineTune(Callback):
     "Normalisation, schedule, the curve, and a line an epoch (in a long one, a line a minute)."
-    order = 5 # before half precision begins
-    def __init__(self, settings:Tuning, mean, std, section:str, schedule, say=print):
-        self.settings, self.mean, self.std, self.section, self.schedule, self.say = settings, mean, std, section, schedule, say
+
+    order = 5  # before half precision begins
+
+    def __init__(self, settings: Tuning, mean, std, section: str, schedule, say=print):
+        self.settings, self.mean, self.std, self.section, self.schedule, self.say = (
+            settings,
+            mean,
+            std,
+            section,
+            schedule,
+            say,
+        )
         self.epochs, self.done, self.names = [], 0, ()
 
     def before_fit(self):
-        self.on = next(self.learn.model.parameters()).device; self.each = len(self.learn.dls.train); self.steps = self.settings.epochs * self.each
-        self.shift, self.scale = (torch.as_tensor(o, dtype=torch.float32, device=self.on).view(-1, 1, 1) for o in (self.mean, self.std))
+        self.on = next(self.learn.model.parameters()).device
+        self.each = len(self.learn.dls.train)
+        self.steps = self.settings.epochs * self.each
+        self.shift, self.scale = (
+            torch.as_tensor(o, dtype=torch.float32, device=self.on).view(-1, 1, 1) for o in (self.mean, self.std)
+        )
 
-    def before_epoch(self): self.learn.dls.train.sampler.epoch = self.learn.epoch; self.losses, self.rates = [], []; self.begun = self.told = time.perf_counter()
+    def before_epoch(self):
+        self.learn.dls.train.sampler.epoch = self.learn.epoch
+        self.losses, self.rates = [], []
+        self.begun = self.told = time.perf_counter()
 
-    def rate(self): "Learning rate of this step"; return rate_at(self.done, self.steps, self.each, self.settings, self.schedule)
-    def inputs(self, x, y): "What the network takes, of normalised images and targets"; return x, y
-    def ended(self, epoch): "Further facts of an epoch, such as a share that is right on held-out images"; return {}
+    def rate(self):
+        "Learning rate of this step"
+        return rate_at(self.done, self.steps, self.each, self.settings, self.schedule)
+
+    def inputs(self, x, y):
+        "What the network takes, of normalised images and targets"
+        return x, y
+
+    def ended(self, epoch):
+        "Further facts of an epoch, such as a share that is right on held-out images"
+        return {}
 
     def before_batch(self):
-        self.rates.append(self.rate()); self.learn.opt.set_hypers(lr=self.rates[-1])
+        self.rates.append(self.rate())
+        self.learn.opt.set_hypers(lr=self.rates[-1])
         x, y = self.inputs((self.learn.xb[0].float() / 255 - self.shift) / self.scale, *self.learn.yb)
-        self.learn.xb, self.learn.yb = (x.contiguous(memory_format=_layout(self.on, self.settings.batch)) if x.ndim == 4 else x, y), (None,)   # the model takes both
+        self.learn.xb, self.learn.yb = (
+            (x.contiguous(memory_format=_layout(self.on, self.settings.batch)) if x.ndim == 4 else x, y),
+            (None,),
+        )  # the model takes both
 
-    def after_pred(self): self.names = tuple(self.learn.pred)
-    def after_loss(self): self.losses.append(torch.stack([self.learn.loss_grad, *self.learn.pred.values()]).detach())
+    def after_pred(self):
+        self.names = tuple(self.learn.pred)
+
+    def after_loss(self):
+        self.losses.append(torch.stack([self.learn.loss_grad, *self.learn.pred.values()]).detach())
 
     def after_batch(self):
-        self.done += 1; now, i = time.perf_counter(), self.done % self.each
-        if now - self.told > 60 and i: self.told = now; self.say(f"  step {i}/{self.each}  {clock((now - self.begun) / i * (self.steps - self.done))} left")
+        self.done += 1
+        now, i = time.perf_counter(), self.done % self.each
+        if now - self.told > 60 and i:
+            self.told = now
+            self.say(f"  step {i}/{self.each}  {clock((now - self.begun) / i * (self.steps - self.done))} left")
 
     def after_epoch(self):
         mean, seconds, e = self._mean(), time.perf_counter() - self.begun, self.learn.epoch + 1
-        parts, more = dict(zip(self.names, mean[1:])), self.ended(e); self.epochs.append(dict(epoch=e, step=self.done, loss=mean[0]) | parts | dict(lr=self.rates[-1]) | more)
-        shown = (f" ({', '.join(f'{k} {v:.4f}' for k, v in parts.items())})" if len(parts) > 1 else '') + ''.join(f'  {k} {100 * v:.1f} %' for k, v in more.items())
-        self.say(f"epoch {e}/{self.settings.epochs}  loss {mean[0]:.4f}{shown}  {len(self.learn.dls.train.sampler.index) / seconds:.1f} {_THINGS.get(self.section, 'images')}/s  {clock((self.settings.epochs - e) * seconds)} left")
+        parts, more = dict(zip(self.names, mean[1:])), self.ended(e)
+        self.epochs.append(dict(epoch=e, step=self.done, loss=mean[0]) | parts | dict(lr=self.rates[-1]) | more)
+        shown = (f" ({', '.join(f'{k} {v:.4f}' for k, v in parts.items())})" if len(parts) > 1 else "") + "".join(
+            f"  {k} {100 * v:.1f} %" for k, v in more.items()
+        )
+        self.say(
+            f"epoch {e}/{self.settings.epochs}  loss {mean[0]:.4f}{shown}  {len(self.learn.dls.train.sampler.index) / seconds:.1f} {_THINGS.get(self.section, 'images')}/s  {clock((self.settings.epochs - e) * seconds)} left"
+        )
 
     def _mean(self):
         "Means of the epoch's losses; `CmidError` where one is not finite"
-        losses = torch.stack(self.losses).float().cpu(); bad = (~losses.isfinite()).any(1).nonzero()
-        if bad.numel(): raise CmidError(f"loss is not finite at step {self.done - len(losses) + int(bad[0]) + 1} (learning rate {self.rates[int(bad[0])]:.3g}); lower {self.section}.lr")
+        losses = torch.stack(self.losses).float().cpu()
+        bad = (~losses.isfinite()).any(1).nonzero()
+        if bad.numel():
+            raise CmidError(
+                f"loss is not finite at step {self.done - len(losses) + int(bad[0]) + 1} (learning rate {self.rates[int(bad[0])]:.3g}); lower {self.section}.lr"
+            )
         return losses.mean(0).tolist()
 
 # %% ../nbs/29_finetune.ipynb #0ff3a331
 def learner(
-    model:nn.Module, # of a task: losses by name with targets, predictions without
-    data:Dataset, # gives (uint8 (B, ..., C, H, W), targets) for (step, numbers)
-    index, # numbers of the items that are learnt from
-    settings, # batch and precision
-    act:FineTune, # what happens around a step
-    optimiser, # makes an optimiser of parameter groups
-    seed:int=0, # of the order
-    on:torch.device|None=None, # device
-    workers:int|None=None, # processes that load; None: up to 8 beside a GPU, none else
-) -> Learner: # whose `fit(settings.epochs)` trains
+    model: nn.Module,  # of a task: losses by name with targets, predictions without
+    data: Dataset,  # gives (uint8 (B, ..., C, H, W), targets) for (step, numbers)
+    index,  # numbers of the items that are learnt from
+    settings,  # batch and precision
+    act: FineTune,  # what happens around a step
+    optimiser,  # makes an optimiser of parameter groups
+    seed: int = 0,  # of the order
+    on: torch.device | None = None,  # device
+    workers: int | None = None,  # processes that load; None: up to 8 beside a GPU, none else
+) -> Learner:  # whose `fit(settings.epochs)` trains
     "A fastai Learner for a task. Raises `CmidError` where the device lacks the precision."
-    on = on or device(); dtype, order = precision_of(settings.precision, on, act.section), Shuffled(index, settings.batch, seed)
-    workers = (min(8, os.cpu_count()) if on.type == 'cuda' else 0) if workers is None else workers
-    batches = DataLoader(data, sampler=order, batch_size=None, num_workers=workers, persistent_workers=workers > 0, pin_memory=on.type == 'cuda', generator=torch.Generator().manual_seed(seed))
-    made = optimiser(parameter_groups(model.to(on, memory_format=_layout(on, settings.batch)), settings.weight_decay)); clip = getattr(settings, 'clip', None)
+    on = on or device()
+    dtype, order = precision_of(settings.precision, on, act.section), Shuffled(index, settings.batch, seed)
+    workers = (min(8, os.cpu_count()) if on.type == "cuda" else 0) if workers is None else workers
+    batches = DataLoader(
+        data,
+        sampler=order,
+        batch_size=None,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=on.type == "cuda",
+        generator=torch.Generator().manual_seed(seed),
+    )
+    made = optimiser(parameter_groups(model.to(on, memory_format=_layout(on, settings.batch)), settings.weight_decay))
+    clip = getattr(settings, "clip", None)
     acts = [act] + ([Half(dtype, on)] if dtype != torch.float32 else []) + ([GradientClip(clip)] if clip else [])
-    learn = Learner(DataLoaders(batches, [], device=on), model, loss_func=lambda losses, _: sum(losses.values()), opt_func=lambda *_, **__: OptimWrapper(opt=made), cbs=acts)
-    learn.remove_cbs([o for o in learn.cbs if isinstance(o, (Recorder, CastToTensor, ProgressCallback))]); learn.create_opt()   # they read the loss at every step
+    learn = Learner(
+        DataLoaders(batches, [], device=on),
+        model,
+        loss_func=lambda losses, _: sum(losses.values()),
+        opt_func=lambda *_, **__: OptimWrapper(opt=made),
+        cbs=acts,
+    )
+    learn.remove_cbs([o for o in learn.cbs if isinstance(o, (Recorder, CastToTensor, ProgressCallback))])
+    learn.create_opt()  # they read the loss at every step
     return learn
 
 # %% ../nbs/29_finetune.ipynb #930523ee
 def fit(
-    learn:Learner, # of `learner`
-    act:FineTune, # of the same
-    key:str, # of params.yaml, that sets the side of an image
+    learn: Learner,  # of `learner`
+    act: FineTune,  # of the same
+    key: str,  # of params.yaml, that sets the side of an image
 ):
     "Train. Raises `CmidError` where a loss is not finite, or a batch does not fit into memory."
     data, order, s = learn.dls.train.dataset, learn.dls.train.sampler, act.settings
     try:
-        with plainly(): learn.fit(s.epochs)
+        with plainly():
+            learn.fit(s.epochs)
         return
-    except torch.OutOfMemoryError: pass                                                # its traceback holds the step's tensors: go on without it
-    raise too_large(act.section, s.batch, data[(0, order.index[:1])][0].shape[-1], act.on, lambda b: _trial_step(learn, act, *data[(0, np.resize(order.index, b))]), key)
+    except torch.OutOfMemoryError:
+        pass  # its traceback holds the step's tensors: go on without it
+    raise too_large(
+        act.section,
+        s.batch,
+        data[(0, order.index[:1])][0].shape[-1],
+        act.on,
+        lambda b: _trial_step(learn, act, *data[(0, np.resize(order.index, b))]),
+        key,
+    )
+
 
 def _trial_step(learn, act, x, y):
     "A step on a smaller batch"
-    learn.xb = learn.yb = learn.pred = learn.loss = learn.loss_grad = None; learn.model.zero_grad(set_to_none=True)
-    dtype = precision_of(act.settings.precision, act.on, act.section); x, y = act.inputs(normalised(x.to(act.on), act.mean, act.std), to_device(y, act.on))
-    with torch.autocast(act.on.type, dtype, enabled=dtype != torch.float32): losses = learn.model(x, y)
-    sum(losses.values()).float().backward(); learn.opt.opt.step()
+    learn.xb = learn.yb = learn.pred = learn.loss = learn.loss_grad = None
+    learn.model.zero_grad(set_to_none=True)
+    dtype = precision_of(act.settings.precision, act.on, act.section)
+    x, y = act.inputs(normalised(x.to(act.on), act.mean, act.std), to_device(y, act.on))
+    with torch.autocast(act.on.type, dtype, enabled=dtype != torch.float32):
+        losses = learn.model(x, y)
+    sum(losses.values()).float().backward()
+    learn.opt.opt.step()
 
 # %% ../nbs/29_finetune.ipynb #7f912f79
 def train(
-    model:nn.Module, # of a task; trained in place
-    data:Dataset, # as of `learner`
-    index, # numbers of the items that are learnt from
-    settings:Tuning, # of `resolved`
-    mean, std, # the card's
-    section:str, # of params.yaml
-    schedule, # of the learning rate: `cosine`, `linear` or a `falling`
-    seed:int=0, # of everything random
-    on:torch.device|None=None, # device
-    say=print, # takes a line
-    acts:tuple=(), # further fastai callbacks
-) -> list: # a dict an epoch: loss, its parts, lr
+    model: nn.Module,  # of a task; trained in place
+    data: Dataset,  # as of `learner`
+    index,  # numbers of the items that are learnt from
+    settings: Tuning,  # of `resolved`
+    mean,
+    std,  # the card's
+    section: str,  # of params.yaml
+    schedule,  # of the learning rate: `cosine`, `linear` or a `falling`
+    seed: int = 0,  # of everything random
+    on: torch.device | None = None,  # device
+    say=print,  # takes a line
+    acts: tuple = (),  # further fastai callbacks
+) -> list:  # a dict an epoch: loss, its parts, lr
     "Train a dense task's network. Raises `CmidError` as `fit`."
-    seed_everything(seed, torch.are_deterministic_algorithms_enabled()); s = settings; act = FineTune(s, mean, std, section, schedule, say)
-    learn = learner(model, data, index, s, act, lambda groups: AdamW(groups, lr=s.lr, fused=True) if s.optimiser == 'adamw' else torch.optim.SGD(groups, lr=s.lr, momentum=s.momentum), seed, on); learn.add_cbs(acts)
-    say(f"{len(index)} {_THINGS.get(section, 'images')} an epoch, {len(learn.dls.train)} steps of {min(s.batch, len(index))} at most, {s.epochs} epochs, {s.optimiser}, lr {s.lr:g}, weight decay {s.weight_decay:g}")
-    fit(learn, act, f'{section}.tile' if hasattr(s, 'tile') else f'{section}.crop')
+    seed_everything(seed, torch.are_deterministic_algorithms_enabled())
+    s = settings
+    act = FineTune(s, mean, std, section, schedule, say)
+    learn = learner(
+        model,
+        data,
+        index,
+        s,
+        act,
+        lambda groups: (
+            AdamW(groups, lr=s.lr, fused=True)
+            if s.optimiser == "adamw"
+            else torch.optim.SGD(groups, lr=s.lr, momentum=s.momentum)
+        ),
+        seed,
+        on,
+    )
+    learn.add_cbs(acts)
+    say(
+        f"{len(index)} {_THINGS.get(section, 'images')} an epoch, {len(learn.dls.train)} steps of {min(s.batch, len(index))} at most, {s.epochs} epochs, {s.optimiser}, lr {s.lr:g}, weight decay {s.weight_decay:g}"
+    )
+    fit(learn, act, f"{section}.tile" if hasattr(s, "tile") else f"{section}.crop")
     return act.epochs
 
 # %% ../nbs/29_finetune.ipynb #20ebd646
 def curves_figure(
-    epochs:list, # of `train`
-): # matplotlib Figure, as wide as a phone
+    epochs: list,  # of `train`
+):  # matplotlib Figure, as wide as a phone
     "The loss, its parts and the learning rate over the steps of a run."
-    parts = [k for k in epochs[0] if k not in ('epoch', 'step', 'loss', 'lr')]; names = ['loss', *(parts if len(parts) > 1 else []), 'lr']
-    return panels_figure({'learning rate' if k == 'lr' else k: [(k, [o['step'] for o in epochs], [o[k] for o in epochs])] for k in names})
+    parts = [k for k in epochs[0] if k not in ("epoch", "step", "loss", "lr")]
+    names = ["loss", *(parts if len(parts) > 1 else []), "lr"]
+    return panels_figure(
+        {"learning rate" if k == "lr" else k: [(k, [o["step"] for o in epochs], [o[k] for o in epochs])] for k in names}
+    )
 
 # %% ../nbs/29_finetune.ipynb #9402d1b6
 def _starts(length, side, share):
@@ -260,43 +405,63 @@ def _starts(length, side, share):
     n = 1 if length <= side else math.ceil((length - side) / (side - share)) + 1
     return np.linspace(0, max(length - side, 0), n).round().astype(int)
 
+
 def windows(
-    height:int, width:int, # of the image, px
-    side:int, # of a tile, px
-    share:int=0, # px that neighbours share at least; less than `side`
-) -> np.ndarray: # int (n, 4): top, left, bottom, right
+    height: int,
+    width: int,  # of the image, px
+    side: int,  # of a tile, px
+    share: int = 0,  # px that neighbours share at least; less than `side`
+) -> np.ndarray:  # int (n, 4): top, left, bottom, right
     "Tiles that cover an image, row by row."
-    return np.array([(t, l, min(t + side, height), min(l + side, width)) for t in _starts(height, side, share) for l in _starts(width, side, share)])
+    return np.array(
+        [
+            (t, l, min(t + side, height), min(l + side, width))
+            for t in _starts(height, side, share)
+            for l in _starts(width, side, share)
+        ]
+    )
 
 # %% ../nbs/29_finetune.ipynb #98a6964e
 def _window(h, w):
     "Weights of a tile's pixels, (h, w), nowhere 0"
-    y, x = (torch.sin(math.pi * (torch.arange(n) + .5) / n).square().clamp_min(1e-3) for n in (h, w)); return y[:, None] * x
+    y, x = (torch.sin(math.pi * (torch.arange(n) + 0.5) / n).square().clamp_min(1e-3) for n in (h, w))
+    return y[:, None] * x
+
 
 def _padded(image, multiple=32):
     "An image mirrored at its lower and right edge, to multiples of 32 px"
-    h, w = image.shape[-2:]; return np.pad(image, [(0, 0)] * (image.ndim - 2) + [(0, -h % multiple), (0, -w % multiple)], mode='symmetric')
+    h, w = image.shape[-2:]
+    return np.pad(image, [(0, 0)] * (image.ndim - 2) + [(0, -h % multiple), (0, -w % multiple)], mode="symmetric")
+
 
 @torch.no_grad()
 def blended(
-    predict, # takes uint8 (B, ..., C, h, w) on the device, sides multiples of 32, and gives (B, K, h, w)
-    image:np.ndarray, # uint8 (..., C, H, W)
-    side:int, # of a tile, px, a multiple of 32
-    overlap:float, # of neighbouring tiles, as a share of their side
-    batch:int=4, # tiles at a time
-    on:torch.device|None=None, # device
-) -> torch.Tensor: # float32 (K, H, W), on the CPU
+    predict,  # takes uint8 (B, ..., C, h, w) on the device, sides multiples of 32, and gives (B, K, h, w)
+    image: np.ndarray,  # uint8 (..., C, H, W)
+    side: int,  # of a tile, px, a multiple of 32
+    overlap: float,  # of neighbouring tiles, as a share of their side
+    batch: int = 4,  # tiles at a time
+    on: torch.device | None = None,  # device
+) -> torch.Tensor:  # float32 (K, H, W), on the CPU
     "What a network says of a whole image, tile by tile, blended; takes 4 (K + 1) bytes a pixel of memory: 6.4 GB for 10,000 x 10,000 px and 15 classes."
-    h, w = image.shape[-2:]; padded = _padded(image); tiles = windows(*padded.shape[-2:], side, int(overlap * side)); out = total = 0
+    h, w = image.shape[-2:]
+    padded = _padded(image)
+    tiles = windows(*padded.shape[-2:], side, int(overlap * side))
+    out = total = 0
     for k in range(0, len(tiles), batch):
-        x = torch.from_numpy(np.stack([padded[..., t:b, l:r] for t, l, b, r in tiles[k:k + batch]]))
-        for (t, l, b, r), p in zip(tiles[k:k + batch], predict(x.to(on or 'cpu')).float().cpu()):
-            if not k and isinstance(out, int): out, total = torch.zeros(len(p), *padded.shape[-2:]), torch.zeros(padded.shape[-2:])
-            g = _window(b - t, r - l); out[:, t:b, l:r] += p * g; total[t:b, l:r] += g
-    out /= total; return out[:, :h, :w]
+        x = torch.from_numpy(np.stack([padded[..., t:b, l:r] for t, l, b, r in tiles[k : k + batch]]))
+        for (t, l, b, r), p in zip(tiles[k : k + batch], predict(x.to(on or "cpu")).float().cpu()):
+            if not k and isinstance(out, int):
+                out, total = torch.zeros(len(p), *padded.shape[-2:]), torch.zeros(padded.shape[-2:])
+            g = _window(b - t, r - l)
+            out[:, t:b, l:r] += p * g
+            total[t:b, l:r] += g
+    out /= total
+    return out[:, :h, :w]
+
 
 def decided(
-    logits:torch.Tensor, # (K, H, W), K < 256
-) -> np.ndarray: # uint8 (H, W)
+    logits: torch.Tensor,  # (K, H, W), K < 256
+) -> np.ndarray:  # uint8 (H, W)
     "The class that each pixel is given: a block of rows at a time, so that little stands beside the logits."
     return torch.cat([o.argmax(0).byte() for o in logits.split(256, 1)]).numpy()

@@ -13,29 +13,34 @@ from timm.layers import trunc_normal_
 
 # %% ../nbs/11_heads.ipynb #269f0388
 def unit(
-    x, # (B, D, ...), any floating type
+    x,  # (B, D, ...), any floating type
 ):
     "`x` at length 1 along axis 1, in float32 at least"
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)
 
 # %% ../nbs/11_heads.ipynb #408740e4
 def _mlp(in_dim, hidden, out_dim, batch_norm):
-    return nn.Sequential(nn.Linear(in_dim, hidden), *[nn.BatchNorm1d(hidden)]*batch_norm, nn.ReLU(), nn.Linear(hidden, out_dim))
+    return nn.Sequential(
+        nn.Linear(in_dim, hidden), *[nn.BatchNorm1d(hidden)] * batch_norm, nn.ReLU(), nn.Linear(hidden, out_dim)
+    )
 
 # %% ../nbs/11_heads.ipynb #d8aa9d81
 class Projector(nn.Module):
     "Averaged map to a unit vector (section III-C); with `batch_norm` BYOL's, whose length is left to the loss"
-    def __init__(self,
-        in_dim:int, # channels of the last map
-        hidden:int=2048, # width
-        out_dim:int=256, # length of the vector
-        batch_norm:bool=False, # BYOL's variant
+
+    def __init__(
+        self,
+        in_dim: int,  # channels of the last map
+        hidden: int = 2048,  # width
+        out_dim: int = 256,  # length of the vector
+        batch_norm: bool = False,  # BYOL's variant
     ):
         super().__init__()
-        self.mlp,self.batch_norm = _mlp(in_dim, hidden, out_dim, batch_norm),batch_norm
+        self.mlp, self.batch_norm = _mlp(in_dim, hidden, out_dim, batch_norm), batch_norm
 
-    def forward(self,
-        x, # map (B, C, H, W), or averaged (B, C)
+    def forward(
+        self,
+        x,  # map (B, C, H, W), or averaged (B, C)
     ):
         "(B, out_dim), unit length in float32 unless `batch_norm`"
         y = self.mlp(x.mean((2, 3)) if x.dim() == 4 else x)
@@ -44,15 +49,18 @@ class Projector(nn.Module):
 # %% ../nbs/11_heads.ipynb #17c83414
 class Predictor(nn.Module):
     "BYOL's second head, on the student's side only: guesses the teacher's vector (arXiv 2006.07733)"
-    def __init__(self,
-        dim:int=256, # length of the vector, in and out
-        hidden:int=512, # width
+
+    def __init__(
+        self,
+        dim: int = 256,  # length of the vector, in and out
+        hidden: int = 512,  # width
     ):
         super().__init__()
         self.mlp = _mlp(dim, hidden, dim, True)
 
-    def forward(self,
-        x, # (B, dim)
+    def forward(
+        self,
+        x,  # (B, dim)
     ):
         "(B, dim); its length is left to the loss"
         return self.mlp(x)
@@ -60,36 +68,48 @@ class Predictor(nn.Module):
 # %% ../nbs/11_heads.ipynb #6eda4655
 class PrototypeHead(nn.Module):
     "Cosines of each place to the prototypes (section III-D)"
-    def __init__(self,
-        in_dim:int, # channels of the last map
-        hidden:int=2048, # width
-        bottleneck:int=256, # length of a place's vector
-        prototypes:int=2048, # how many
-        batch_norm:bool=True, # before each GELU: for networks that have batch norm themselves
+
+    def __init__(
+        self,
+        in_dim: int,  # channels of the last map
+        hidden: int = 2048,  # width
+        bottleneck: int = 256,  # length of a place's vector
+        prototypes: int = 2048,  # how many
+        batch_norm: bool = True,  # before each GELU: for networks that have batch norm themselves
     ):
         super().__init__()
-        def step(i): return nn.Conv1d(i, hidden, 1), *[nn.BatchNorm1d(hidden)]*batch_norm, nn.GELU()
+
+        def step(i):
+            return nn.Conv1d(i, hidden, 1), *[nn.BatchNorm1d(hidden)] * batch_norm, nn.GELU()
+
         self.mlp = nn.Sequential(*step(in_dim), *step(hidden), nn.Conv1d(hidden, bottleneck, 1))
-        self.weight_v = nn.Parameter(torch.empty(prototypes, bottleneck)) # the prototypes' directions
-        self.apply(self._init); trunc_normal_(self.weight_v, std=.02)
+        self.weight_v = nn.Parameter(torch.empty(prototypes, bottleneck))  # the prototypes' directions
+        self.apply(self._init)
+        trunc_normal_(self.weight_v, std=0.02)
 
     @staticmethod
     def _init(m):
-        if isinstance(m, nn.Conv1d): trunc_normal_(m.weight, std=.02); nn.init.zeros_(m.bias)
+        if isinstance(m, nn.Conv1d):
+            trunc_normal_(m.weight, std=0.02)
+            nn.init.zeros_(m.bias)
 
-    def forward(self,
-        x, # gathered features (B, C, P), P places
+    def forward(
+        self,
+        x,  # gathered features (B, C, P), P places
     ):
         "Logits (B, prototypes, P) in float32: the loss divides them by .04, and bfloat16 would round them to .1 then"
         z = unit(self.mlp(x))
-        with torch.autocast(x.device.type, enabled=False): return unit(self.weight_v) @ z
+        with torch.autocast(x.device.type, enabled=False):
+            return unit(self.weight_v) @ z
 
 # %% ../nbs/11_heads.ipynb #c63cced6
 class PixelDecoder(nn.Sequential):
     "1x1 convolution `C -> out_chans s^2`, then pixel shuffle by `s`: map (B, C, H, W) to pixels (B, out_chans, H s, W s)"
-    def __init__(self,
-        in_dim:int, # channels of the last map
-        stride:int, # its stride s in pixels
-        out_chans:int=3, # bands
+
+    def __init__(
+        self,
+        in_dim: int,  # channels of the last map
+        stride: int,  # its stride s in pixels
+        out_chans: int = 3,  # bands
     ):
-        super().__init__(nn.Conv2d(in_dim, out_chans*stride**2, 1), nn.PixelShuffle(stride))
+        super().__init__(nn.Conv2d(in_dim, out_chans * stride**2, 1), nn.PixelShuffle(stride))

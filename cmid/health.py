@@ -17,119 +17,226 @@ from .reconstruction import masked_error
 # %% ../nbs/21_health.ipynb #e0058590
 @torch.no_grad()
 def feature_health(
-    features:torch.Tensor, # (N, C), one row an image, N >= 2
-) -> dict: # std, cosine, rank: tensors without dimensions
+    features: torch.Tensor,  # (N, C), one row an image, N >= 2
+) -> dict:  # std, cosine, rank: tensors without dimensions
     "Spread of unit-length features: channel deviation, mean cosine of pairs, effective rank."
-    z = F.normalize(features.float(), dim=1); n = len(z)
-    s = torch.linalg.svdvals(features.float()); p = s / s.sum().clamp_min(1e-12)
-    return dict(std=z.std(0, unbiased=False).mean(), cosine=(z.sum(0).square().sum() - n) / (n * (n - 1)),
-                rank=torch.exp(-(p * p.clamp_min(1e-12).log()).sum()))
+    z = F.normalize(features.float(), dim=1)
+    n = len(z)
+    s = torch.linalg.svdvals(features.float())
+    p = s / s.sum().clamp_min(1e-12)
+    return dict(
+        std=z.std(0, unbiased=False).mean(),
+        cosine=(z.sum(0).square().sum() - n) / (n * (n - 1)),
+        rank=torch.exp(-(p * p.clamp_min(1e-12).log()).sum()),
+    )
 
 # %% ../nbs/21_health.ipynb #51922527
 @torch.no_grad()
 def prototype_use(
-    logits:torch.Tensor, # (B, P, K): P prototypes at K places of B images
-    centre:torch.Tensor|float=0., # (P,), which the loss takes off
-    temperature:float=.07, # of the teacher
-) -> dict: # used, perplexity, entropy: tensors without dimensions
+    logits: torch.Tensor,  # (B, P, K): P prototypes at K places of B images
+    centre: torch.Tensor | float = 0.0,  # (P,), which the loss takes off
+    temperature: float = 0.07,  # of the teacher
+) -> dict:  # used, perplexity, entropy: tensors without dimensions
     "What the student is asked for: the share of prototypes (of places, where those are fewer) that are anyone's first choice, how evenly, and the mean entropy of a place over log(P)."
     x = logits.float().transpose(1, 2).flatten(0, 1) - torch.as_tensor(centre, device=logits.device).flatten()
     p = torch.bincount(x.argmax(1), minlength=x.shape[1]).float() / len(x)
-    return dict(used=(p > 0).sum() / min(x.shape), perplexity=_entropy(p).exp(), entropy=_entropy((x / temperature).softmax(1)).mean() / math.log(x.shape[1]))
+    return dict(
+        used=(p > 0).sum() / min(x.shape),
+        perplexity=_entropy(p).exp(),
+        entropy=_entropy((x / temperature).softmax(1)).mean() / math.log(x.shape[1]),
+    )
 
-def _entropy(p): "Of distributions along the last axis, in nats"; return -torch.xlogy(p, p).sum(-1)
+
+def _entropy(p):
+    "Of distributions along the last axis, in nats"
+    return -torch.xlogy(p, p).sum(-1)
 
 # %% ../nbs/21_health.ipynb #44ff9257
 def labelled_halves(
-    images, # images.Prepared
-    limits:Health, # params.yaml: health
-    seed:int=0, # of the choice
-): # ((indices, labels) of the references, of the queries), or None where nothing has a class
+    images,  # images.Prepared
+    limits: Health,  # params.yaml: health
+    seed: int = 0,  # of the choice
+):  # ((indices, labels) of the references, of the queries), or None where nothing has a class
     "A few labelled images, in two halves. Raises `CmidError` with the near names of a split that is not there."
-    if images.labels is None: return None
-    split = limits.split if images.splits else None                            # without lists there is nothing to choose
-    if split is not None and split not in images.splits: raise CmidError(f"params.yaml: health.split: {limits.split!r} is no list of {limits.labelled}{near(limits.split, images.splits)}; known: {', '.join(images.splits) or 'none'}")
+    if images.labels is None:
+        return None
+    split = limits.split if images.splits else None  # without lists there is nothing to choose
+    if split is not None and split not in images.splits:
+        raise CmidError(
+            f"params.yaml: health.split: {limits.split!r} is no list of {limits.labelled}{near(limits.split, images.splits)}; known: {', '.join(images.splits) or 'none'}"
+        )
     index = np.arange(len(images)) if split is None else np.asarray(images.splits[split])
-    index = index[images.labels[index] >= 0]; n = min(limits.images, len(index) // 2)
+    index = index[images.labels[index] >= 0]
+    n = min(limits.images, len(index) // 2)
     shuffled = np.random.default_rng(seed).permutation(index)
-    return [(o := np.sort(shuffled[k * n:(k + 1) * n]), images.labels[o]) for k in (0, 1)] if n else None
+    return [(o := np.sort(shuffled[k * n : (k + 1) * n]), images.labels[o]) for k in (0, 1)] if n else None
 
 # %% ../nbs/21_health.ipynb #01d2b1c2
-FEW = 8 # images of which spread and rank say nothing: n images point into n directions at most
+FEW = 8  # images of which spread and rank say nothing: n images point into n directions at most
+
 
 class Watch:
     "Health of student and teacher on images that stay the same."
-    def __init__(self,
-        images, # images.Prepared of the corpus
-        index, # what of it is learnt from
-        limits:Health, # params.yaml: health
-        labelled=None, # images.Prepared with classes, for the kNN accuracy
-        mask_ratio:float=.6, # of the reconstruction
-        seed:int=0, # of the choice of images and masks
-        batch:int=64, # images at a time: what training holds, watching can
+
+    def __init__(
+        self,
+        images,  # images.Prepared of the corpus
+        index,  # what of it is learnt from
+        limits: Health,  # params.yaml: health
+        labelled=None,  # images.Prepared with classes, for the kNN accuracy
+        mask_ratio: float = 0.6,  # of the reconstruction
+        seed: int = 0,  # of the choice of images and masks
+        batch: int = 64,  # images at a time: what training holds, watching can
     ):
-        self.batch, self.notes = batch, []; self.limits, self.images = limits, torch.from_numpy(images[np.sort(np.random.default_rng(seed).permutation(index)[:limits.images])])
-        self.masks = block_masks(len(self.images), self.images.shape[-2:], mask_ratio, generator=torch.Generator().manual_seed(seed))
-        if len(self.images) < FEW: self.notes.append(f"note: of {len(self.images)} images no spread can be told (health wants {FEW}): a collapse would not be seen")
-        if fits := labelled is not None and (labelled.bands, labelled.side) == (images.bands, images.side): pass
-        elif labelled is not None: self.notes.append(f"note: health.labelled: {limits.labelled} has {labelled.bands} bands at {labelled.side} px, the corpus {images.bands} at {images.side} px: no kNN accuracy is measured")
+        self.batch, self.notes = batch, []
+        self.limits, self.images = (
+            limits,
+            torch.from_numpy(images[np.sort(np.random.default_rng(seed).permutation(index)[: limits.images])]),
+        )
+        self.masks = block_masks(
+            len(self.images), self.images.shape[-2:], mask_ratio, generator=torch.Generator().manual_seed(seed)
+        )
+        if len(self.images) < FEW:
+            self.notes.append(
+                f"note: of {len(self.images)} images no spread can be told (health wants {FEW}): a collapse would not be seen"
+            )
+        if fits := labelled is not None and (labelled.bands, labelled.side) == (images.bands, images.side):
+            pass
+        elif labelled is not None:
+            self.notes.append(
+                f"note: health.labelled: {limits.labelled} has {labelled.bands} bands at {labelled.side} px, the corpus {images.bands} at {images.side} px: no kNN accuracy is measured"
+            )
         halves = labelled_halves(labelled, limits, seed) if fits else None
-        self.halves = halves and [(torch.from_numpy(labelled[i]), torch.as_tensor(y, dtype=torch.long)) for i, y in halves]
+        self.halves = halves and [
+            (torch.from_numpy(labelled[i]), torch.as_tensor(y, dtype=torch.long)) for i, y in halves
+        ]
 
     @torch.no_grad()
-    def __call__(self,
-        model, # CMID
-        normalise, # uint8 / 255 to what the encoder takes
-        temperature:float=.07, # of the teacher's prototypes
-    ) -> dict: # floats by name
+    def __call__(
+        self,
+        model,  # CMID
+        normalise,  # uint8 / 255 to what the encoder takes
+        temperature: float = 0.07,  # of the teacher's prototypes
+    ) -> dict:  # floats by name
         "Measure. The host waits for the device here: between epochs only."
-        modes = [(o, o.training) for o in model.modules()]; model.eval(); on = next(model.parameters()).device
+        modes = [(o, o.training) for o in model.modules()]
+        model.eval()
+        on = next(model.parameters()).device
         x = lambda images: [normalise(o.to(on).float() / 255) for o in images.split(self.batch)]
-        maps = {k: torch.cat([getattr(model, k).encoder(o)[-1] for o in x(self.images)]) for k in ('student', 'teacher')}
-        out = {f'{name}_{k}': v for name, o in maps.items() for k, v in feature_health(o.mean((2, 3))).items()} if len(self.images) >= FEW else {}
-        if model.weights[1] and out: out['projection_std'] = feature_health(model.student.projector(maps['student']))['std']
-        if model.weights[0]: out['reconstruction_skill'] = self._skill(model, x(self.images))
-        if model.weights[2]: out |= {f'prototypes_{k}': v for k, v in prototype_use(model.teacher.head(maps['teacher'].flatten(2)), model.prototype_loss.centre, temperature).items()}
-        if self.halves: out['knn'] = self._knn([(torch.cat([model.student.encoder(o)[-1].mean((2, 3)) for o in x(i)]), y.to(on)) for i, y in self.halves])
-        for o, mode in modes: o.training = mode
+        maps = {
+            k: torch.cat([getattr(model, k).encoder(o)[-1] for o in x(self.images)]) for k in ("student", "teacher")
+        }
+        out = (
+            {f"{name}_{k}": v for name, o in maps.items() for k, v in feature_health(o.mean((2, 3))).items()}
+            if len(self.images) >= FEW
+            else {}
+        )
+        if model.weights[1] and out:
+            out["projection_std"] = feature_health(model.student.projector(maps["student"]))["std"]
+        if model.weights[0]:
+            out["reconstruction_skill"] = self._skill(model, x(self.images))
+        if model.weights[2]:
+            out |= {
+                f"prototypes_{k}": v
+                for k, v in prototype_use(
+                    model.teacher.head(maps["teacher"].flatten(2)), model.prototype_loss.centre, temperature
+                ).items()
+            }
+        if self.halves:
+            out["knn"] = self._knn(
+                [
+                    (torch.cat([model.student.encoder(o)[-1].mean((2, 3)) for o in x(i)]), y.to(on))
+                    for i, y in self.halves
+                ]
+            )
+        for o, mode in modes:
+            o.training = mode
         return {k: v.item() for k, v in out.items()}
 
     def _skill(self, model, batches):
         "1 - error / error of the fill, over the masked pixels of all watched images"
-        errors = [torch.stack([masked_error(x, m, o).sum() for o in (model.decoder(model.student.encoder(fill_mean(x, m), m)[-1]), fill_mean(x, m))]) for x, m in zip(batches, self.masks.to(batches[0].device).split(self.batch))]
-        error, plain = sum(errors); return 1 - error / plain.clamp_min(1e-12)
+        errors = [
+            torch.stack(
+                [
+                    masked_error(x, m, o).sum()
+                    for o in (model.decoder(model.student.encoder(fill_mean(x, m), m)[-1]), fill_mean(x, m))
+                ]
+            )
+            for x, m in zip(batches, self.masks.to(batches[0].device).split(self.batch))
+        ]
+        error, plain = sum(errors)
+        return 1 - error / plain.clamp_min(1e-12)
 
     def _knn(self, halves):
         "Share of the queries that their neighbours classify rightly"
         (x, y), (q, truth) = halves
-        return (knn_predict(x, y, q, int(torch.maximum(y.max(), truth.max())) + 1, self.limits.neighbours) == truth).float().mean()
+        return (
+            (knn_predict(x, y, q, int(torch.maximum(y.max(), truth.max())) + 1, self.limits.neighbours) == truth)
+            .float()
+            .mean()
+        )
 
 # %% ../nbs/21_health.ipynb #2f723fe8
-UNUSED, SOLVED = .05, .1 # share of prototypes in use below which a branch idles; share of log(P) below which one prototype for all is called collapsed
+UNUSED, SOLVED = (
+    0.05,
+    0.1,
+)  # share of prototypes in use below which a branch idles; share of log(P) below which one prototype for all is called collapsed
+
 
 def _since(epochs, wrong):
     "Since which epoch `wrong` has held without a break, and how many epochs that is"
     n = next((i for i, o in enumerate(reversed(epochs)) if not wrong(o)), len(epochs))
-    return (epochs[-n]['epoch'] if n else None), n
+    return (epochs[-n]["epoch"] if n else None), n
+
 
 def alarms(
-    epochs:list, # of epochs.json
-    limits:Health, # params.yaml: health
-    channels:int, # C of the features
-    projected:int, # D of the projections
-    prototypes:int, # P
-    warmup:int=0, # epochs that do not count
-) -> tuple: # what has collapsed as (since which epoch, text), or None; {branch: how it idles}
+    epochs: list,  # of epochs.json
+    limits: Health,  # params.yaml: health
+    channels: int,  # C of the features
+    projected: int,  # D of the projections
+    prototypes: int,  # P
+    warmup: int = 0,  # epochs that do not count
+) -> tuple:  # what has collapsed as (since which epoch, text), or None; {branch: how it idles}
     "What is wrong with a run, in words."
-    whole, last = math.log(prototypes), epochs[-1] if epochs else {}; warm = [o for o in epochs if o['epoch'] > warmup]
-    def held(wrong, epochs=warm): since, n = _since(epochs, wrong); return since if n >= limits.patience else None
-    falls = [(e, f"collapsed: {name} std {last[k]:.2g} since epoch {e} (healthy: about {n**-.5:.2g})") for k, name, n in (('student_std', 'student feature', channels), ('teacher_std', 'teacher feature', channels), ('projection_std', 'projection', projected))
-             if (e := held(lambda o: o.get(k, 1) < limits.collapse * n**-.5, epochs))]
-    falls += [(e, f"collapsed: {k} features point into {last[f'{k}_rank']:.2g} directions since epoch {e} (effective rank)") for k in ('student', 'teacher') if (e := held(lambda o: o.get(f'{k}_rank', 9) < 2, epochs))]
-    if e := held(lambda o: o.get('prototypes_perplexity', 9) < 1.5 and o['distillation'] < SOLVED * whole, epochs):
-        falls.append((e, f"collapsed: every place picks the same prototype since epoch {e} (local loss {last['distillation']:.2g})"))
+    whole, last = math.log(prototypes), epochs[-1] if epochs else {}
+    warm = [o for o in epochs if o["epoch"] > warmup]
+
+    def held(wrong, epochs=warm):
+        since, n = _since(epochs, wrong)
+        return since if n >= limits.patience else None
+
+    falls = [
+        (e, f"collapsed: {name} std {last[k]:.2g} since epoch {e} (healthy: about {n**-0.5:.2g})")
+        for k, name, n in (
+            ("student_std", "student feature", channels),
+            ("teacher_std", "teacher feature", channels),
+            ("projection_std", "projection", projected),
+        )
+        if (e := held(lambda o: o.get(k, 1) < limits.collapse * n**-0.5, epochs))
+    ]
+    falls += [
+        (e, f"collapsed: {k} features point into {last[f'{k}_rank']:.2g} directions since epoch {e} (effective rank)")
+        for k in ("student", "teacher")
+        if (e := held(lambda o: o.get(f"{k}_rank", 9) < 2, epochs))
+    ]
+    if e := held(lambda o: o.get("prototypes_perplexity", 9) < 1.5 and o["distillation"] < SOLVED * whole, epochs):
+        falls.append(
+            (
+                e,
+                f"collapsed: every place picks the same prototype since epoch {e} (local loss {last['distillation']:.2g})",
+            )
+        )
     idle = {}
-    if e := held(lambda o: 'prototypes_used' in o and abs(o['distillation'] / whole - 1) < limits.idle): idle['distillation'] = f"the local branch idles: its loss {last['distillation']:.4g} is within {100 * limits.idle:g} % of log({prototypes}) = {whole:.4g} since epoch {e}"
-    if e := held(lambda o: o.get('prototypes_used', 1) < UNUSED): idle['prototypes'] = f"the local branch hardly uses its prototypes: {100 * last['prototypes_used']:.2g} % of what could be are anyone's first choice, below {100 * UNUSED:g} % since epoch {e}"
-    if e := held(lambda o: o.get('reconstruction_skill', 1) <= 0): idle['reconstruction'] = f"the reconstruction is no better than a flat colour since epoch {e} (skill {last['reconstruction_skill']:.2g})"
+    if e := held(lambda o: "prototypes_used" in o and abs(o["distillation"] / whole - 1) < limits.idle):
+        idle["distillation"] = (
+            f"the local branch idles: its loss {last['distillation']:.4g} is within {100 * limits.idle:g} % of log({prototypes}) = {whole:.4g} since epoch {e}"
+        )
+    if e := held(lambda o: o.get("prototypes_used", 1) < UNUSED):
+        idle["prototypes"] = (
+            f"the local branch hardly uses its prototypes: {100 * last['prototypes_used']:.2g} % of what could be are anyone's first choice, below {100 * UNUSED:g} % since epoch {e}"
+        )
+    if e := held(lambda o: o.get("reconstruction_skill", 1) <= 0):
+        idle["reconstruction"] = (
+            f"the reconstruction is no better than a flat colour since epoch {e} (skill {last['reconstruction_skill']:.2g})"
+        )
     return (falls or [None])[0] if limits.collapse else None, idle

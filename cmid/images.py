@@ -27,24 +27,32 @@ from rasterio.enums import ColorInterp, Resampling
 from rasterio.windows import Window
 from tqdm import tqdm
 
-try: import fcntl
-except ImportError: fcntl = None  # Windows: no lock
+try:
+    import fcntl
+except ImportError:
+    fcntl = None  # Windows: no lock
 
 from .params import CmidError, cli, whole, write_json, writing
 
 # %% ../nbs/02_images.ipynb #382db5cb
-KINDS = '.png', '.jpg', '.jpeg', '.tif', '.tiff'
+KINDS = ".png", ".jpg", ".jpeg", ".tif", ".tiff"
+
 
 def find_images(
-    folder, # searched with everything below it
-) -> tuple[list[str], Counter]: # sorted names relative to `folder`; how many other files there are, by suffix
+    folder,  # searched with everything below it
+) -> tuple[list[str], Counter]:  # sorted names relative to `folder`; how many other files there are, by suffix
     "Every name below `folder` that promises a PNG, JPEG or TIFF; linked folders are entered once, so that circles end"
     names, others, seen, root = [], Counter(), set(), os.fspath(folder)
-    for at, dirs, files in os.walk(root, followlinks=True, onerror=lambda e: names.append(os.path.relpath(e.filename, root))):
+    for at, dirs, files in os.walk(
+        root, followlinks=True, onerror=lambda e: names.append(os.path.relpath(e.filename, root))
+    ):
         here = os.path.realpath(at)
-        if here in seen: dirs.clear(); continue
-        seen.add(here); dirs.sort()
-        prefix = '' if at == root else os.path.relpath(at, root).replace(os.sep, '/') + '/'
+        if here in seen:
+            dirs.clear()
+            continue
+        seen.add(here)
+        dirs.sort()
+        prefix = "" if at == root else os.path.relpath(at, root).replace(os.sep, "/") + "/"
         names += [prefix + o for o in files + dirs if o.lower().endswith(KINDS)]
         others.update(os.path.splitext(o)[1].lower() for o in files if not o.lower().endswith(KINDS))
     return sorted(names), others
@@ -52,82 +60,121 @@ def find_images(
 # %% ../nbs/02_images.ipynb #265cdfd4
 class _Names:
     "Names in one block of bytes, each 8 bytes and its letters"
-    def __init__(self, names):
-        self.block, self.ends = bytearray(), array('q', [0])
-        for o in names: self.block += o.encode('utf-8', 'surrogateescape'); self.ends.append(len(self.block))
 
-    def __len__(self): return len(self.ends) - 1
+    def __init__(self, names):
+        self.block, self.ends = bytearray(), array("q", [0])
+        for o in names:
+            self.block += o.encode("utf-8", "surrogateescape")
+            self.ends.append(len(self.block))
+
+    def __len__(self):
+        return len(self.ends) - 1
 
     def __getitem__(self, i):
         i = range(len(self))[i]
-        return [self[k] for k in i] if isinstance(i, range) else self.block[self.ends[i]:self.ends[i+1]].decode('utf-8', 'surrogateescape')
+        return (
+            [self[k] for k in i]
+            if isinstance(i, range)
+            else self.block[self.ends[i] : self.ends[i + 1]].decode("utf-8", "surrogateescape")
+        )
 
 # %% ../nbs/02_images.ipynb #9aad2671
 LARGE = 2**28  # bytes of pixels that are read at once
 
+
 def _kind(path):
     "'pillow', or the rasterio driver that reads this file"
-    if os.path.isdir(path): raise ValueError("a folder named like an image" if os.access(path, os.R_OK | os.X_OK) else "a folder that may not be read")
-    if os.path.exists(path) and not os.path.isfile(path): raise ValueError("no regular file")
-    with open(path, 'rb') as f: head = f.read(32)
-    if not head: raise ValueError("empty file (0 bytes)")
-    if head[:4] in (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+'): return 'GTiff'
-    if head[:8] == b'\x89PNG\r\n\x1a\n': return 'PNG' if head[24:25] == b'\x10' else 'pillow'
-    if head[:2] == b'\xff\xd8': return 'pillow'
+    if os.path.isdir(path):
+        raise ValueError(
+            "a folder named like an image" if os.access(path, os.R_OK | os.X_OK) else "a folder that may not be read"
+        )
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError("no regular file")
+    with open(path, "rb") as f:
+        head = f.read(32)
+    if not head:
+        raise ValueError("empty file (0 bytes)")
+    if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        return "GTiff"
+    if head[:8] == b"\x89PNG\r\n\x1a\n":
+        return "PNG" if head[24:25] == b"\x10" else "pillow"
+    if head[:2] == b"\xff\xd8":
+        return "pillow"
     raise ValueError("no PNG, JPEG or TIFF inside")
 
 # %% ../nbs/02_images.ipynb #2982e1a6
 class _Picture:
     "8-bit PNG or JPEG through Pillow, decoded once"
+
     nodata = None
+
     def __init__(self, path):
-        self.im = im = Image.open(path, formats=['PNG', 'JPEG', 'MPO'])
+        self.im = im = Image.open(path, formats=["PNG", "JPEG", "MPO"])
         w, h = im.size
-        if w*h > Image.MAX_IMAGE_PIXELS: raise ValueError(f"{w} x {h} pixels, more than {Image.MAX_IMAGE_PIXELS:,}: save it as a tiled GeoTIFF")
-        self.turn, self.pixels = im.getexif().get(0x0112, 1), None  # of a PNG this decodes everything, so the size is looked at first
+        if w * h > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(f"{w} x {h} pixels, more than {Image.MAX_IMAGE_PIXELS:,}: save it as a tiled GeoTIFF")
+        self.turn, self.pixels = (
+            im.getexif().get(0x0112, 1),
+            None,
+        )  # of a PNG this decodes everything, so the size is looked at first
         self.width, self.height = (h, w) if 5 <= self.turn <= 8 else (w, h)
-        self.mode = 'L' if im.mode in ('1', 'L', 'LA') else 'RGB'
-        self.bands, self.dtype, self.grey = len(self.mode), 'uint8', self.mode == 'L'
-        told = {'transparency dropped': im.mode in ('LA', 'PA', 'RGBA') or 'transparency' in im.info, 'palette made RGB': im.mode in ('P', 'PA'),
-                'CMYK made RGB': im.mode == 'CMYK', 'turned as EXIF says': 2 <= self.turn <= 8}
-        self.notes = [k for k,v in told.items() if v]
+        self.mode = "L" if im.mode in ("1", "L", "LA") else "RGB"
+        self.bands, self.dtype, self.grey = len(self.mode), "uint8", self.mode == "L"
+        told = {
+            "transparency dropped": im.mode in ("LA", "PA", "RGBA") or "transparency" in im.info,
+            "palette made RGB": im.mode in ("P", "PA"),
+            "CMYK made RGB": im.mode == "CMYK",
+            "turned as EXIF says": 2 <= self.turn <= 8,
+        }
+        self.notes = [k for k, v in told.items() if v]
 
     def read(self, window=None, bands=None, shape=None):
         if self.pixels is None:
             im = ImageOps.exif_transpose(self.im) if self.turn != 1 else self.im
             self.pixels = np.asarray(im.convert(self.mode)).reshape(self.height, self.width, self.bands)
         y, x, h, w = window or (0, 0, self.height, self.width)
-        cut = self.pixels[y:y+h, x:x+w].transpose(2, 0, 1)
+        cut = self.pixels[y : y + h, x : x + w].transpose(2, 0, 1)
         return (cut if bands is None else cut[bands]), None
 
-    def close(self): self.im.close()
+    def close(self):
+        self.im.close()
 
 # %% ../nbs/02_images.ipynb #a2a68779
 class _Grid:
     "TIFF or 16-bit PNG through rasterio, window by window"
+
     def __init__(self, path, driver):
         self.src = src = rasterio.open(path, driver=driver)
         self.width, self.height, self.dtype, self.grey, self.lut = src.width, src.height, src.dtypes[0], False, None
-        if 'complex' in self.dtype: raise ValueError(f"{self.dtype} pixels: complex numbers are not read")
+        if "complex" in self.dtype:
+            raise ValueError(f"{self.dtype} pixels: complex numbers are not read")
         block = np.prod(src.block_shapes[0]) * src.count * np.dtype(self.dtype).itemsize
-        if block > LARGE: raise ValueError(f"stored in blocks of {block >> 20} MB: save it as a tiled GeoTIFF")
-        cmyk = src.tags(ns='IMAGE_STRUCTURE').get('SOURCE_COLOR_SPACE') == 'CMYK'
-        self.index = list(src.indexes)[:-1 if cmyk or driver == 'PNG' and src.count in (2, 4) else None]
-        self.nodata, self.bands = [src.nodatavals[i-1] for i in self.index], len(self.index)
-        self.notes = ['CMYK made RGB'] * cmyk + ['transparency dropped'] * (driver == 'PNG' and self.bands < src.count)
-        if driver == 'GTiff' and not cmyk and ColorInterp.alpha in src.colorinterp: self.notes += ['band marked as transparency, kept']
-        if src.colorinterp[0] == ColorInterp.palette: self._palette(src.colormap(1))
+        if block > LARGE:
+            raise ValueError(f"stored in blocks of {block >> 20} MB: save it as a tiled GeoTIFF")
+        cmyk = src.tags(ns="IMAGE_STRUCTURE").get("SOURCE_COLOR_SPACE") == "CMYK"
+        self.index = list(src.indexes)[: -1 if cmyk or driver == "PNG" and src.count in (2, 4) else None]
+        self.nodata, self.bands = [src.nodatavals[i - 1] for i in self.index], len(self.index)
+        self.notes = ["CMYK made RGB"] * cmyk + ["transparency dropped"] * (driver == "PNG" and self.bands < src.count)
+        if driver == "GTiff" and not cmyk and ColorInterp.alpha in src.colorinterp:
+            self.notes += ["band marked as transparency, kept"]
+        if src.colorinterp[0] == ColorInterp.palette:
+            self._palette(src.colormap(1))
 
     def _palette(self, colours):
         self.lut = np.zeros((max(colours) + 1, 3), np.uint8)
-        for k,v in colours.items(): self.lut[k] = v[:3]
-        if (self.lut == self.lut[:, :1]).all(): self.lut = self.lut[:, :1]
-        else: self.notes += ['palette made RGB']
-        self.bands, self.dtype, self.grey, self.nodata = self.lut.shape[1], 'uint8', self.lut.shape[1] == 1, [None]
+        for k, v in colours.items():
+            self.lut[k] = v[:3]
+        if (self.lut == self.lut[:, :1]).all():
+            self.lut = self.lut[:, :1]
+        else:
+            self.notes += ["palette made RGB"]
+        self.bands, self.dtype, self.grey, self.nodata = self.lut.shape[1], "uint8", self.lut.shape[1] == 1, [None]
 
     def read(self, window=None, bands=None, shape=None):
         cut = window and Window(window[1], window[0], window[3], window[2])
-        get = partial(self.src.read, window=cut, resampling=Resampling.nearest if self.lut is not None else Resampling.average)
+        get = partial(
+            self.src.read, window=cut, resampling=Resampling.nearest if self.lut is not None else Resampling.average
+        )
         if self.lut is not None:
             x = self.lut[get(1, out_shape=shape)].transpose(2, 0, 1)
             return (x if bands is None else x[bands]), None
@@ -135,54 +182,63 @@ class _Grid:
         x = get([self.index[b] for b in keep], out_shape=shape and (len(keep), *shape))
         return x, _invalid(x, [self.nodata[b] for b in keep])
 
-    def close(self): self.src.close()
+    def close(self):
+        self.src.close()
 
 # %% ../nbs/02_images.ipynb #6be665b0
 def _invalid(x, nodata):
     "Where (C, h, w) holds no measurement; None: nowhere"
-    bad = ~np.isfinite(x) if x.dtype.kind == 'f' else np.zeros(x.shape, bool)
-    for b,v in enumerate(nodata):
-        if v is not None and v == v: bad[b] |= x[b] == v
+    bad = ~np.isfinite(x) if x.dtype.kind == "f" else np.zeros(x.shape, bool)
+    for b, v in enumerate(nodata):
+        if v is not None and v == v:
+            bad[b] |= x[b] == v
     return bad if bad.any() else None
 
+
 def open_image(
-    path, # PNG, JPEG, TIFF or GeoTIFF
+    path,  # PNG, JPEG, TIFF or GeoTIFF
 ):
     "An object with `.width .height .bands .dtype .notes`, `.read((top, left, height, width)) -> (C, h, w), invalid` and `.close()`; raises what the decoder says"
     kind = _kind(path)
-    return _Picture(path) if kind == 'pillow' else _Grid(path, kind)
+    return _Picture(path) if kind == "pillow" else _Grid(path, kind)
 
 # %% ../nbs/02_images.ipynb #9b74ce64
 def stretched(
-    x, # (C, h, w) of any type
-    bad, # (C, h, w) True where there is no value, or None
-    low, # (C,) becomes 0
-    high, # (C,) becomes 255
-): # float32 (C, h, w) in [0, 255]
+    x,  # (C, h, w) of any type
+    bad,  # (C, h, w) True where there is no value, or None
+    low,  # (C,) becomes 0
+    high,  # (C,) becomes 255
+):  # float32 (C, h, w) in [0, 255]
     "The linear stretch of each band, 0 where there is no value"
-    low, high = (np.asarray(o, 'float32')[:, None, None] for o in (low, high))
-    y = x.astype('float32')
-    if bad is not None: y[bad] = 0
+    low, high = (np.asarray(o, "float32")[:, None, None] for o in (low, high))
+    y = x.astype("float32")
+    if bad is not None:
+        y[bad] = 0
     y = np.clip((y - low) * (255 / (high - low)), 0, 255)
-    if bad is not None: y[bad] = 0
+    if bad is not None:
+        y[bad] = 0
     return y
 
+
 def resized(
-    x, # (C, h, w) uint8, or float32 in [0, 255]
-    side:int, # S in pixels
-): # uint8 (C, S, S)
+    x,  # (C, h, w) uint8, or float32 in [0, 255]
+    side: int,  # S in pixels
+):  # uint8 (C, S, S)
     "The whole image at `S x S`: bicubic, antialiased, each band by itself"
     if x.shape[1:] != (side, side):
         groups = [x.transpose(1, 2, 0)] if len(x) == 3 and x.dtype == np.uint8 else list(x)
-        sized = [np.asarray(Image.fromarray(np.ascontiguousarray(o)).resize((side, side), Image.Resampling.BICUBIC)) for o in groups]
+        sized = [
+            np.asarray(Image.fromarray(np.ascontiguousarray(o)).resize((side, side), Image.Resampling.BICUBIC))
+            for o in groups
+        ]
         x = sized[0].transpose(2, 0, 1) if len(groups) < len(x) else np.stack(sized)
     return np.ascontiguousarray(x if x.dtype == np.uint8 else np.clip(np.rint(x), 0, 255).astype(np.uint8))
 
 # %% ../nbs/02_images.ipynb #07c1400a
 def tile_start(
-    k, # number of the tile along one axis
-    length, # of that axis in pixels
-    tile, # side of a tile in pixels
+    k,  # number of the tile along one axis
+    length,  # of that axis in pixels
+    tile,  # side of a tile in pixels
 ):
     "Where tile `k` begins: `k * tile`, the last one flush with the edge"
     return np.maximum(np.minimum(k * tile, length - tile), 0)
@@ -190,50 +246,81 @@ def tile_start(
 # %% ../nbs/02_images.ipynb #93c96ded
 def _fit(im, window, cfg):
     "One item as uint8 (C, S, S), and how many of its pixels have no value (None: not one has)"
-    size = im.width * im.height * cfg.channels * (1 if im.dtype == 'uint8' else 4)
-    small = None if window or size <= LARGE else (min(im.height, 4*cfg.side), min(im.width, 4*cfg.side))
+    size = im.width * im.height * cfg.channels * (1 if im.dtype == "uint8" else 4)
+    small = None if window or size <= LARGE else (min(im.height, 4 * cfg.side), min(im.width, 4 * cfg.side))
     x, bad = im.read(window, cfg.bands, small)
-    if bad is not None and bad.all(): return None, None
-    if im.dtype != 'uint8': x = stretched(x, bad, cfg.low, cfg.high)
-    elif bad is not None: x = np.where(bad, np.uint8(0), x)
-    if len(x) < cfg.channels: x = np.repeat(x, cfg.channels, 0)
+    if bad is not None and bad.all():
+        return None, None
+    if im.dtype != "uint8":
+        x = stretched(x, bad, cfg.low, cfg.high)
+    elif bad is not None:
+        x = np.where(bad, np.uint8(0), x)
+    if len(x) < cfg.channels:
+        x = np.repeat(x, cfg.channels, 0)
     return resized(x, cfg.side), 0 if bad is None else int(bad.any(0).sum())
 
 # %% ../nbs/02_images.ipynb #7d823da8
 @contextmanager
 def _decoders():
     "Quiet decoders that keep little in memory"
-    log = logging.getLogger('rasterio'); level = log.level
-    with warnings.catch_warnings(), rasterio.Env(GDAL_CACHEMAX=64, GDAL_DISABLE_READDIR_ON_OPEN='EMPTY_DIR', GDAL_PAM_ENABLED='NO'):
-        warnings.simplefilter('ignore'); log.setLevel(logging.CRITICAL + 1)
-        try: yield
-        finally: log.setLevel(level)
+    log = logging.getLogger("rasterio")
+    level = log.level
+    with (
+        warnings.catch_warnings(),
+        rasterio.Env(GDAL_CACHEMAX=64, GDAL_DISABLE_READDIR_ON_OPEN="EMPTY_DIR", GDAL_PAM_ENABLED="NO"),
+    ):
+        warnings.simplefilter("ignore")
+        log.setLevel(logging.CRITICAL + 1)
+        try:
+            yield
+        finally:
+            log.setLevel(level)
+
 
 def _reason(e, path):
     "Why a file was not read, in one line without its folder"
-    text = getattr(e, 'strerror', None) or str(e.__cause__ or e) or type(e).__name__
-    text = ' '.join(text.replace(str(path), os.path.basename(path)).split())[:160]
-    return f"damaged or cut short ({text})" if isinstance(e.__cause__ or e, (struct.error, EOFError, IndexError, SyntaxError)) else text
+    text = getattr(e, "strerror", None) or str(e.__cause__ or e) or type(e).__name__
+    text = " ".join(text.replace(str(path), os.path.basename(path)).split())[:160]
+    return (
+        f"damaged or cut short ({text})"
+        if isinstance(e.__cause__ or e, (struct.error, EOFError, IndexError, SyntaxError))
+        else text
+    )
+
 
 def _sha(path):
     "SHA-256 of a file's bytes"
     h = hashlib.sha256()
-    with open(path, 'rb') as f:
-        while (block := f.read(1 << 20)): h.update(block)
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            h.update(block)
     return h.hexdigest()
 
 # %% ../nbs/02_images.ipynb #65cf3199
 def _probe(job):
     "Rows about the headers of some files"
     folder, names, hashed = job
+
     def row(name):
         path = os.path.join(folder, name)
         try:
-            if '\n' in name or '\r' in name: raise ValueError("a line break in its name")
+            if "\n" in name or "\r" in name:
+                raise ValueError("a line break in its name")
             with closing(open_image(path)) as im:
-                return dict(width=im.width, height=im.height, bands=im.bands, dtype=im.dtype, grey=im.grey, notes=im.notes, sha=_sha(path) if hashed else '')
-        except Exception as e: return dict(reason=_reason(e, path))
-    with _decoders(): return [row(o) for o in names]
+                return dict(
+                    width=im.width,
+                    height=im.height,
+                    bands=im.bands,
+                    dtype=im.dtype,
+                    grey=im.grey,
+                    notes=im.notes,
+                    sha=_sha(path) if hashed else "",
+                )
+        except Exception as e:
+            return dict(reason=_reason(e, path))
+
+    with _decoders():
+        return [row(o) for o in names]
 
 # %% ../nbs/02_images.ipynb #9ac7cf70
 def _sample(job):
@@ -242,260 +329,428 @@ def _sample(job):
     try:
         with _decoders(), closing(open_image(path)) as im:
             h, w = min(im.height, 256), min(im.width, 256)
-            tops, lefts = (sorted({int(v) for v in np.linspace(0, n - s, 4)}) for n,s in ((im.height, h), (im.width, w)))
+            tops, lefts = (
+                sorted({int(v) for v in np.linspace(0, n - s, 4)}) for n, s in ((im.height, h), (im.width, w))
+            )
             step = max(1, h * w * len(tops) * len(lefts) // count)
-            cut = lambda x, bad: (x if bad is None else np.where(bad, np.nan, x)).reshape(len(x), -1)[:, ::step].astype('float32')
+            cut = lambda x, bad: (
+                (x if bad is None else np.where(bad, np.nan, x)).reshape(len(x), -1)[:, ::step].astype("float32")
+            )
             return np.concatenate([cut(*im.read((t, l, h, w), bands)) for t in tops for l in lefts], 1)
-    except Exception: return None  # the next pass names it
+    except Exception:
+        return None  # the next pass names it
 
 # %% ../nbs/02_images.ipynb #efae86d9
 def _make(job):
     "Write some items into their shard; rows with hashes and exact sums, or the reason why not"
-    cfg, items = job['cfg'], job['items']
+    cfg, items = job["cfg"], job["items"]
     images, rows = np.zeros((len(items), cfg.channels, cfg.side, cfg.side), np.uint8), []
     with _decoders():
-        for name,group in groupby(items, key=lambda o: o[0]): rows += _make_file(os.path.join(cfg.folder, name), list(group), images[len(rows):], cfg)
-    fd = os.open(job['shard'], os.O_CREAT | os.O_WRONLY | getattr(os, 'O_BINARY', 0), 0o666)
-    with open(fd, 'wb') as f: f.seek(HEADER + job['row'] * images[0].nbytes); f.write(images.data)
+        for name, group in groupby(items, key=lambda o: o[0]):
+            rows += _make_file(os.path.join(cfg.folder, name), list(group), images[len(rows) :], cfg)
+    fd = os.open(job["shard"], os.O_CREAT | os.O_WRONLY | getattr(os, "O_BINARY", 0), 0o666)
+    with open(fd, "wb") as f:
+        f.seek(HEADER + job["row"] * images[0].nbytes)
+        f.write(images.data)
     return rows
+
 
 def _make_file(path, group, images, cfg):
     "Rows of the items of one file"
-    try: sha, im = group[0][2] or _sha(path), open_image(path)
-    except Exception as e: return [_failed(e, path, cfg)] * len(group)
-    with closing(im): return [_make_item(im, window, sha, images[i], path, cfg) for i,(_,window,_) in enumerate(group)]
+    try:
+        sha, im = group[0][2] or _sha(path), open_image(path)
+    except Exception as e:
+        return [_failed(e, path, cfg)] * len(group)
+    with closing(im):
+        return [_make_item(im, window, sha, images[i], path, cfg) for i, (_, window, _) in enumerate(group)]
 
-def _failed(e, path, cfg): return dict(reason=_reason(e, path), name=os.path.relpath(path, cfg.folder))
+
+def _failed(e, path, cfg):
+    return dict(reason=_reason(e, path), name=os.path.relpath(path, cfg.folder))
+
 
 def _make_item(im, window, sha, image, path, cfg):
     "The row of one item, its pixels put into `image`"
-    try: x, holes = _fit(im, window, cfg)
-    except Exception as e: return _failed(e, path, cfg)
-    if x is None: return dict(reason="not one pixel has a value", empty=True)
-    image[:] = x; f = x.reshape(len(x), -1).astype(float)  # integers far below 2**53: sums in float64 are exact
-    return dict(sha=sha, array=hashlib.blake2b(x.data, digest_size=16).hexdigest(), sum=[int(o) for o in f.sum(1)],
-        square=[int(o) for o in np.einsum('cp,cp->c', f, f)], holes=holes)
+    try:
+        x, holes = _fit(im, window, cfg)
+    except Exception as e:
+        return _failed(e, path, cfg)
+    if x is None:
+        return dict(reason="not one pixel has a value", empty=True)
+    image[:] = x
+    f = x.reshape(len(x), -1).astype(float)  # integers far below 2**53: sums in float64 are exact
+    return dict(
+        sha=sha,
+        array=hashlib.blake2b(x.data, digest_size=16).hexdigest(),
+        sum=[int(o) for o in f.sum(1)],
+        square=[int(o) for o in np.einsum("cp,cp->c", f, f)],
+        holes=holes,
+    )
 
 # %% ../nbs/02_images.ipynb #3b6babcd
-def _follow(): multiprocessing.parent_process().join(); os._exit(1)
+def _follow():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
 
 def _begin():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_follow, daemon=True).start()
 
+
 def _ordered(pool, ahead, fn, jobs):
     "Answers in the order of `jobs`, of which at most `ahead` wait"
-    jobs = iter(jobs); waiting = deque(pool.submit(fn, o) for o in islice(jobs, ahead))
+    jobs = iter(jobs)
+    waiting = deque(pool.submit(fn, o) for o in islice(jobs, ahead))
     while waiting:
         yield waiting.popleft().result()
         waiting.extend(pool.submit(fn, o) for o in islice(jobs, 1))
 
+
 @contextmanager
 def _processes(n):
     "An ordered map over `n` processes; 1: this one"
-    if n == 1: yield map; return
-    main, sys.modules['__main__'] = sys.modules['__main__'], types.ModuleType('__main__')  # workers shall not run the caller's script again
-    pool = ProcessPoolExecutor(n, mp_context=multiprocessing.get_context('spawn'), initializer=_begin)
-    try: yield partial(_ordered, pool, 4*n)
-    except BrokenProcessPool: raise CmidError("prepare: a worker was killed (out of memory?): run again with fewer workers, it goes on where it was") from None
-    finally: sys.modules['__main__'] = main; pool.shutdown(cancel_futures=True)
+    if n == 1:
+        yield map
+        return
+    main, sys.modules["__main__"] = (
+        sys.modules["__main__"],
+        types.ModuleType("__main__"),
+    )  # workers shall not run the caller's script again
+    pool = ProcessPoolExecutor(n, mp_context=multiprocessing.get_context("spawn"), initializer=_begin)
+    try:
+        yield partial(_ordered, pool, 4 * n)
+    except BrokenProcessPool:
+        raise CmidError(
+            "prepare: a worker was killed (out of memory?): run again with fewer workers, it goes on where it was"
+        ) from None
+    finally:
+        sys.modules["__main__"] = main
+        pool.shutdown(cancel_futures=True)
 
 # %% ../nbs/02_images.ipynb #8776010b
 def _whole_lines(path):
     "How many whole lines a journal has; what a killed writer left after them is cut off"
     n = end = 0
-    with open(path, 'ab+') as f:
+    with open(path, "ab+") as f:
         f.seek(0)
         for line in f:
-            if line.endswith(b'\n'): n += 1; end += len(line)
+            if line.endswith(b"\n"):
+                n += 1
+                end += len(line)
         f.truncate(end)
     return n
+
 
 def _journalled(fn, jobs, firsts, total, journal, run, doing):
     "Append the rows of `fn(job)` to the journal for each job that it lacks; job `k` begins with item `firsts[k]`"
     done = _whole_lines(journal)
-    with open(journal, 'a') as f, tqdm(total=total, initial=[*firsts[done:done+1], total][0], desc=doing, unit=' items', mininterval=.5) as bar:
-        for rows in run(fn, islice(jobs, done, None)): f.write(json.dumps(rows) + '\n'); f.flush(); bar.update(len(rows))
+    with (
+        open(journal, "a") as f,
+        tqdm(
+            total=total, initial=[*firsts[done : done + 1], total][0], desc=doing, unit=" items", mininterval=0.5
+        ) as bar,
+    ):
+        for rows in run(fn, islice(jobs, done, None)):
+            f.write(json.dumps(rows) + "\n")
+            f.flush()
+            bar.update(len(rows))
+
 
 def _rows(journal):
     "The rows of a journal, one after the other"
     with open(journal) as f:
-        for line in f: yield from json.loads(line)
+        for line in f:
+            yield from json.loads(line)
 
 # %% ../nbs/02_images.ipynb #9a99f7a4
 def _survey(cfg, names, part, run):
     "What the headers say, as arrays over `names`"
     n, size = len(names), 4 if cfg.tile else 256
-    _journalled(_probe, ((cfg.folder, names[i:i+size], cfg.tile > 0) for i in range(0, n, size)), range(0, n, size), n, part/'survey.jsonl', run, 'looking')
-    t = SimpleNamespace(width=np.zeros(n, 'i4'), height=np.zeros(n, 'i4'), bands=np.zeros(n, 'i2'), dtype=np.zeros(n, 'i1'), grey=np.zeros(n, bool),
-        sha=np.zeros(n if cfg.tile else 0, 'S64'), dtypes=[], reasons={}, notes={})
-    for i,row in enumerate(_rows(part/'survey.jsonl')):
-        if 'reason' in row: t.reasons[i] = row['reason']; continue
-        t.width[i], t.height[i], t.bands[i], t.grey[i] = row['width'], row['height'], row['bands'], row['grey']
-        if row['dtype'] not in t.dtypes: t.dtypes.append(row['dtype'])
-        t.dtype[i] = t.dtypes.index(row['dtype'])
-        if cfg.tile: t.sha[i] = row['sha']
-        for o in row['notes']: _tally(t.notes, o, names[i])
+    _journalled(
+        _probe,
+        ((cfg.folder, names[i : i + size], cfg.tile > 0) for i in range(0, n, size)),
+        range(0, n, size),
+        n,
+        part / "survey.jsonl",
+        run,
+        "looking",
+    )
+    t = SimpleNamespace(
+        width=np.zeros(n, "i4"),
+        height=np.zeros(n, "i4"),
+        bands=np.zeros(n, "i2"),
+        dtype=np.zeros(n, "i1"),
+        grey=np.zeros(n, bool),
+        sha=np.zeros(n if cfg.tile else 0, "S64"),
+        dtypes=[],
+        reasons={},
+        notes={},
+    )
+    for i, row in enumerate(_rows(part / "survey.jsonl")):
+        if "reason" in row:
+            t.reasons[i] = row["reason"]
+            continue
+        t.width[i], t.height[i], t.bands[i], t.grey[i] = row["width"], row["height"], row["bands"], row["grey"]
+        if row["dtype"] not in t.dtypes:
+            t.dtypes.append(row["dtype"])
+        t.dtype[i] = t.dtypes.index(row["dtype"])
+        if cfg.tile:
+            t.sha[i] = row["sha"]
+        for o in row["notes"]:
+            _tally(t.notes, o, names[i])
     return t
+
 
 def _tally(table, key, name):
     "Count one more of `key`; keep its first names"
-    entry = table.setdefault(key, [0, []]); entry[0] += 1
-    if len(entry[1]) < 5: entry[1].append(name)
+    entry = table.setdefault(key, [0, []])
+    entry[0] += 1
+    if len(entry[1]) < 5:
+        entry[1].append(name)
 
 # %% ../nbs/02_images.ipynb #3c01a91d
 class Unusable(CmidError):
     "A folder of which nothing can be used as it was asked for"
 
+
 def _choose_bands(cfg, t, names):
     "Set `cfg.channels`, and the reason of every file that has not these bands"
     seen = Counter(t.bands[t.bands > 0].tolist())
-    if not seen: return
+    if not seen:
+        return
     most = max(seen, key=lambda b: (seen[b], b))
     cfg.channels = len(cfg.bands) if cfg.bands else most
     need = max(cfg.bands) + 1 if cfg.bands else most
-    if need > max(seen): raise Unusable(f"{cfg.folder}: bands {cfg.bands} were asked for, but no image has more than {max(seen)}: choose from 0 to {max(seen) - 1}")
+    if need > max(seen):
+        raise Unusable(
+            f"{cfg.folder}: bands {cfg.bands} were asked for, but no image has more than {max(seen)}: choose from 0 to {max(seen) - 1}"
+        )
     fits = t.bands >= need if cfg.bands else (t.bands == most) | (t.grey if most == 3 else False)
     if not cfg.bands and most == 3:
-        for i in np.flatnonzero(t.grey): _tally(t.notes, 'grey made RGB', names[i])
+        for i in np.flatnonzero(t.grey):
+            _tally(t.notes, "grey made RGB", names[i])
     for i in np.flatnonzero((t.bands > 0) & ~fits):
-        t.reasons[int(i)] = f"band count {t.bands[i]}, " + (f"bands {cfg.bands} were asked for" if cfg.bands else f"most files have {most}")
-    t.mixed = {str(k): v for k,v in sorted(seen.items())} if len(seen) > 1 else {}
+        t.reasons[int(i)] = f"band count {t.bands[i]}, " + (
+            f"bands {cfg.bands} were asked for" if cfg.bands else f"most files have {most}"
+        )
+    t.mixed = {str(k): v for k, v in sorted(seen.items())} if len(seen) > 1 else {}
+
 
 def _choose_stretch(cfg, t, files, names, run):
     "Set `cfg.low` and `cfg.high`, None where all files have 8 bits; about a million pixels a band are looked at"
     cfg.low = cfg.high = None
-    wide = files[np.array([o != 'uint8' for o in t.dtypes])[t.dtype[files]]]
-    if not len(wide): return
+    wide = files[np.array([o != "uint8" for o in t.dtypes])[t.dtype[files]]]
+    if not len(wide):
+        return
     some = wide[np.unique(np.linspace(0, len(wide) - 1, min(len(wide), 256)).astype(int))]
     count = min(16384, 2**20 // len(some))
-    got = [o for o in run(_sample, [(os.path.join(cfg.folder, names[i]), cfg.bands, count) for i in some]) if o is not None]
+    got = [
+        o for o in run(_sample, [(os.path.join(cfg.folder, names[i]), cfg.bands, count) for i in some]) if o is not None
+    ]
     values = [np.concatenate([o[b] for o in got]) if got else np.zeros(0) for b in range(cfg.channels)]
-    ends = [np.percentile(v, cfg.stretch) if len(v) else (0., 1.) for v in (v[np.isfinite(v)] for v in values)]
-    cfg.low, cfg.high = [float(l) for l,_ in ends], [float(h if h > l else l + 1) for l,h in ends]
+    ends = [np.percentile(v, cfg.stretch) if len(v) else (0.0, 1.0) for v in (v[np.isfinite(v)] for v in values)]
+    cfg.low, cfg.high = [float(l) for l, _ in ends], [float(h if h > l else l + 1) for l, h in ends]
 
 # %% ../nbs/02_images.ipynb #865c77ae
 HEADER, JOB = 128, 32
 
+
 def _layout(cfg, t, files):
     "How many items the files give, as running sums, and how many a shard holds"
-    ny, nx = ((-(-o[files] // cfg.tile) if cfg.tile else np.ones(len(files), 'i8')).astype('i8') for o in (t.height, t.width))
+    ny, nx = (
+        (-(-o[files] // cfg.tile) if cfg.tile else np.ones(len(files), "i8")).astype("i8") for o in (t.height, t.width)
+    )
     item = cfg.channels * cfg.side**2
-    return SimpleNamespace(files=files, ends=np.cumsum(ny * nx), nx=nx, rows=max(1, int(cfg.shard_mb * 2**20 // item)), item=item)
+    return SimpleNamespace(
+        files=files, ends=np.cumsum(ny * nx), nx=nx, rows=max(1, int(cfg.shard_mb * 2**20 // item)), item=item
+    )
+
 
 def _cuts(total, rows, key):
     "Where shards of about `rows` items begin, and `total`: each is cut, between half and one and a half of that, before the item of least `key`"
     low, high, cuts = max(1, rows // 2), rows + rows // 2, [0]
-    while total - cuts[-1] > high: cuts.append(min(range(cuts[-1] + low, cuts[-1] + high + 1), key=key))
+    while total - cuts[-1] > high:
+        cuts.append(min(range(cuts[-1] + low, cuts[-1] + high + 1), key=key))
     return [*cuts, total]
 
-def _key(name): return hashlib.blake2b(name.encode('utf-8', 'surrogateescape'), digest_size=8).digest()
+
+def _key(name):
+    return hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
 
 # %% ../nbs/02_images.ipynb #16fc60fb
 def _window(cfg, t, lay, i):
     "File number and window (top, left, height, width) of item `i`; None: the whole file"
-    k = int(np.searchsorted(lay.ends, i, 'right')); f = int(lay.files[k])
-    if not cfg.tile: return f, None
-    y, x = divmod(i - (int(lay.ends[k-1]) if k else 0), int(lay.nx[k]))
+    k = int(np.searchsorted(lay.ends, i, "right"))
+    f = int(lay.files[k])
+    if not cfg.tile:
+        return f, None
+    y, x = divmod(i - (int(lay.ends[k - 1]) if k else 0), int(lay.nx[k]))
     h, w = int(t.height[f]), int(t.width[f])
     return f, (int(tile_start(y, h, cfg.tile)), int(tile_start(x, w, cfg.tile)), min(h, cfg.tile), min(w, cfg.tile))
 
+
 def _divide(cfg, t, lay, names):
     "Set where shards begin (`lay.cuts`), and the first item and the shard of every job"
-    def key(i): f, window = _window(cfg, t, lay, i); return _key(_where(names[f], window))
+
+    def key(i):
+        f, window = _window(cfg, t, lay, i)
+        return _key(_where(names[f], window))
+
     lay.cuts = _cuts(int(lay.ends[-1]), lay.rows, key)
-    lay.jobs = [(a, k) for k,(begin,end) in enumerate(pairwise(lay.cuts)) for a in range(begin, end, JOB)]
+    lay.jobs = [(a, k) for k, (begin, end) in enumerate(pairwise(lay.cuts)) for a in range(begin, end, JOB)]
+
 
 def _jobs(cfg, t, lay, names, part):
     "The second pass in pieces, none of them in two shards"
-    send = SimpleNamespace(folder=cfg.folder, side=cfg.side, bands=cfg.bands, channels=cfg.channels, low=cfg.low, high=cfg.high)
-    for a,k in lay.jobs:
-        items = [(names[f], w, t.sha[f].decode() if cfg.tile else '') for f,w in (_window(cfg, t, lay, i) for i in range(a, min(a + JOB, lay.cuts[k+1])))]
-        yield dict(cfg=send, items=items, shard=str(part/f'images-{k:05}.part'), row=a - lay.cuts[k])
+    send = SimpleNamespace(
+        folder=cfg.folder, side=cfg.side, bands=cfg.bands, channels=cfg.channels, low=cfg.low, high=cfg.high
+    )
+    for a, k in lay.jobs:
+        items = [
+            (names[f], w, t.sha[f].decode() if cfg.tile else "")
+            for f, w in (_window(cfg, t, lay, i) for i in range(a, min(a + JOB, lay.cuts[k + 1])))
+        ]
+        yield dict(cfg=send, items=items, shard=str(part / f"images-{k:05}.part"), row=a - lay.cuts[k])
 
 # %% ../nbs/02_images.ipynb #abed4151
 def _npy_header(shape):
     "The first bytes of a uint8 .npy file"
-    f = io.BytesIO(); np.lib.format.write_array_header_1_0(f, dict(descr='|u1', fortran_order=False, shape=shape))
-    assert f.tell() == HEADER; return f.getvalue()
+    f = io.BytesIO()
+    np.lib.format.write_array_header_1_0(f, dict(descr="|u1", fortran_order=False, shape=shape))
+    assert f.tell() == HEADER
+    return f.getvalue()
+
 
 def _close_shard(part, keep, shape):
     "A `.part` becomes a `.npy` of its kept rows; it is changed in a copy, or not before it is right"
-    new, item, n = part.with_suffix('.npy'), int(np.prod(shape)), int(keep.sum())
+    new, item, n = part.with_suffix(".npy"), int(np.prod(shape)), int(keep.sum())
     if part.exists():
         full = part if n == len(keep) else _without_holes(part, keep, item)
-        with open(full, 'rb+') as f: f.write(_npy_header((n, *shape))); f.truncate(HEADER + n*item)
-        os.replace(full, new); part.unlink(missing_ok=True)
-    if not n: new.unlink(missing_ok=True)
+        with open(full, "rb+") as f:
+            f.write(_npy_header((n, *shape)))
+            f.truncate(HEADER + n * item)
+        os.replace(full, new)
+        part.unlink(missing_ok=True)
+    if not n:
+        new.unlink(missing_ok=True)
     return dict(file=new.name, count=n)
+
 
 def _without_holes(part, keep, item):
     "A copy of a shard with its kept rows only"
-    with open(part, 'rb') as f, open(copy := part.with_suffix('.copy'), 'wb') as g:
+    with open(part, "rb") as f, open(copy := part.with_suffix(".copy"), "wb") as g:
         g.seek(HEADER)
-        for k in np.flatnonzero(keep): f.seek(HEADER + int(k)*item); g.write(f.read(item))
+        for k in np.flatnonzero(keep):
+            f.seek(HEADER + int(k) * item)
+            g.write(f.read(item))
     return copy
 
 # %% ../nbs/02_images.ipynb #b0631780
 def _moments(sums, squares, n):
     "Mean and standard deviation in [0, 1] of `n` bytes a band from their exact sums"
-    return [s / n / 255 for s in sums], [((n*q - s*s) / (n*n))**.5 / 255 for s,q in zip(sums, squares)]
+    return [s / n / 255 for s in sums], [((n * q - s * s) / (n * n)) ** 0.5 / 255 for s, q in zip(sums, squares)]
+
 
 def _where(name, window):
     "The name of an item: its file, and rows and columns when it is a tile"
-    return name if window is None else f"{name}[{window[0]}:{window[0]+window[2]}, {window[1]}:{window[1]+window[3]}]"
+    return (
+        name if window is None else f"{name}[{window[0]}:{window[0] + window[2]}, {window[1]}:{window[1] + window[3]}]"
+    )
 
 # %% ../nbs/02_images.ipynb #55f32949
 def _table(path, head):
     "A CSV file open for writing, its first line written"
-    f = open(path, 'w', newline='', encoding='utf-8', errors='surrogateescape'); w = csv.writer(f, lineterminator='\n'); w.writerow(head)
+    f = open(path, "w", newline="", encoding="utf-8", errors="surrogateescape")
+    w = csv.writer(f, lineterminator="\n")
+    w.writerow(head)
     return f, w.writerow
+
 
 def _gather(cfg, t, lay, names, part, total):
     "Write `items.csv` and `skipped.csv` from the journal; what is known of the items, as arrays"
     C = cfg.channels
-    g = SimpleNamespace(keep=np.zeros(total, bool), file=np.zeros(total, 'i4'), sha=np.zeros(total, 'u8'), sums=[0]*C, squares=[0]*C, notes={}, empty=0,
-        hash=hashlib.sha256(f"{C} {cfg.side}".encode()))
-    (fi, item), (fs, skip) = _table(part/'items.csv', 'index source sha256 width height bands dtype window'.split()), _table(part/'skipped.csv', ['file', 'reason'])
+    g = SimpleNamespace(
+        keep=np.zeros(total, bool),
+        file=np.zeros(total, "i4"),
+        sha=np.zeros(total, "u8"),
+        sums=[0] * C,
+        squares=[0] * C,
+        notes={},
+        empty=0,
+        hash=hashlib.sha256(f"{C} {cfg.side}".encode()),
+    )
+    (fi, item), (fs, skip) = (
+        _table(part / "items.csv", "index source sha256 width height bands dtype window".split()),
+        _table(part / "skipped.csv", ["file", "reason"]),
+    )
     with fi, fs:
-        for i,why in sorted(t.reasons.items()): skip([names[i], why]); _tally(g.notes, 'skipped', f"{names[i]}: {why}")
+        for i, why in sorted(t.reasons.items()):
+            skip([names[i], why])
+            _tally(g.notes, "skipped", f"{names[i]}: {why}")
         n = 0
-        for i,row in enumerate(_rows(part/'items.jsonl')):
-            f, window = _window(cfg, t, lay, i); name = _where(names[f], window)
-            if 'reason' in row:
-                skip([name, row['reason']]); g.empty += 'empty' in row
-                if 'empty' not in row: _tally(g.notes, 'skipped', f"{name}: {row['reason']}")
+        for i, row in enumerate(_rows(part / "items.jsonl")):
+            f, window = _window(cfg, t, lay, i)
+            name = _where(names[f], window)
+            if "reason" in row:
+                skip([name, row["reason"]])
+                g.empty += "empty" in row
+                if "empty" not in row:
+                    _tally(g.notes, "skipped", f"{name}: {row['reason']}")
                 continue
-            item([n, names[f], row['sha'], t.width[f], t.height[f], t.bands[f], t.dtypes[t.dtype[f]], name[len(names[f]):]])
-            g.keep[i], g.file[n], g.sha[n] = True, f, int(row['sha'][:16], 16); n += 1
-            g.sums, g.squares = ([a + b for a,b in zip(*o)] for o in ((g.sums, row['sum']), (g.squares, row['square'])))
-            g.hash.update(bytes.fromhex(row['array']))
-            if row['holes']: _tally(g.notes, 'with pixels that have no value (0 here)', name)
-    if i + 1 != total: raise CmidError(f"{part}: its journal does not fit the images: remove the folder and run again")
+            item(
+                [
+                    n,
+                    names[f],
+                    row["sha"],
+                    t.width[f],
+                    t.height[f],
+                    t.bands[f],
+                    t.dtypes[t.dtype[f]],
+                    name[len(names[f]) :],
+                ]
+            )
+            g.keep[i], g.file[n], g.sha[n] = True, f, int(row["sha"][:16], 16)
+            n += 1
+            g.sums, g.squares = (
+                [a + b for a, b in zip(*o)] for o in ((g.sums, row["sum"]), (g.squares, row["square"]))
+            )
+            g.hash.update(bytes.fromhex(row["array"]))
+            if row["holes"]:
+                _tally(g.notes, "with pixels that have no value (0 here)", name)
+    if i + 1 != total:
+        raise CmidError(f"{part}: its journal does not fit the images: remove the folder and run again")
     g.n, g.file, g.sha = n, g.file[:n], g.sha[:n]
     return g
 
 # %% ../nbs/02_images.ipynb #3f43ed33
 class _Finder:
     "The file that a line of a list names, and its label"
-    def __init__(self, names): self.names, self.hashes = names, None
+
+    def __init__(self, names):
+        self.names, self.hashes = names, None
 
     def file(self, text):
-        text = text.replace('\\', '/').removeprefix('./'); i = bisect_left(self.names, text)
-        if i < len(self.names) and self.names[i] == text: return i
-        return -1 if '/' in text else self._bare(text)
+        text = text.replace("\\", "/").removeprefix("./")
+        i = bisect_left(self.names, text)
+        if i < len(self.names) and self.names[i] == text:
+            return i
+        return -1 if "/" in text else self._bare(text)
 
     def _bare(self, text):
         "The one file of this name in any folder; looked up by sorted hashes, which take 16 bytes a file"
-        last = lambda name: name.rpartition('/')[2]
+        last = lambda name: name.rpartition("/")[2]
         if self.hashes is None:
-            h = np.fromiter((hash(last(o)) for o in self.names), 'i8', len(self.names)); self.order = np.argsort(h); self.hashes = h[self.order]
-        a, b = (np.searchsorted(self.hashes, hash(text), side) for side in ('left', 'right'))
+            h = np.fromiter((hash(last(o)) for o in self.names), "i8", len(self.names))
+            self.order = np.argsort(h)
+            self.hashes = h[self.order]
+        a, b = (np.searchsorted(self.hashes, hash(text), side) for side in ("left", "right"))
         found = [k for k in self.order[a:b].tolist() if last(self.names[k]) == text]
         return found[0] if len(found) == 1 else -1
 
     def __call__(self, line):
-        if (i := self.file(line)) >= 0: return i, None
+        if (i := self.file(line)) >= 0:
+            return i, None
         name, label = [*line.rsplit(None, 1), None][:2] if len(line.split()) > 1 else (line, None)
         return self.file(name), label
 
@@ -503,41 +758,59 @@ class _Finder:
 def _lines(path):
     "The lines of a list that are not blank, whatever their ends"
     try:
-        with open(path, encoding='utf-8-sig') as f: yield from (o for line in f if (o := line.strip()))
-    except OSError as e: raise CmidError(f"{path}: this list cannot be read ({e.strerror})") from None
-    except UnicodeDecodeError: raise CmidError(f"{path}: this list is no UTF-8 text") from None
+        with open(path, encoding="utf-8-sig") as f:
+            yield from (o for line in f if (o := line.strip()))
+    except OSError as e:
+        raise CmidError(f"{path}: this list cannot be read ({e.strerror})") from None
+    except UnicodeDecodeError:
+        raise CmidError(f"{path}: this list is no UTF-8 text") from None
+
 
 def _read_lists(names, lists):
     "Per split the numbers of its files; per file its label's number (-1: none); the label words; what was odd"
-    find, words, labels, splits, bare, notes = _Finder(names), {}, np.full(len(names), -1, 'i4'), {}, None, {}
-    for split,path in lists.items():
-        files = array('q')
+    find, words, labels, splits, bare, notes = _Finder(names), {}, np.full(len(names), -1, "i4"), {}, None, {}
+    for split, path in lists.items():
+        files = array("q")
         for line in _lines(path):
             i, word = find(line)
-            if i < 0: _tally(notes, f'missing|{split}', line); continue
+            if i < 0:
+                _tally(notes, f"missing|{split}", line)
+                continue
             files.append(i)
-            if word is None: bare = bare or f"{path}: {line}"; continue
+            if word is None:
+                bare = bare or f"{path}: {line}"
+                continue
             k = words.setdefault(word, len(words))
-            if labels[i] not in (-1, k): raise CmidError(f"{path}: {names[i]} has two labels, {list(words)[labels[i]]} and {word}")
+            if labels[i] not in (-1, k):
+                raise CmidError(f"{path}: {names[i]} has two labels, {list(words)[labels[i]]} and {word}")
             labels[i] = k
-        if not files: raise CmidError(f"{path}: none of its lines names an image of the folder (first: {next(_lines(path), 'it is empty')})")
+        if not files:
+            raise CmidError(
+                f"{path}: none of its lines names an image of the folder (first: {next(_lines(path), 'it is empty')})"
+            )
         once, first = np.unique(files, return_index=True)
-        for k in np.setdiff1d(np.arange(len(files)), first): _tally(notes, f'repeated|{split}', names[files[k]])
+        for k in np.setdiff1d(np.arange(len(files)), first):
+            _tally(notes, f"repeated|{split}", names[files[k]])
         splits[split] = np.array(files)[np.sort(first)]
-    if words and bare: raise CmidError(f"{bare}: this line has no label, others have")
+    if words and bare:
+        raise CmidError(f"{bare}: this line has no label, others have")
     return splits, labels, list(words), notes
 
 # %% ../nbs/02_images.ipynb #193dbfbd
 def _folder_labels(names, files, strict):
     "Classes by first folder: names, and a number per file; None where that makes no sense (`strict`: an error)"
-    found, labels = {}, np.full(len(names), -1, 'i4')
+    found, labels = {}, np.full(len(names), -1, "i4")
     for f in files:
-        top, _, rest = names[f].partition('/')
-        if strict and not rest: raise CmidError(f"{top}: lies in no class folder, but labelled='folders'")
-        if not strict and (not rest or '/' in rest): return None
+        top, _, rest = names[f].partition("/")
+        if strict and not rest:
+            raise CmidError(f"{top}: lies in no class folder, but labelled='folders'")
+        if not strict and (not rest or "/" in rest):
+            return None
         labels[f] = found.setdefault(top, len(found))
-    if not strict and len(found) < 2: return None
+    if not strict and len(found) < 2:
+        return None
     return _sorted_classes(list(found), labels)
+
 
 def _sorted_classes(words, labels):
     "Classes in order, numbers as numbers, and labels that count in that order"
@@ -545,433 +818,781 @@ def _sorted_classes(words, labels):
     order = sorted(range(len(words)), key=lambda k: (int(words[k]) if number else 0, words[k]))
     return [words[k] for k in order], np.append(np.argsort(order), -1)[labels]
 
+
 def _label_files(cfg, names, files, splits, words, labels):
     "How labels were found ('none', 'folders', 'lists'), the classes, and a class per file"
-    how = cfg.labelled or ('lists' if words else None)
-    if how == 'none': return 'none', None, None
-    if how == 'lists' and not words: raise CmidError("labelled='lists', but no line of a list has a label")
-    folders = _folder_labels(names, files, how == 'folders')
-    if how != 'lists': return ('folders', *folders) if folders else ('none', None, None)
+    how = cfg.labelled or ("lists" if words else None)
+    if how == "none":
+        return "none", None, None
+    if how == "lists" and not words:
+        raise CmidError("labelled='lists', but no line of a list has a label")
+    folders = _folder_labels(names, files, how == "folders")
+    if how != "lists":
+        return ("folders", *folders) if folders else ("none", None, None)
     classes, labels = _sorted_classes(words, labels)
     if folders and all(o.isdecimal() for o in classes):
-        seen = labels >= 0; pairs = np.unique(np.stack([labels[seen], folders[1][seen]]), axis=1)
-        if -1 not in pairs and all(len(np.unique(o)) == pairs.shape[1] for o in pairs): classes = [folders[0][k] for k in pairs[1]]
-    return 'lists', classes, labels
+        seen = labels >= 0
+        pairs = np.unique(np.stack([labels[seen], folders[1][seen]]), axis=1)
+        if -1 not in pairs and all(len(np.unique(o)) == pairs.shape[1] for o in pairs):
+            classes = [folders[0][k] for k in pairs[1]]
+    return "lists", classes, labels
 
 # %% ../nbs/02_images.ipynb #170b193c
 def _items_of(files, item_file):
     "The items of some files, in the order of the files; `item_file` (N,) ascends"
-    a, b = (np.searchsorted(item_file, files, side) for side in ('left', 'right'))
+    a, b = (np.searchsorted(item_file, files, side) for side in ("left", "right"))
     return np.repeat(a - np.cumsum(b - a) + (b - a), b - a) + np.arange((b - a).sum())
 
 # %% ../nbs/02_images.ipynb #15717349
 def _family(a, b):
     "Are these two splits meant to share no image?"
-    (ra, _, ta), (rb, _, tb) = a.partition('_'), b.partition('_')
-    roles = 'train', 'val', 'valid', 'test'
-    return ra != rb and ra in roles and rb in roles and (ta == tb or ta.isdecimal() and tb.isdecimal() and int(ta) + int(tb) == 100)
+    (ra, _, ta), (rb, _, tb) = a.partition("_"), b.partition("_")
+    roles = "train", "val", "valid", "test"
+    return (
+        ra != rb
+        and ra in roles
+        and rb in roles
+        and (ta == tb or ta.isdecimal() and tb.isdecimal() and int(ta) + int(tb) == 100)
+    )
+
 
 def _finding(kind, level, count, text, examples=()):
     return dict(kind=kind, level=level, count=int(count), text=text, examples=[str(o) for o in examples][:5])
 
-def _firsts(ascending): return np.flatnonzero(np.diff(ascending, prepend=-1))
+
+def _firsts(ascending):
+    return np.flatnonzero(np.diff(ascending, prepend=-1))
+
 
 def _duplicates(g, names, splits):
     "Findings about files of equal bytes, within the folder and across the splits of a family"
-    first = _firsts(g.file); files, sha = g.file[first], g.sha[first]
-    if len(np.unique(sha)) == len(sha): return
+    first = _firsts(g.file)
+    files, sha = g.file[first], g.sha[first]
+    if len(np.unique(sha)) == len(sha):
+        return
     _, start, group, size = np.unique(sha, return_index=True, return_inverse=True, return_counts=True)
-    same = lambda s: ' = '.join(names[files[k]] for k in np.flatnonzero(group == group[s])[:4])
-    yield _finding('duplicate', 'warning', len(files) - len(size), "exact copies of another file", (same(s) for s in np.sort(start[size > 1])[:5]))
-    for a,b in combinations(splits, 2):
-        fa, fb = (v[np.isin(v, files)] for v in (splits[a], splits[b])); ga, gb = (group[np.searchsorted(files, v)] for v in (fa, fb))
-        if _family(a, b) and (leak := np.isin(gb, ga)).any(): yield _finding('leak', 'warning', leak.sum(), f"exact copies across {a} and {b}",
-            (f"{names[fa[ga == k][0]]} = {names[f]}" for f,k in zip(fb[leak][:5], gb[leak])))
+    same = lambda s: " = ".join(names[files[k]] for k in np.flatnonzero(group == group[s])[:4])
+    yield _finding(
+        "duplicate",
+        "warning",
+        len(files) - len(size),
+        "exact copies of another file",
+        (same(s) for s in np.sort(start[size > 1])[:5]),
+    )
+    for a, b in combinations(splits, 2):
+        fa, fb = (v[np.isin(v, files)] for v in (splits[a], splits[b]))
+        ga, gb = (group[np.searchsorted(files, v)] for v in (fa, fb))
+        if _family(a, b) and (leak := np.isin(gb, ga)).any():
+            yield _finding(
+                "leak",
+                "warning",
+                leak.sum(),
+                f"exact copies across {a} and {b}",
+                (f"{names[fa[ga == k][0]]} = {names[f]}" for f, k in zip(fb[leak][:5], gb[leak])),
+            )
 
 # %% ../nbs/02_images.ipynb #ae78ffae
 def _overlaps(splits, names):
     "Findings about files that two lists share; an error within a family"
-    for a,b in combinations(splits, 2):
+    for a, b in combinations(splits, 2):
         both = np.intersect1d(splits[a], splits[b])
-        if len(both) and _family(a, b): raise CmidError(f"lists {a} and {b} share {len(both)} files (first: {names[both[0]]}): an image cannot train and test")
-        if len(both): yield _finding('overlap', 'note', len(both), f"files that are in {a} and in {b}")
+        if len(both) and _family(a, b):
+            raise CmidError(
+                f"lists {a} and {b} share {len(both)} files (first: {names[both[0]]}): an image cannot train and test"
+            )
+        if len(both):
+            yield _finding("overlap", "note", len(both), f"files that are in {a} and in {b}")
+
 
 def _label_findings(classes, labels, splits):
     "Findings about classes that a split lacks, and images without one"
-    if classes is None: return
-    if (labels < 0).any(): yield _finding('unlabelled', 'note', (labels < 0).sum(), "images without a label")
-    for a,b in ((a, b) for a in splits for b in splits if a.startswith('train') and _family(a, b)):
+    if classes is None:
+        return
+    if (labels < 0).any():
+        yield _finding("unlabelled", "note", (labels < 0).sum(), "images without a label")
+    for a, b in ((a, b) for a in splits for b in splits if a.startswith("train") and _family(a, b)):
         new = np.setdiff1d(labels[splits[b]], np.append(labels[splits[a]], -1))
-        if len(new): yield _finding('unknown label', 'warning', len(new), f"classes of {b} that are not in {a}", (classes[k] for k in new))
+        if len(new):
+            yield _finding(
+                "unknown label", "warning", len(new), f"classes of {b} that are not in {a}", (classes[k] for k in new)
+            )
+
 
 def _findings(cfg, t, g, others, notes):
     "Findings about the files themselves"
-    if t.mixed: yield _finding('mixed bands', 'warning', len(t.mixed), f"band counts ({cfg.channels} kept)", (f"{v:,} of {k}" for k,v in t.mixed.items()))
-    if len(t.dtypes) > 1: yield _finding('mixed types', 'note', len(t.dtypes), "pixel types", sorted(t.dtypes))
-    if g.empty: yield _finding('no value', 'note', g.empty, "images or tiles left out, without one valid pixel")
-    if others: yield _finding('other files', 'note', sum(others.values()), "files that are no images by their names", (f"{k or 'no suffix'}: {v}" for k,v in sorted(others.items())))
-    for k,(n,some) in {**g.notes, **t.notes, **notes}.items():
-        kind, _, split = k.partition('|')
-        text = dict(missing=f"lines of {split} that name no file of the folder", repeated=f"lines of {split} that name a file again", unread=f"files of {split} that could not be used").get(kind)
-        yield _finding(kind if text or kind == 'skipped' else 'note', 'warning' if text or kind == 'skipped' else 'note', n, text or f"files {kind}", some)
+    if t.mixed:
+        yield _finding(
+            "mixed bands",
+            "warning",
+            len(t.mixed),
+            f"band counts ({cfg.channels} kept)",
+            (f"{v:,} of {k}" for k, v in t.mixed.items()),
+        )
+    if len(t.dtypes) > 1:
+        yield _finding("mixed types", "note", len(t.dtypes), "pixel types", sorted(t.dtypes))
+    if g.empty:
+        yield _finding("no value", "note", g.empty, "images or tiles left out, without one valid pixel")
+    if others:
+        yield _finding(
+            "other files",
+            "note",
+            sum(others.values()),
+            "files that are no images by their names",
+            (f"{k or 'no suffix'}: {v}" for k, v in sorted(others.items())),
+        )
+    for k, (n, some) in {**g.notes, **t.notes, **notes}.items():
+        kind, _, split = k.partition("|")
+        text = dict(
+            missing=f"lines of {split} that name no file of the folder",
+            repeated=f"lines of {split} that name a file again",
+            unread=f"files of {split} that could not be used",
+        ).get(kind)
+        yield _finding(
+            kind if text or kind == "skipped" else "note",
+            "warning" if text or kind == "skipped" else "note",
+            n,
+            text or f"files {kind}",
+            some,
+        )
 
 # %% ../nbs/02_images.ipynb #1eed690e
 FORMAT = 1  # of the folder, raised when older versions cannot read it
 AHEAD = 256  # rows that the system is told of at once
+
 
 def _will_need(x, r):
     "Ask for one row of a mapped shard (its 128 bytes of header before the first)"
     begin = (HEADER + r * x.strides[0]) // mmap.PAGESIZE * mmap.PAGESIZE
     x.base.madvise(mmap.MADV_WILLNEED, begin, HEADER + (r + 1) * x.strides[0] - begin)
 
+
 class Prepared:
     "A folder that `prepare` wrote: uint8 images in memory-mapped shards, labels, splits and the manifest"
-    def __init__(self,
-        folder, # that `prepare` wrote; CmidError when it is none, or not whole
+
+    def __init__(
+        self,
+        folder,  # that `prepare` wrote; CmidError when it is none, or not whole
     ):
         self.folder = Path(folder)
-        try: self.manifest = json.loads((self.folder/'manifest.json').read_text())
-        except (OSError, ValueError, RecursionError): raise CmidError(f"{folder}: no prepared folder (it has no readable manifest.json): remove what is there and run cmid_prepare") from None
-        try: self._open(self.manifest); self._check()
-        except CmidError: raise
-        except Exception as e: raise CmidError(f"{folder}: is not as prepare wrote it ({' '.join(f'{type(e).__name__} {e}'.split())[:160]}): remove it and prepare it again") from None
+        try:
+            self.manifest = json.loads((self.folder / "manifest.json").read_text())
+        except (OSError, ValueError, RecursionError):
+            raise CmidError(
+                f"{folder}: no prepared folder (it has no readable manifest.json): remove what is there and run cmid_prepare"
+            ) from None
+        try:
+            self._open(self.manifest)
+            self._check()
+        except CmidError:
+            raise
+        except Exception as e:
+            raise CmidError(
+                f"{folder}: is not as prepare wrote it ({' '.join(f'{type(e).__name__} {e}'.split())[:160]}): remove it and prepare it again"
+            ) from None
 
     def _open(self, m):
-        if m['format'] != FORMAT: raise CmidError(f"{self.folder}/manifest.json: format {m['format']}, this version reads {FORMAT}: upgrade cmid, or remove the folder and prepare it again")
-        self.side, self.bands, self.mean, self.std, self.hash, self.classes, self.audit = (m[k] for k in 'side bands mean std hash classes audit'.split())
-        self._ends = np.cumsum([o['count'] for o in m['shards']]); self._maps, self._lines = {}, None
-        for o in m['shards']:
-            path = self.folder/o['file']; size = HEADER + o['count'] * self.bands * self.side**2
-            if not path.exists() or path.stat().st_size != size: raise CmidError(f"{path}: missing or cut short ({size:,} bytes are due): remove {self.folder} and prepare it again")
-        load = lambda name: np.load(self.folder/name, allow_pickle=False)
-        self.labels = load('labels.npy') if self.classes else None
-        self.splits = {k: load(f'split-{k}.npy') for k in m['splits']}
+        if m["format"] != FORMAT:
+            raise CmidError(
+                f"{self.folder}/manifest.json: format {m['format']}, this version reads {FORMAT}: upgrade cmid, or remove the folder and prepare it again"
+            )
+        self.side, self.bands, self.mean, self.std, self.hash, self.classes, self.audit = (
+            m[k] for k in "side bands mean std hash classes audit".split()
+        )
+        self._ends = np.cumsum([o["count"] for o in m["shards"]])
+        self._maps, self._lines = {}, None
+        for o in m["shards"]:
+            path = self.folder / o["file"]
+            size = HEADER + o["count"] * self.bands * self.side**2
+            if not path.exists() or path.stat().st_size != size:
+                raise CmidError(
+                    f"{path}: missing or cut short ({size:,} bytes are due): remove {self.folder} and prepare it again"
+                )
+        load = lambda name: np.load(self.folder / name, allow_pickle=False)
+        self.labels = load("labels.npy") if self.classes else None
+        self.splits = {k: load(f"split-{k}.npy") for k in m["splits"]}
 
     def _check(self):
         "Numbers that point beyond the images or the classes are met here, not in the middle of a training"
-        fits = lambda v, low, high: v.ndim == 1 and v.dtype.kind == 'i' and (not v.size or low <= v.min() and v.max() < high)
+        fits = lambda v, low, high: (
+            v.ndim == 1 and v.dtype.kind == "i" and (not v.size or low <= v.min() and v.max() < high)
+        )
         audit_table(self.manifest)
-        if self.side < 1 or not len(self.mean) == len(self.std) == self.bands: raise ValueError("side, bands, mean and std do not agree")
-        if self.classes and not (len(self.labels) == len(self) and fits(self.labels, -1, len(self.classes))): raise ValueError("labels.npy fits neither images nor classes")
-        for k,v in self.splits.items():
-            if not fits(v, 0, len(self)): raise ValueError(f"split-{k}.npy names images that are not there")
+        if self.side < 1 or not len(self.mean) == len(self.std) == self.bands:
+            raise ValueError("side, bands, mean and std do not agree")
+        if self.classes and not (len(self.labels) == len(self) and fits(self.labels, -1, len(self.classes))):
+            raise ValueError("labels.npy fits neither images nor classes")
+        for k, v in self.splits.items():
+            if not fits(v, 0, len(self)):
+                raise ValueError(f"split-{k}.npy names images that are not there")
 
-    def __len__(self): return int(self._ends[-1])
-    def __getstate__(self): return {**self.__dict__, '_maps': {}}
+    def __len__(self):
+        return int(self._ends[-1])
+
+    def __getstate__(self):
+        return {**self.__dict__, "_maps": {}}
 
     def _map(self, k):
         if k not in self._maps:
-            shard = self.manifest['shards'][k]; path = self.folder/shard['file']
-            try: x = np.load(path, mmap_mode='r')
-            except Exception: x = np.zeros(0)  # a header that was altered can be anything, and numpy says so in many words
-            if x.dtype != np.uint8 or x.shape != (shard['count'], self.bands, self.side, self.side): raise CmidError(f"{path}: damaged: remove {self.folder} and prepare it again")
+            shard = self.manifest["shards"][k]
+            path = self.folder / shard["file"]
+            try:
+                x = np.load(path, mmap_mode="r")
+            except Exception:
+                x = np.zeros(0)  # a header that was altered can be anything, and numpy says so in many words
+            if x.dtype != np.uint8 or x.shape != (shard["count"], self.bands, self.side, self.side):
+                raise CmidError(f"{path}: damaged: remove {self.folder} and prepare it again")
             self._maps[k] = x
         return self._maps[k]
 
-    def __getitem__(self,
-        idx, # int, slice, or (B,) integers or booleans, in any order
-    ): # uint8 (C, S, S), or (B, C, S, S) in the order asked; IndexError beyond the end
+    def __getitem__(
+        self,
+        idx,  # int, slice, or (B,) integers or booleans, in any order
+    ):  # uint8 (C, S, S), or (B, C, S, S) in the order asked; IndexError beyond the end
         n = len(self)
         i = np.arange(*idx.indices(n)) if isinstance(idx, slice) else np.asarray(idx)
         if i.dtype == bool:
-            if i.shape != (n,): raise IndexError(f"{i.size} booleans for {n} images")
+            if i.shape != (n,):
+                raise IndexError(f"{i.size} booleans for {n} images")
             i = np.flatnonzero(i)
-        i = i.astype('i8') if i.size == 0 else i
-        if i.size and (i.min() < -n or i.max() >= n): raise IndexError(f"image {int(i.max() if i.max() >= n else i.min())} of {n}")
+        i = i.astype("i8") if i.size == 0 else i
+        if i.size and (i.min() < -n or i.max() >= n):
+            raise IndexError(f"image {int(i.max() if i.max() >= n else i.min())} of {n}")
         i = np.where(i < 0, i + n, i)
-        if i.ndim == 0: return np.array(next(self._rows(i[None])))
+        if i.ndim == 0:
+            return np.array(next(self._rows(i[None])))
         out = np.empty((len(i), self.bands, self.side, self.side), np.uint8)
         for a in range(0, len(i), AHEAD):
-            for k,x in enumerate(self._rows(i[a:a+AHEAD]), a): out[k] = x
+            for k, x in enumerate(self._rows(i[a : a + AHEAD]), a):
+                out[k] = x
         return out
 
     def _rows(self, i):
         "Mapped rows; the system is told of all of them first, and fetches what is not in memory side by side"
-        shard = np.searchsorted(self._ends, i, 'right'); row = i - np.append(0, self._ends)[shard]
-        found = [(self._map(k), r) for k,r in zip(shard.tolist(), row.tolist())]
-        if hasattr(mmap, 'MADV_WILLNEED'):
-            for x,r in found: _will_need(x, r)
-        return (x[r] for x,r in found)
+        shard = np.searchsorted(self._ends, i, "right")
+        row = i - np.append(0, self._ends)[shard]
+        found = [(self._map(k), r) for k, r in zip(shard.tolist(), row.tolist())]
+        if hasattr(mmap, "MADV_WILLNEED"):
+            for x, r in found:
+                _will_need(x, r)
+        return (x[r] for x, r in found)
 
     def _line_starts(self):
-        ends = array('q'); at = 0
-        with suppress(OSError), open(self.folder/'items.csv', 'rb') as f:
-            while (block := f.read(1 << 20)): ends.extend((np.flatnonzero(np.frombuffer(block, np.uint8) == 10) + at + 1).tolist()); at += len(block)
-        if len(ends) != len(self) + 1: raise CmidError(f"{self.folder/'items.csv'}: missing or cut short: remove {self.folder} and prepare it again")
+        ends = array("q")
+        at = 0
+        with suppress(OSError), open(self.folder / "items.csv", "rb") as f:
+            while block := f.read(1 << 20):
+                ends.extend((np.flatnonzero(np.frombuffer(block, np.uint8) == 10) + at + 1).tolist())
+                at += len(block)
+        if len(ends) != len(self) + 1:
+            raise CmidError(
+                f"{self.folder / 'items.csv'}: missing or cut short: remove {self.folder} and prepare it again"
+            )
         return np.append(0, ends)
 
     @property
-    def images(self): "The same as the object itself: `p.images[i]` is `p[i]`"; return self
+    def images(self):
+        "The same as the object itself: `p.images[i]` is `p[i]`"
+        return self
 
-    def source(self,
-        i:int, # number of an image
-    ) -> str: # file relative to the source folder, with `[rows, columns]` for a tile
+    def source(
+        self,
+        i: int,  # number of an image
+    ) -> str:  # file relative to the source folder, with `[rows, columns]` for a tile
         "Where an image came from"
-        if self._lines is None: self._lines = self._line_starts()
-        with open(self.folder/'items.csv', 'rb') as f: f.seek(self._lines[range(1, len(self) + 1)[i]]); line = f.readline().decode('utf-8', 'surrogateescape')
+        if self._lines is None:
+            self._lines = self._line_starts()
+        with open(self.folder / "items.csv", "rb") as f:
+            f.seek(self._lines[range(1, len(self) + 1)[i]])
+            line = f.readline().decode("utf-8", "surrogateescape")
         row = next(csv.reader([line]), [])
-        if len(row) != 8: raise CmidError(f"{self.folder/'items.csv'}: damaged at line {i + 2}: remove {self.folder} and prepare it again")
+        if len(row) != 8:
+            raise CmidError(
+                f"{self.folder / 'items.csv'}: damaged at line {i + 2}: remove {self.folder} and prepare it again"
+            )
         return row[1] + row[7]
 
-    def __str__(self): return audit_table(self.manifest)
+    def __str__(self):
+        return audit_table(self.manifest)
 
 # %% ../nbs/02_images.ipynb #f1e47471
 def audit_table(
-    manifest:dict, # of a prepared folder
-) -> str: # some lines for people
+    manifest: dict,  # of a prepared folder
+) -> str:  # some lines for people
     "What a prepared folder holds, and what was noticed on the way"
-    m = manifest; three = lambda v: ' '.join(f'{o:.4f}' for o in v)
-    head = [f"{m['counts']['images']:,} images of {m['bands']} x {m['side']} x {m['side']} from {m['counts']['files']:,} files; {m['counts']['skipped']:,} skipped",
-            f"mean {three(m['mean'])}  std {three(m['std'])}"]
-    if m['classes']: head += [f"{len(m['classes'])} classes by {m['labelled']}: {min(m['histogram']['all']):,} to {max(m['histogram']['all']):,} images each"]
-    head += [f"{k}: {v:,}" for k,v in m['splits'].items()]
-    show = lambda o: f"{o['level']:8}{o['text']}: {o['count']:,}" + (f" ({'; '.join(o['examples'])}{'; ...' if o['count'] > len(o['examples']) else ''})" if o['examples'] else '')
-    return '\n'.join(head + [show(o) for o in sorted(m['audit'], key=lambda o: o['level'] != 'warning')])
+    m = manifest
+    three = lambda v: " ".join(f"{o:.4f}" for o in v)
+    head = [
+        f"{m['counts']['images']:,} images of {m['bands']} x {m['side']} x {m['side']} from {m['counts']['files']:,} files; {m['counts']['skipped']:,} skipped",
+        f"mean {three(m['mean'])}  std {three(m['std'])}",
+    ]
+    if m["classes"]:
+        head += [
+            f"{len(m['classes'])} classes by {m['labelled']}: {min(m['histogram']['all']):,} to {max(m['histogram']['all']):,} images each"
+        ]
+    head += [f"{k}: {v:,}" for k, v in m["splits"].items()]
+    show = lambda o: (
+        f"{o['level']:8}{o['text']}: {o['count']:,}"
+        + (
+            f" ({'; '.join(o['examples'])}{'; ...' if o['count'] > len(o['examples']) else ''})"
+            if o["examples"]
+            else ""
+        )
+    )
+    return "\n".join(head + [show(o) for o in sorted(m["audit"], key=lambda o: o["level"] != "warning")])
 
 # %% ../nbs/02_images.ipynb #e571f0e9
 def _checked(folder, out, a):
     "The arguments of `prepare`, or CmidError with the name of the wrong one"
+
     def need(ok, text):
-        if not ok: raise CmidError(f"prepare: {text}")
+        if not ok:
+            raise CmidError(f"prepare: {text}")
+
     whole = lambda v, low: isinstance(v, int) and not isinstance(v, bool) and v >= low
-    need(whole(a['side'], 32) and a['side'] % 32 == 0, f"side must be a multiple of 32 pixels, got {a['side']}"); need(whole(a['tile'], 0), f"tile must be 0 or a number of pixels, got {a['tile']}")
-    need(whole(a['workers'], 0), f"workers must be 0 (all cores) or more, got {a['workers']}"); need(0 < a['shard_mb'] < 2**40, f"shard_mb must be above 0, and a number, got {a['shard_mb']}")
-    b = a['bands']
-    need(b is None or len(b) and len(set(b)) == len(b) and all(whole(o, 0) for o in b), f"bands must be different numbers from 0, got {b}")
-    need(len(a['stretch']) == 2 and 0 <= a['stretch'][0] < a['stretch'][1] <= 100, f"stretch must be two rising percentiles, got {a['stretch']}")
-    for k,known in (('labelled', (None, 'folders', 'lists', 'none')), ('on_error', ('skip', 'raise'))): need(a[k] in known, f"{k} must be one of {known}, got {a[k]!r}")
-    for k in a['lists'] or {}: need(k and not set(k) & set('/\\.,= '), f"lists: {k!r} is no name for a split")
-    if not folder.is_dir(): raise CmidError(f"{folder}: {'no folder' if folder.exists() else 'there is no such folder'}")
-    if not os.access(folder, os.R_OK | os.X_OK): raise CmidError(f"{folder}: may not be read: change its permissions")
-    if out.exists() and not _is_ours(out) and not (out.is_dir() and not any(out.iterdir())): raise CmidError(f"{out}: exists and is no prepared folder: name another one")
+    need(whole(a["side"], 32) and a["side"] % 32 == 0, f"side must be a multiple of 32 pixels, got {a['side']}")
+    need(whole(a["tile"], 0), f"tile must be 0 or a number of pixels, got {a['tile']}")
+    need(whole(a["workers"], 0), f"workers must be 0 (all cores) or more, got {a['workers']}")
+    need(0 < a["shard_mb"] < 2**40, f"shard_mb must be above 0, and a number, got {a['shard_mb']}")
+    b = a["bands"]
+    need(
+        b is None or len(b) and len(set(b)) == len(b) and all(whole(o, 0) for o in b),
+        f"bands must be different numbers from 0, got {b}",
+    )
+    need(
+        len(a["stretch"]) == 2 and 0 <= a["stretch"][0] < a["stretch"][1] <= 100,
+        f"stretch must be two rising percentiles, got {a['stretch']}",
+    )
+    for k, known in (("labelled", (None, "folders", "lists", "none")), ("on_error", ("skip", "raise"))):
+        need(a[k] in known, f"{k} must be one of {known}, got {a[k]!r}")
+    for k in a["lists"] or {}:
+        need(k and not set(k) & set("/\\.,= "), f"lists: {k!r} is no name for a split")
+    if not folder.is_dir():
+        raise CmidError(f"{folder}: {'no folder' if folder.exists() else 'there is no such folder'}")
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise CmidError(f"{folder}: may not be read: change its permissions")
+    if out.exists() and not _is_ours(out) and not (out.is_dir() and not any(out.iterdir())):
+        raise CmidError(f"{out}: exists and is no prepared folder: name another one")
+
 
 def _fingerprints(cfg, names, lists):
     "Hashes of what `out` and what its images depend on, the latter with times; and the newest change"
-    images, newest = hashlib.sha256(json.dumps([FORMAT, cfg.side, cfg.tile, cfg.bands, cfg.stretch, cfg.shard_mb, cfg.on_error]).encode()), 0
+    images, newest = (
+        hashlib.sha256(
+            json.dumps([FORMAT, cfg.side, cfg.tile, cfg.bands, cfg.stretch, cfg.shard_mb, cfg.on_error]).encode()
+        ),
+        0,
+    )
     whole = hashlib.sha256(images.digest() + json.dumps(cfg.labelled).encode())
-    images.update(b'shards cut by name')  # what was half done by another rule is not gone on with
+    images.update(b"shards cut by name")  # what was half done by another rule is not gone on with
     for o in names:
-        try: st = os.stat(os.path.join(cfg.folder, o)); size, time, newest = st.st_size, st.st_mtime_ns, max(newest, st.st_mtime_ns, st.st_ctime_ns)
-        except OSError: size = time = -1
-        key = o.encode('utf-8', 'surrogateescape')
-        whole.update(b'%s\0%d\n' % (key, size)); images.update(b'%s\0%d %d\n' % (key, size, time))
-    for k,v in sorted(lists.items()):
+        try:
+            st = os.stat(os.path.join(cfg.folder, o))
+            size, time, newest = st.st_size, st.st_mtime_ns, max(newest, st.st_mtime_ns, st.st_ctime_ns)
+        except OSError:
+            size = time = -1
+        key = o.encode("utf-8", "surrogateescape")
+        whole.update(b"%s\0%d\n" % (key, size))
+        images.update(b"%s\0%d %d\n" % (key, size, time))
+    for k, v in sorted(lists.items()):
         whole.update(f"{k}\0".encode())
-        for line in _lines(v): whole.update(line.encode() + b'\n')
+        for line in _lines(v):
+            whole.update(line.encode() + b"\n")
     return images.hexdigest(), whole.hexdigest(), newest
 
 # %% ../nbs/02_images.ipynb #6259fcc7
-OURS = 'manifest.json', 'items.csv', 'skipped.csv', 'labels.npy', 'split-*.npy', 'images-*', 'state.json', 'survey.jsonl', 'items.jsonl', 'lock'
+OURS = (
+    "manifest.json",
+    "items.csv",
+    "skipped.csv",
+    "labels.npy",
+    "split-*.npy",
+    "images-*",
+    "state.json",
+    "survey.jsonl",
+    "items.jsonl",
+    "lock",
+)
+
 
 def _is_ours(folder):
     "Was this folder written by `prepare`?"
-    try: return 'fingerprint' in json.loads((folder/'manifest.json').read_text())
-    except (OSError, ValueError, TypeError, RecursionError): return False
+    try:
+        return "fingerprint" in json.loads((folder / "manifest.json").read_text())
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
+
 
 def _clear(folder, patterns=OURS):
     "Remove what `prepare` wrote, and nothing else"
-    for o in [o for p in patterns for o in folder.glob(p)]: o.unlink(missing_ok=True)
+    for o in [o for p in patterns for o in folder.glob(p)]:
+        o.unlink(missing_ok=True)
+
 
 def _lock(part):
     "An open file that keeps a second `prepare` out while it is open"
-    f = open(part/'lock', 'a')
-    try: fcntl and fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError: f.close(); raise CmidError(f"{part}: another prepare is working on it") from None
+    f = open(part / "lock", "a")
+    try:
+        fcntl and fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        f.close()
+        raise CmidError(f"{part}: another prepare is working on it") from None
     return f
+
 
 def _begin_or_resume(part, mark):
     "Keep what was begun for the same images and parameters, throw away (and say) what was not; the lock"
-    part.mkdir(parents=True, exist_ok=True); state = part/'state.json'; lock = _lock(part)
-    try: known = json.loads(state.read_text())['mark']
-    except (OSError, ValueError, KeyError): known = None
-    if known not in (None, mark): print(f"{part.name}: begun with other images or parameters, thrown away", file=sys.stderr)
-    try: _clear(part, OURS[:5] if known == mark else OURS[:-1]); write_json(state, dict(mark=mark))
-    except BaseException: lock.close(); raise
+    part.mkdir(parents=True, exist_ok=True)
+    state = part / "state.json"
+    lock = _lock(part)
+    try:
+        known = json.loads(state.read_text())["mark"]
+    except (OSError, ValueError, KeyError):
+        known = None
+    if known not in (None, mark):
+        print(f"{part.name}: begun with other images or parameters, thrown away", file=sys.stderr)
+    try:
+        _clear(part, OURS[:5] if known == mark else OURS[:-1])
+        write_json(state, dict(mark=mark))
+    except BaseException:
+        lock.close()
+        raise
     return lock
+
 
 def _enough_room(part, need):
     "CmidError when the disk cannot hold what is still to be written"
-    there = sum(getattr(o.stat(), 'st_blocks', 0) * 512 for o in part.glob('images-*')); free = shutil.disk_usage(part).free
-    if need - there > free: raise CmidError(f"{part}: the disk is full ({(need - there) / 2**20:,.1f} MB needed, {free / 2**20:,.1f} MB free); make room and run again")
+    there = sum(getattr(o.stat(), "st_blocks", 0) * 512 for o in part.glob("images-*"))
+    free = shutil.disk_usage(part).free
+    if need - there > free:
+        raise CmidError(
+            f"{part}: the disk is full ({(need - there) / 2**20:,.1f} MB needed, {free / 2**20:,.1f} MB free); make room and run again"
+        )
+
 
 def _publish(part, out):
     "The finished folder takes the place of an older one"
-    _clear(part, OURS[-4:]); old = out.with_name(f'.{out.name}.replaced')
-    if out.exists() and not _is_ours(out): out.rmdir()  # empty, as was checked
-    elif out.exists(): _retire(old); out.rename(old)
-    part.rename(out); _retire(old)
+    _clear(part, OURS[-4:])
+    old = out.with_name(f".{out.name}.replaced")
+    if out.exists() and not _is_ours(out):
+        out.rmdir()  # empty, as was checked
+    elif out.exists():
+        _retire(old)
+        out.rename(old)
+    part.rename(out)
+    _retire(old)
+
 
 def _retire(old):
     "Remove an older result; what others put into it stays"
-    if not old.exists(): return
+    if not old.exists():
+        return
     _clear(old)
-    try: old.rmdir()
-    except OSError: raise CmidError(f"{old}: holds files that prepare did not write: move them and remove it") from None
+    try:
+        old.rmdir()
+    except OSError:
+        raise CmidError(f"{old}: holds files that prepare did not write: move them and remove it") from None
 
 # %% ../nbs/02_images.ipynb #af7cdecf
 def _write(cfg, t, lay, g, names, part, listed, others, mark, total):
     "Labels, splits, audit and manifest of a folder whose shards are done"
     shape, used, (by_file, words_of, words, notes) = (cfg.channels, cfg.side, cfg.side), g.file[_firsts(g.file)], listed
-    for k,v in by_file.items():
-        for f in np.setdiff1d(v, used): _tally(notes, f'unread|{k}', names[f])
+    for k, v in by_file.items():
+        for f in np.setdiff1d(v, used):
+            _tally(notes, f"unread|{k}", names[f])
     how, classes, of_file = _label_files(cfg, names, used, by_file, words, words_of)
-    labels, splits = None if classes is None else of_file[g.file].astype('i8'), {k: _items_of(v, g.file) for k,v in by_file.items()}
-    audit = [*_findings(cfg, t, g, others, notes), *_duplicates(g, names, by_file), *_overlaps(by_file, names), *_label_findings(classes, labels, splits)]
-    for k,v in {**({} if labels is None else {'labels': labels}), **{f'split-{k}': v for k,v in sorted(splits.items())}}.items():
-        with whole(part/f'{k}.npy', v.nbytes) as f: np.save(f, v, allow_pickle=False)
-        g.hash.update(f"{k}\0".encode()); g.hash.update(np.ascontiguousarray(v, '<i8').data)
+    labels, splits = (
+        None if classes is None else of_file[g.file].astype("i8"),
+        {k: _items_of(v, g.file) for k, v in by_file.items()},
+    )
+    audit = [
+        *_findings(cfg, t, g, others, notes),
+        *_duplicates(g, names, by_file),
+        *_overlaps(by_file, names),
+        *_label_findings(classes, labels, splits),
+    ]
+    for k, v in {
+        **({} if labels is None else {"labels": labels}),
+        **{f"split-{k}": v for k, v in sorted(splits.items())},
+    }.items():
+        with whole(part / f"{k}.npy", v.nbytes) as f:
+            np.save(f, v, allow_pickle=False)
+        g.hash.update(f"{k}\0".encode())
+        g.hash.update(np.ascontiguousarray(v, "<i8").data)
     g.hash.update(json.dumps(classes).encode())
-    shards = [_close_shard(part/f'images-{k:05}.part', g.keep[a:b], shape) for k,(a,b) in enumerate(pairwise(lay.cuts))]
+    shards = [
+        _close_shard(part / f"images-{k:05}.part", g.keep[a:b], shape) for k, (a, b) in enumerate(pairwise(lay.cuts))
+    ]
     mean, std = _moments(g.sums, g.squares, g.n * cfg.side**2)
     count = lambda i: np.bincount(i[i >= 0], minlength=len(classes)).tolist()
-    write_json(part/'manifest.json', dict(format=FORMAT, source=_told(cfg.folder, part), counts=dict(images=g.n, files=len(used), found=len(names), skipped=len(names) - len(used)),
-        side=cfg.side, bands=cfg.channels, dtype='uint8', mean=mean, std=std,
-        stretch=None if cfg.low is None else dict(percentiles=list(cfg.stretch), low=cfg.low, high=cfg.high),
-        parameters=dict(side=cfg.side, tile=cfg.tile, bands=cfg.bands, stretch=list(cfg.stretch), shard_mb=cfg.shard_mb, labelled=cfg.labelled, on_error=cfg.on_error),
-        labelled=how, classes=classes, histogram=None if classes is None else dict(all=count(labels), **{k: count(labels[v]) for k,v in splits.items()}),
-        splits={k: len(v) for k,v in splits.items()}, shards=[o for o in shards if o['count']], audit=audit, fingerprint=mark, hash=g.hash.hexdigest()))
+    write_json(
+        part / "manifest.json",
+        dict(
+            format=FORMAT,
+            source=_told(cfg.folder, part),
+            counts=dict(images=g.n, files=len(used), found=len(names), skipped=len(names) - len(used)),
+            side=cfg.side,
+            bands=cfg.channels,
+            dtype="uint8",
+            mean=mean,
+            std=std,
+            stretch=None if cfg.low is None else dict(percentiles=list(cfg.stretch), low=cfg.low, high=cfg.high),
+            parameters=dict(
+                side=cfg.side,
+                tile=cfg.tile,
+                bands=cfg.bands,
+                stretch=list(cfg.stretch),
+                shard_mb=cfg.shard_mb,
+                labelled=cfg.labelled,
+                on_error=cfg.on_error,
+            ),
+            labelled=how,
+            classes=classes,
+            histogram=None
+            if classes is None
+            else dict(all=count(labels), **{k: count(labels[v]) for k, v in splits.items()}),
+            splits={k: len(v) for k, v in splits.items()},
+            shards=[o for o in shards if o["count"]],
+            audit=audit,
+            fingerprint=mark,
+            hash=g.hash.hexdigest(),
+        ),
+    )
 
 # %% ../nbs/02_images.ipynb #bf59d7a5
 def _told(folder, out):
     "The source as the manifest names it: relative within one study, else by its last name; a path of this machine would make equal data differ"
     near = os.path.relpath(folder, Path(out).parent.parent)
-    return os.path.basename(os.path.normpath(folder)) if near.startswith('..') else near.replace(os.sep, '/')
+    return os.path.basename(os.path.normpath(folder)) if near.startswith("..") else near.replace(os.sep, "/")
 
 # %% ../nbs/02_images.ipynb #67f18287
 def _finished(folder, mark, newest):
     "Was this folder written for the same images, lists and parameters, and after their last change?"
-    try: return json.loads((folder/'manifest.json').read_text())['fingerprint'] == mark and (folder/'manifest.json').stat().st_mtime_ns > newest
-    except (OSError, ValueError, KeyError, TypeError, RecursionError): return False
+    try:
+        return (
+            json.loads((folder / "manifest.json").read_text())["fingerprint"] == mark
+            and (folder / "manifest.json").stat().st_mtime_ns > newest
+        )
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+
 
 def _refuse(rows):
     "For `on_error='raise'`: the first row without pixels ends it"
     for o in rows:
-        if 'name' in o: raise Unusable(f"{o['name']}: {o['reason']}")
+        if "name" in o:
+            raise Unusable(f"{o['name']}: {o['reason']}")
     return rows
+
 
 @contextmanager
 def _nothing_kept(part):
     "What is refused cannot be gone on with: leave nothing of it"
-    try: yield
-    except Unusable: _clear(part); any(part.iterdir()) or part.rmdir(); raise
+    try:
+        yield
+    except Unusable:
+        _clear(part)
+        any(part.iterdir()) or part.rmdir()
+        raise
+
 
 def _nothing(cfg, why):
     "The error of a folder of which nothing is left"
     return Unusable(f"{cfg.folder}: not one image can be used ({len(why)} skipped; first: {why[0]})")
 
+
 def _passes(cfg, names, part, run):
     "Both passes; what the headers say, the layout, and the number of items"
-    t = SimpleNamespace(mixed={}); t.__dict__.update(_survey(cfg, names, part, run).__dict__); _choose_bands(cfg, t, names)
-    why = [f"{names[i]}: {o}" for i,o in islice(sorted(t.reasons.items()), 100)]
-    if why and cfg.on_error == 'raise': raise Unusable(why[0])
-    files = np.setdiff1d(np.arange(len(names)), list(t.reasons)).astype('i4')
-    if not len(files): raise _nothing(cfg, why)
+    t = SimpleNamespace(mixed={})
+    t.__dict__.update(_survey(cfg, names, part, run).__dict__)
+    _choose_bands(cfg, t, names)
+    why = [f"{names[i]}: {o}" for i, o in islice(sorted(t.reasons.items()), 100)]
+    if why and cfg.on_error == "raise":
+        raise Unusable(why[0])
+    files = np.setdiff1d(np.arange(len(names)), list(t.reasons)).astype("i4")
+    if not len(files):
+        raise _nothing(cfg, why)
     _choose_stretch(cfg, t, files, names, run)
-    lay = _layout(cfg, t, files); total = int(lay.ends[-1])
+    lay = _layout(cfg, t, files)
+    total = int(lay.ends[-1])
     _enough_room(part, total * (lay.item + 300))
-    strict = (lambda fn, jobs: map(_refuse, run(fn, jobs))) if cfg.on_error == 'raise' else run
+    strict = (lambda fn, jobs: map(_refuse, run(fn, jobs))) if cfg.on_error == "raise" else run
     _divide(cfg, t, lay, names)
-    _journalled(_make, _jobs(cfg, t, lay, names, part), [a for a,_ in lay.jobs], total, part/'items.jsonl', strict, 'preparing')
+    _journalled(
+        _make,
+        _jobs(cfg, t, lay, names, part),
+        [a for a, _ in lay.jobs],
+        total,
+        part / "items.jsonl",
+        strict,
+        "preparing",
+    )
     return t, lay, total
 
 # %% ../nbs/02_images.ipynb #ae878462
 def prepare(
-    folder, # of PNG, JPEG, TIFF or GeoTIFF, with everything below it; never written to
-    out, # folder to write; while it is worked on it is called OUT.partial
+    folder,  # of PNG, JPEG, TIFF or GeoTIFF, with everything below it; never written to
+    out,  # folder to write; while it is worked on it is called OUT.partial
     *,
-    side:int=224, # S in pixels
-    lists:dict=None, # split name -> text file of lines `path` or `path label`
-    tile:int=0, # cut larger rasters into tiles of this side in pixels; 0: whole images
-    bands:list=None, # band numbers from 0; None: all
-    stretch=(2., 98.), # percentiles that become 0 and 255, for all but 8-bit files
-    workers:int=0, # processes; 0: all cores
-    shard_mb:float=1000, # size of a shard in MB
-    labelled:str=None, # where classes come from: 'folders', 'lists', 'none'; None: lists with labels, else class folders when every image lies in one
-    on_error:str='skip', # a file that cannot be used: 'skip' it and say so, or 'raise'
-) -> Prepared: # CmidError, one line, when an argument is wrong or nothing is left
+    side: int = 224,  # S in pixels
+    lists: dict = None,  # split name -> text file of lines `path` or `path label`
+    tile: int = 0,  # cut larger rasters into tiles of this side in pixels; 0: whole images
+    bands: list = None,  # band numbers from 0; None: all
+    stretch=(2.0, 98.0),  # percentiles that become 0 and 255, for all but 8-bit files
+    workers: int = 0,  # processes; 0: all cores
+    shard_mb: float = 1000,  # size of a shard in MB
+    labelled: str = None,  # where classes come from: 'folders', 'lists', 'none'; None: lists with labels, else class folders when every image lies in one
+    on_error: str = "skip",  # a file that cannot be used: 'skip' it and say so, or 'raise'
+) -> Prepared:  # CmidError, one line, when an argument is wrong or nothing is left
     "Images on disk become memory-mapped uint8 arrays (arXiv 2304.09670, section IV-A: resized first), audited; interrupted, it goes on where it was"
-    asked = {**locals()}; folder, out = Path(folder), Path(out).resolve(); _checked(folder, out, asked)
-    cfg = SimpleNamespace(folder=str(folder), side=side, tile=tile, bands=None if bands is None else list(bands), stretch=[float(o) for o in stretch],
-        shard_mb=float(shard_mb), labelled=labelled, on_error=on_error)
+    asked = {**locals()}
+    folder, out = Path(folder), Path(out).resolve()
+    _checked(folder, out, asked)
+    cfg = SimpleNamespace(
+        folder=str(folder),
+        side=side,
+        tile=tile,
+        bands=None if bands is None else list(bands),
+        stretch=[float(o) for o in stretch],
+        shard_mb=float(shard_mb),
+        labelled=labelled,
+        on_error=on_error,
+    )
     names, others = find_images(folder)
-    if not names: raise CmidError(f"{folder}: holds no PNG, JPEG or TIFF")
+    if not names:
+        raise CmidError(f"{folder}: holds no PNG, JPEG or TIFF")
     names = _Names(names)
     images, mark, newest = _fingerprints(cfg, names, lists or {})
-    if _finished(out, mark, newest): return Prepared(out)
-    if _finished(half := out.with_name(out.name + '.partial'), mark, newest): _publish(half, out); return Prepared(out)
-    listed = _read_lists(names, lists or {}); list(_overlaps(listed[0], names))
-    if labelled: _label_files(cfg, names, range(len(names)), listed[0], listed[2], listed[1])   # what could be wrong with labels is known now
+    if _finished(out, mark, newest):
+        return Prepared(out)
+    if _finished(half := out.with_name(out.name + ".partial"), mark, newest):
+        _publish(half, out)
+        return Prepared(out)
+    listed = _read_lists(names, lists or {})
+    list(_overlaps(listed[0], names))
+    if labelled:
+        _label_files(
+            cfg, names, range(len(names)), listed[0], listed[2], listed[1]
+        )  # what could be wrong with labels is known now
     part = half
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with writing(part), closing(_begin_or_resume(part, images)), _nothing_kept(part):
-        with _processes(workers or (1 if len(names) <= 64 and not tile else cores)) as run: t, lay, total = _passes(cfg, names, part, run)
+        with _processes(workers or (1 if len(names) <= 64 and not tile else cores)) as run:
+            t, lay, total = _passes(cfg, names, part, run)
         g = _gather(cfg, t, lay, names, part, total)
-        if not g.n: raise _nothing(cfg, g.notes.get('skipped', [0, ["no pixel has a value"]])[1])
+        if not g.n:
+            raise _nothing(cfg, g.notes.get("skipped", [0, ["no pixel has a value"]])[1])
         _write(cfg, t, lay, g, names, part, listed, others, mark, total)
     _publish(part, out)
     return Prepared(out)
 
 # %% ../nbs/02_images.ipynb #8edb5d6f
 def contact_sheet(
-    prepared:Prepared, # what to look at
-    n:int=24, # images, spread evenly over the folder
-    bands=(0, 1, 2), # shown as red, green, blue where there are that many, else the first as grey
-): # matplotlib Figure
+    prepared: Prepared,  # what to look at
+    n: int = 24,  # images, spread evenly over the folder
+    bands=(0, 1, 2),  # shown as red, green, blue where there are that many, else the first as grey
+):  # matplotlib Figure
     "Some images of a prepared folder with their classes"
     from matplotlib.figure import Figure  # here, so that workers need not load it
-    idx = np.unique(np.linspace(0, len(prepared) - 1, min(n, len(prepared))).astype(int)); cols = min(8, len(idx)); rows = -(-len(idx) // cols)
-    fig = Figure(figsize=(cols, 1.15*rows), dpi=72, layout='constrained')
-    for ax in (axes := fig.subplots(rows, cols, squeeze=False).ravel()): ax.axis('off')
-    for ax,i,x in zip(axes, idx, prepared[idx]):
-        ax.imshow(x[list(bands)].transpose(1, 2, 0) if max(bands) < len(x) else x[0], cmap='gray', vmin=0, vmax=255)
-        if prepared.classes and prepared.labels[i] >= 0: ax.set_title(prepared.classes[prepared.labels[i]], fontsize=7)
+
+    idx = np.unique(np.linspace(0, len(prepared) - 1, min(n, len(prepared))).astype(int))
+    cols = min(8, len(idx))
+    rows = -(-len(idx) // cols)
+    fig = Figure(figsize=(cols, 1.15 * rows), dpi=72, layout="constrained")
+    for ax in (axes := fig.subplots(rows, cols, squeeze=False).ravel()):
+        ax.axis("off")
+    for ax, i, x in zip(axes, idx, prepared[idx]):
+        ax.imshow(x[list(bands)].transpose(1, 2, 0) if max(bands) < len(x) else x[0], cmap="gray", vmin=0, vmax=255)
+        if prepared.classes and prepared.labels[i] >= 0:
+            ax.set_title(prepared.classes[prepared.labels[i]], fontsize=7)
     return fig
 
+
 def class_figure(
-    prepared:Prepared, # with classes
-): # matplotlib Figure
+    prepared: Prepared,  # with classes
+):  # matplotlib Figure
     "How many images each class has, in all and per split"
     from matplotlib.figure import Figure
-    if not prepared.classes: raise CmidError(f"{prepared.folder}: has no classes to count")
-    h = prepared.manifest['histogram']; y = np.arange(len(prepared.classes)); bar = .8 / len(h)
-    fig = Figure(figsize=(5, .6 + .3*len(y)), dpi=72, layout='constrained'); ax = fig.subplots()
-    for k,(name,counts) in enumerate(h.items()): ax.barh(y + k*bar, counts, bar, label=name)
-    ax.set_yticks(y + .4 - bar/2, prepared.classes, fontsize=7); ax.set_xlabel('images', fontsize=8); ax.legend(fontsize=7, loc='upper left', bbox_to_anchor=(1, 1)); ax.invert_yaxis()
+
+    if not prepared.classes:
+        raise CmidError(f"{prepared.folder}: has no classes to count")
+    h = prepared.manifest["histogram"]
+    y = np.arange(len(prepared.classes))
+    bar = 0.8 / len(h)
+    fig = Figure(figsize=(5, 0.6 + 0.3 * len(y)), dpi=72, layout="constrained")
+    ax = fig.subplots()
+    for k, (name, counts) in enumerate(h.items()):
+        ax.barh(y + k * bar, counts, bar, label=name)
+    ax.set_yticks(y + 0.4 - bar / 2, prepared.classes, fontsize=7)
+    ax.set_xlabel("images", fontsize=8)
+    ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    ax.invert_yaxis()
     return fig
 
 # %% ../nbs/02_images.ipynb #8a830ec3
 def prepare_dataset(
-    p, # params.Params of the study
-    name:str, # one of its datasets
+    p,  # params.Params of the study
+    name: str,  # one of its datasets
 ) -> Prepared:
     "Read, audit and store one dataset of a study as `prepared/<name>`; raises `CmidError` naming the key whose folder is not there"
     d, q = p.dataset(name), p.prepare
-    for k in ('folder', 'lists'):
-        if not p.path(o := getattr(d, k)).is_dir(): raise CmidError(f"params.yaml: datasets.{name}.{k}: {o} is no folder: run `cmid_sample data` for the sample data, or name your own")
-    return prepare(p.path(d.folder), p.root/'prepared'/name, side=q.side, lists=d.splits(p.root), tile=q.tile, bands=q.bands, stretch=q.stretch, workers=q.workers, shard_mb=q.shard_mb)
+    for k in ("folder", "lists"):
+        if not p.path(o := getattr(d, k)).is_dir():
+            raise CmidError(
+                f"params.yaml: datasets.{name}.{k}: {o} is no folder: run `cmid_sample data` for the sample data, or name your own"
+            )
+    return prepare(
+        p.path(d.folder),
+        p.root / "prepared" / name,
+        side=q.side,
+        lists=d.splits(p.root),
+        tile=q.tile,
+        bands=q.bands,
+        stretch=q.stretch,
+        workers=q.workers,
+        shard_mb=q.shard_mb,
+    )
 
 # %% ../nbs/02_images.ipynb #4096346f
 @call_parse
 @cli
 def cmid_prepare(
-    folder:str, # of PNG, JPEG, TIFF or GeoTIFF, with everything below it
-    out:str, # folder to write
-    side:int=224, # pixels
-    lists:str='', # train=a.txt,test=b.txt: text files of lines `path` or `path label`
-    tile:int=0, # cut larger rasters into tiles of this side; 0: whole images
-    bands:str='', # band numbers from 0, as 0,1,2; empty: all
-    stretch:str='2,98', # percentiles that become 0 and 255, for all but 8-bit files
-    workers:int=0, # processes; 0: all cores
-    shard_mb:float=1000., # size of a shard in MB
-    labelled:str='', # folders, lists or none; empty: found out
-    on_error:str='skip', # skip or raise
+    folder: str,  # of PNG, JPEG, TIFF or GeoTIFF, with everything below it
+    out: str,  # folder to write
+    side: int = 224,  # pixels
+    lists: str = "",  # train=a.txt,test=b.txt: text files of lines `path` or `path label`
+    tile: int = 0,  # cut larger rasters into tiles of this side; 0: whole images
+    bands: str = "",  # band numbers from 0, as 0,1,2; empty: all
+    stretch: str = "2,98",  # percentiles that become 0 and 255, for all but 8-bit files
+    workers: int = 0,  # processes; 0: all cores
+    shard_mb: float = 1000.0,  # size of a shard in MB
+    labelled: str = "",  # folders, lists or none; empty: found out
+    on_error: str = "skip",  # skip or raise
 ):
     "Prepare a folder of images: memory-mapped uint8 arrays, statistics, an audit."
-    named = [o.split('=', 1) for o in lists.split(',') if o]
-    for i,o in enumerate(named):
-        if len(o) < 2: raise CmidError(f"--lists: {o[0]!r} must be NAME=FILE")
-        if o[0] in dict(named[:i]): raise CmidError(f"--lists: {o[0]} is named twice: give each split one file")
-    try: numbers, ends = [int(o) for o in bands.split(',') if o], [float(o) for o in stretch.split(',')]
-    except ValueError: raise CmidError(f"--bands and --stretch take numbers with commas between them, got {bands!r} and {stretch!r}") from None
-    print(prepare(folder, out, side=side, lists=dict(named), tile=tile, bands=numbers or None, stretch=ends,
-        workers=workers, shard_mb=shard_mb, labelled=labelled or None, on_error=on_error))
+    named = [o.split("=", 1) for o in lists.split(",") if o]
+    for i, o in enumerate(named):
+        if len(o) < 2:
+            raise CmidError(f"--lists: {o[0]!r} must be NAME=FILE")
+        if o[0] in dict(named[:i]):
+            raise CmidError(f"--lists: {o[0]} is named twice: give each split one file")
+    try:
+        numbers, ends = [int(o) for o in bands.split(",") if o], [float(o) for o in stretch.split(",")]
+    except ValueError:
+        raise CmidError(
+            f"--bands and --stretch take numbers with commas between them, got {bands!r} and {stretch!r}"
+        ) from None
+    print(
+        prepare(
+            folder,
+            out,
+            side=side,
+            lists=dict(named),
+            tile=tile,
+            bands=numbers or None,
+            stretch=ends,
+            workers=workers,
+            shard_mb=shard_mb,
+            labelled=labelled or None,
+            on_error=on_error,
+        )
+    )

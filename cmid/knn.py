@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 # %% ../nbs/16_knn.ipynb #f9bc9415
-SIMILARITIES = 2**24 # cosines held at a time: 64 MB
+SIMILARITIES = 2**24  # cosines held at a time: 64 MB
+
 
 def _vote(cosines, labels, classes, k, temperature):
     "Class with the largest vote, (B,); the nearest weighs 1, so that no temperature overflows"
@@ -20,13 +21,13 @@ def _vote(cosines, labels, classes, k, temperature):
 
 # %% ../nbs/16_knn.ipynb #415bf6cd
 def knn_predict(
-    train:torch.Tensor, # (N, C) features
-    train_labels, # (N,) integers from 0
-    query:torch.Tensor, # (M, C) features
-    classes:int, # how many there are
-    k:int=20, # neighbours; all of them where there are fewer
-    temperature:float=.07, # T
-) -> torch.Tensor: # (M,) labels
+    train: torch.Tensor,  # (N, C) features
+    train_labels,  # (N,) integers from 0
+    query: torch.Tensor,  # (M, C) features
+    classes: int,  # how many there are
+    k: int = 20,  # neighbours; all of them where there are fewer
+    temperature: float = 0.07,  # T
+) -> torch.Tensor:  # (M,) labels
     "Weighted votes of the nearest by cosine (arXiv 1805.01978, section 3.4), in chunks of bounded memory"
     train, query = (F.normalize(o.float(), dim=1) for o in (train, query))
     labels, k = torch.as_tensor(train_labels, dtype=torch.long, device=train.device), min(k, len(train))

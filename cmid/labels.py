@@ -24,737 +24,1399 @@ from .images import _choose_stretch, _clear, _decoders, _enough_room, _finding, 
 from .params import FORMATS, CmidError, near, write_json, write_whole, writing
 
 # %% ../nbs/24_labels.ipynb #419c0f69
-ROLES = dict(segment=('images', 'masks'), change=('first', 'second', 'label'), detect=('images', 'labels')) # the parts of each task
-TILED, PLAIN = ('img_dir', 'ann_dir'), ('images', 'masks')
-LABELLED = '5_Labels_all_noBoundary', '5_Labels_all', '5_Labels_for_participants_no_Boundary', '5_Labels_for_participants'
-ERODED = 'ISPRS_semantic_labeling_Vaihingen_ground_truth_eroded_COMPLETE', 'gts_eroded_for_participants', 'gts_for_participants', 'ISPRS_semantic_labeling_Vaihingen_ground_truth_COMPLETE'
-LAYOUTS = {'segment folders': [PLAIN, TILED], 'loveda': [('images_png', 'masks_png'), TILED],
-    'potsdam': [TILED, *((i, m) for i in ('2_Ortho_RGB', '3_Ortho_IRRG', '4_Ortho_RGBIR') for m in LABELLED), PLAIN],
-    'vaihingen': [TILED, *(('top', m) for m in ERODED), PLAIN],
-    'change folders': [('A', 'B', 'label'), ('A', 'B', 'OUT')], 'cdd': [('A', 'B', 'OUT')], 'levir': [('A', 'B', 'label')],
-    'dsifn': [('A', 'B', 'label'), ('t1', 't2', 'mask')], 'dota': [('images', 'labelTxt')]} # folder names by role; the first that is there counts
-TAILS = dict(potsdam=(r'_(RGB|IRRG|RGBIR)$', r'_label(_noBoundary)?$'), vaihingen=('$', '_noBoundary$')) # of file names, left out when image and mask are paired
+ROLES = dict(
+    segment=("images", "masks"), change=("first", "second", "label"), detect=("images", "labels")
+)  # the parts of each task
+TILED, PLAIN = ("img_dir", "ann_dir"), ("images", "masks")
+LABELLED = (
+    "5_Labels_all_noBoundary",
+    "5_Labels_all",
+    "5_Labels_for_participants_no_Boundary",
+    "5_Labels_for_participants",
+)
+ERODED = (
+    "ISPRS_semantic_labeling_Vaihingen_ground_truth_eroded_COMPLETE",
+    "gts_eroded_for_participants",
+    "gts_for_participants",
+    "ISPRS_semantic_labeling_Vaihingen_ground_truth_COMPLETE",
+)
+LAYOUTS = {
+    "segment folders": [PLAIN, TILED],
+    "loveda": [("images_png", "masks_png"), TILED],
+    "potsdam": [TILED, *((i, m) for i in ("2_Ortho_RGB", "3_Ortho_IRRG", "4_Ortho_RGBIR") for m in LABELLED), PLAIN],
+    "vaihingen": [TILED, *(("top", m) for m in ERODED), PLAIN],
+    "change folders": [("A", "B", "label"), ("A", "B", "OUT")],
+    "cdd": [("A", "B", "OUT")],
+    "levir": [("A", "B", "label")],
+    "dsifn": [("A", "B", "label"), ("t1", "t2", "mask")],
+    "dota": [("images", "labelTxt")],
+}  # folder names by role; the first that is there counts
+TAILS = dict(
+    potsdam=(r"_(RGB|IRRG|RGBIR)$", r"_label(_noBoundary)?$"), vaihingen=("$", "_noBoundary$")
+)  # of file names, left out when image and mask are paired
 
 # %% ../nbs/24_labels.ipynb #a176b837
-ISPRS = {'impervious surface': ['#FFFFFF', 1], 'building': ['#0000FF', 2], 'low vegetation': ['#00FFFF', 3], 'tree': ['#00FF00', 4], 'car': ['#FFFF00', 5]}
-LOVEDA = {o: i for i, o in enumerate('background building road water barren forest agriculture'.split(), 1)}
-DATES = dict(unchanged=[0, '#000000'], changed=[255, 1, '#FFFFFF'])
-DOTA = ('plane baseball-diamond bridge ground-track-field small-vehicle large-vehicle ship tennis-court basketball-court storage-tank '
-        'soccer-ball-field roundabout harbor swimming-pool helicopter').split() # v1.0, in the order of its paper
-OWN = dict(potsdam=(ISPRS, ['#000000', 0, '#FF0000', 6]), vaihingen=(ISPRS, ['#000000', 0, '#FF0000', 6]), loveda=(LOVEDA, [0]), dota=(DOTA, [])) # classes, and what is ignored
+ISPRS = {
+    "impervious surface": ["#FFFFFF", 1],
+    "building": ["#0000FF", 2],
+    "low vegetation": ["#00FFFF", 3],
+    "tree": ["#00FF00", 4],
+    "car": ["#FFFF00", 5],
+}
+LOVEDA = {o: i for i, o in enumerate("background building road water barren forest agriculture".split(), 1)}
+DATES = dict(unchanged=[0, "#000000"], changed=[255, 1, "#FFFFFF"])
+DOTA = (
+    "plane baseball-diamond bridge ground-track-field small-vehicle large-vehicle ship tennis-court basketball-court storage-tank "
+    "soccer-ball-field roundabout harbor swimming-pool helicopter"
+).split()  # v1.0, in the order of its paper
+OWN = dict(
+    potsdam=(ISPRS, ["#000000", 0, "#FF0000", 6]),
+    vaihingen=(ISPRS, ["#000000", 0, "#FF0000", 6]),
+    loveda=(LOVEDA, [0]),
+    dota=(DOTA, []),
+)  # classes, and what is ignored
 
 # %% ../nbs/24_labels.ipynb #538fa25b
 def _moved(name, old, new):
     "The folder of a name with `new` in place of the last `old` in it; None where `old` is not in it"
-    dirs, a = name.split('/')[:-1], old.strip('/').split('/')
-    at = [i for i in range(len(dirs) - len(a) + 1) if dirs[i:i+len(a)] == a]
-    return '/'.join(dirs[:at[-1]] + new.strip('/').split('/') + dirs[at[-1]+len(a):]) if at else None
+    dirs, a = name.split("/")[:-1], old.strip("/").split("/")
+    at = [i for i in range(len(dirs) - len(a) + 1) if dirs[i : i + len(a)] == a]
+    return "/".join(dirs[: at[-1]] + new.strip("/").split("/") + dirs[at[-1] + len(a) :]) if at else None
+
 
 class _Folders:
     "Which files lie in the folders of a task, by the stem of their names; each folder is looked at once"
-    def __init__(self, root): self.root, self.seen = Path(root), {}
 
-    def __call__(self, folder, tail='$', kinds=KINDS) -> dict: # stem without its tail -> names
+    def __init__(self, root):
+        self.root, self.seen = Path(root), {}
+
+    def __call__(self, folder, tail="$", kinds=KINDS) -> dict:  # stem without its tail -> names
         if (key := (folder, tail, kinds)) not in self.seen:
             self.seen[key] = found = {}
-            for o in sorted(os.listdir(self.root/folder)) if (self.root/folder).is_dir() else ():
-                if o.lower().endswith(kinds): found.setdefault(re.sub(tail, '', Path(o).stem), []).append(o)
+            for o in sorted(os.listdir(self.root / folder)) if (self.root / folder).is_dir() else ():
+                if o.lower().endswith(kinds):
+                    found.setdefault(re.sub(tail, "", Path(o).stem), []).append(o)
         return self.seen[key]
 
     def one(self, folder, stem, tail, kinds):
         "The one file of a folder with this stem, or None; two are an error"
         found = self(folder, tail, kinds).get(stem, [])
-        if len(found) > 1: raise CmidError(f"{self.root/folder}: {' and '.join(found)} are both what belongs to {stem!r}; leave one there")
-        return f'{folder}/{found[0]}'.lstrip('/') if found else None
+        if len(found) > 1:
+            raise CmidError(
+                f"{self.root / folder}: {' and '.join(found)} are both what belongs to {stem!r}; leave one there"
+            )
+        return f"{folder}/{found[0]}".lstrip("/") if found else None
 
 # %% ../nbs/24_labels.ipynb #9acd2443
 def pair_files(
-    root, # folder that names are relative to
-    names:list, # of images (or first dates)
-    roles:tuple, # of the files of an item, such as ('images', 'masks'); the first is the image's
-    layouts:list, # tuples of folder names by role; of those that fit a name the first that is there counts
-    tails:tuple=('$', '$'), # regular expressions of what is left out of the stems of image and label
-) -> list: # per name a dict by role: file relative to `root`, None where there is none
+    root,  # folder that names are relative to
+    names: list,  # of images (or first dates)
+    roles: tuple,  # of the files of an item, such as ('images', 'masks'); the first is the image's
+    layouts: list,  # tuples of folder names by role; of those that fit a name the first that is there counts
+    tails: tuple = ("$", "$"),  # regular expressions of what is left out of the stems of image and label
+) -> list:  # per name a dict by role: file relative to `root`, None where there is none
     "Files that belong to images: one folder name differs, the stem is the same. Raises `CmidError` for an image in no such folder, and for two candidates."
-    folders, kinds, known = _Folders(root), [('.txt',) if o == 'labels' else KINDS for o in roles], ' or '.join(dict.fromkeys(repr(o[0]) for o in layouts))
+    folders, kinds, known = (
+        _Folders(root),
+        [(".txt",) if o == "labels" else KINDS for o in roles],
+        " or ".join(dict.fromkeys(repr(o[0]) for o in layouts)),
+    )
+
     def pair(name):
         fit = [d for o in layouts if None not in (d := [_moved(name, o[0], part) for part in o])]
-        if not fit: raise CmidError(f"{Path(root)/name}: lies in no folder {known}, so what belongs to it is not found; name the folders under parts")
-        dirs = next((d for d in fit if all((Path(root)/o).is_dir() for o in d)), fit[0]); stem = re.sub(tails[0], '', Path(name).stem)
+        if not fit:
+            raise CmidError(
+                f"{Path(root) / name}: lies in no folder {known}, so what belongs to it is not found; name the folders under parts"
+            )
+        dirs = next((d for d in fit if all((Path(root) / o).is_dir() for o in d)), fit[0])
+        stem = re.sub(tails[0], "", Path(name).stem)
         return {roles[0]: name} | {r: folders.one(d, stem, tails[1], k) for r, d, k in [*zip(roles, dirs, kinds)][1:]}
+
     return [pair(o) for o in names]
 
 # %% ../nbs/24_labels.ipynb #14f31419
 def _numbered(path):
     "(number, text) of the lines of a text file that are not blank"
-    try: text = Path(path).read_text(encoding='utf-8-sig')
-    except OSError as e: raise CmidError(f"{path}: cannot be read ({e.strerror})") from None
-    except UnicodeDecodeError: raise CmidError(f"{path}: is no UTF-8 text; save it as such") from None
-    return [(n, o.strip()) for n, o in enumerate(text.split('\n'), 1) if o.strip()]
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except OSError as e:
+        raise CmidError(f"{path}: cannot be read ({e.strerror})") from None
+    except UnicodeDecodeError:
+        raise CmidError(f"{path}: is no UTF-8 text; save it as such") from None
+    return [(n, o.strip()) for n, o in enumerate(text.split("\n"), 1) if o.strip()]
+
 
 def _listed(root, path, firsts):
     "The images that a text file lists"
     folders = _Folders(root)
+
     def find(text):
-        for at in ('', *firsts):
-            inside = os.path.relpath(os.path.normpath(root/at/text.replace('\\', '/')), root).replace(os.sep, '/')
-            folder, _, file = inside.rpartition('/')
-            if inside.startswith('../') or not (found := folders(folder).get(file if Path(file).suffix.lower() not in KINDS else Path(file).stem)): continue
-            return f'{folder}/{file if file in found else found[0]}'.lstrip('/')
+        for at in ("", *firsts):
+            inside = os.path.relpath(os.path.normpath(root / at / text.replace("\\", "/")), root).replace(os.sep, "/")
+            folder, _, file = inside.rpartition("/")
+            if inside.startswith("../") or not (
+                found := folders(folder).get(file if Path(file).suffix.lower() not in KINDS else Path(file).stem)
+            ):
+                continue
+            return f"{folder}/{file if file in found else found[0]}".lstrip("/")
+
     for n, line in _numbered(path):
-        if not (found := find(line) or find(line.split()[0])): raise CmidError(f"{path}:{n}: {line!r} names no image below {root}; correct the line, or the folder")
+        if not (found := find(line) or find(line.split()[0])):
+            raise CmidError(f"{path}:{n}: {line!r} names no image below {root}; correct the line, or the folder")
         yield found
+
 
 def _matched(root, pattern, where):
     "The images that a pattern fits"
-    try: found = sorted(o.relative_to(root).as_posix() for o in root.glob(pattern) if o.suffix.lower() in KINDS and o.is_file())
-    except (ValueError, NotImplementedError, IndexError): raise CmidError(f"{where}: {pattern!r} is no pattern of files below the folder; write it like train/images/*") from None
-    if not found: raise CmidError(f"{where}: {pattern!r} fits no PNG, JPEG or TIFF below {root}; correct the pattern, or the folder")
+    try:
+        found = sorted(
+            o.relative_to(root).as_posix() for o in root.glob(pattern) if o.suffix.lower() in KINDS and o.is_file()
+        )
+    except (ValueError, NotImplementedError, IndexError):
+        raise CmidError(
+            f"{where}: {pattern!r} is no pattern of files below the folder; write it like train/images/*"
+        ) from None
+    if not found:
+        raise CmidError(
+            f"{where}: {pattern!r} fits no PNG, JPEG or TIFF below {root}; correct the pattern, or the folder"
+        )
     return found
 
+
 def split_files(
-    root, # folder of the task
-    splits:dict, # name: pattern of image files, list of patterns, or a .txt that lists them
-    firsts=(), # folders in which listed names without one are looked for
-    where:str='splits', # how to name the key in an error
-) -> dict: # split -> names relative to `root`, each once
+    root,  # folder of the task
+    splits: dict,  # name: pattern of image files, list of patterns, or a .txt that lists them
+    firsts=(),  # folders in which listed names without one are looked for
+    where: str = "splits",  # how to name the key in an error
+) -> dict:  # split -> names relative to `root`, each once
     "The images of each split. Raises `CmidError` for a pattern that fits nothing and for a line that names no image."
     root = Path(root)
+
     def names(split, o):
-        if not o.endswith('.txt'): return _matched(root, o, f'{where}.{split}')
-        return [*_listed(root, root/o, firsts)]
-    found = {k: [*dict.fromkeys(n for o in ([v] if isinstance(v, str) else v) for n in names(k, o))] for k, v in splits.items()}
+        if not o.endswith(".txt"):
+            return _matched(root, o, f"{where}.{split}")
+        return [*_listed(root, root / o, firsts)]
+
+    found = {
+        k: [*dict.fromkeys(n for o in ([v] if isinstance(v, str) else v) for n in names(k, o))]
+        for k, v in splits.items()
+    }
     for k, v in found.items():
-        if not v: raise CmidError(f"{where}.{k}: {splits[k]!r} lists no image; write a pattern like train/images/*, or take the split out")
+        if not v:
+            raise CmidError(
+                f"{where}.{k}: {splits[k]!r} lists no image; write a pattern like train/images/*, or take the split out"
+            )
     return found
 
 # %% ../nbs/24_labels.ipynb #9b6f43ce
-IGNORE, UNKNOWN = 255, 254 # in stored masks; among the entries of a table
+IGNORE, UNKNOWN = 255, 254  # in stored masks; among the entries of a table
+
 
 def _value(v, where):
     "(is it a colour, its number) of a value in a class table"
-    if isinstance(v, int) and 0 <= v < 2**16: return False, v
-    if isinstance(v, str) and re.fullmatch('#?[0-9a-fA-F]{6}', v): return True, int(v.removeprefix('#'), 16)
+    if isinstance(v, int) and 0 <= v < 2**16:
+        return False, v
+    if isinstance(v, str) and re.fullmatch("#?[0-9a-fA-F]{6}", v):
+        return True, int(v.removeprefix("#"), 16)
     raise CmidError(f"{where}: {v!r} is neither an index from 0 to 65535 nor a colour like '#3C1098'")
+
 
 class Table:
     "What the values of masks mean: `names` of classes, `say` of each value, `of` its class (255: ignored)."
-    def __init__(self,
-        classes:dict, # name: index, colour ('#3C1098'), or a list of both
-        ignore:list, # indices and colours that are neither learnt nor scored
-        where:str='tasks', # how to name the keys in an error
+
+    def __init__(
+        self,
+        classes: dict,  # name: index, colour ('#3C1098'), or a list of both
+        ignore: list,  # indices and colours that are neither learnt nor scored
+        where: str = "tasks",  # how to name the keys in an error
     ):
-        self.names, rows = [*classes], [(i, v, f'{where}.classes.{k}') for i, (k, o) in enumerate(classes.items()) for v in (o if isinstance(o, list) else [o])]
-        rows += [(IGNORE, v, f'{where}.ignore') for v in ignore]; values = [_value(v, at) for _, v, at in rows]
-        if len(rows) >= UNKNOWN: raise CmidError(f"{where}.classes: {len(rows)} values are more than the {UNKNOWN - 1} that can be told apart")
+        self.names, rows = (
+            [*classes],
+            [
+                (i, v, f"{where}.classes.{k}")
+                for i, (k, o) in enumerate(classes.items())
+                for v in (o if isinstance(o, list) else [o])
+            ],
+        )
+        rows += [(IGNORE, v, f"{where}.ignore") for v in ignore]
+        values = [_value(v, at) for _, v, at in rows]
+        if len(rows) >= UNKNOWN:
+            raise CmidError(
+                f"{where}.classes: {len(rows)} values are more than the {UNKNOWN - 1} that can be told apart"
+            )
         for k, o in enumerate(values):
-            if o in values[:k]: raise CmidError(f"{rows[k][2]}: {rows[k][1]!r} is under {rows[values.index(o)][2].removeprefix('params.yaml: ')} already; a value has one meaning")
-        self.of, self.say = np.array([o[0] for o in rows] + [IGNORE] * (256 - len(rows)), np.uint8), [('#%06X' if c else '%d') % v for c, v in values]
+            if o in values[:k]:
+                raise CmidError(
+                    f"{rows[k][2]}: {rows[k][1]!r} is under {rows[values.index(o)][2].removeprefix('params.yaml: ')} already; a value has one meaning"
+                )
+        self.of, self.say = (
+            np.array([o[0] for o in rows] + [IGNORE] * (256 - len(rows)), np.uint8),
+            [("#%06X" if c else "%d") % v for c, v in values],
+        )
         self.has_indices, self.has_colours = (any(c == kind for c, _ in values) for kind in (False, True))
-        self.indices, self.colours = (self._lookup([(i, v) for i, (c, v) in enumerate(values) if c == kind], size) for kind, size in ((False, 2**16), (True, 2**24)))
+        self.indices, self.colours = (
+            self._lookup([(i, v) for i, (c, v) in enumerate(values) if c == kind], size)
+            for kind, size in ((False, 2**16), (True, 2**24))
+        )
 
     def _lookup(self, found, size):
         out = np.full(size, UNKNOWN, np.uint8)
-        for i, v in found: out[v] = i
+        for i, v in found:
+            out[v] = i
         return out
 
 # %% ../nbs/24_labels.ipynb #a054e54f
 GREYS = np.arange(256) * 0x010101
 
+
 def _pixels(path):
     "What a mask holds: (H, W) numbers or (H, W, 3) bytes; and the colours of its palette, (256,) numbers or None"
     with closing(open_image(path)) as im:
-        if hasattr(im, 'src'): return _raster(im)
-        if (x := im.im).mode in ('P', 'PA'):
-            rgb = np.zeros((256, 3), int); p = np.array(x.getpalette('RGB')).reshape(-1, 3); rgb[:len(p)] = p
-            return np.asarray(x if x.mode == 'P' else x.getchannel(0)), rgb @ [65536, 256, 1]
-        return np.asarray(x.convert('L' if x.mode == 'LA' else 'RGB')) if x.mode not in ('1', 'L', 'RGB') else np.asarray(x).astype(np.uint8, copy=False), None
+        if hasattr(im, "src"):
+            return _raster(im)
+        if (x := im.im).mode in ("P", "PA"):
+            rgb = np.zeros((256, 3), int)
+            p = np.array(x.getpalette("RGB")).reshape(-1, 3)
+            rgb[: len(p)] = p
+            return np.asarray(x if x.mode == "P" else x.getchannel(0)), rgb @ [65536, 256, 1]
+        return np.asarray(x.convert("L" if x.mode == "LA" else "RGB")) if x.mode not in (
+            "1",
+            "L",
+            "RGB",
+        ) else np.asarray(x).astype(np.uint8, copy=False), None
+
 
 def _raster(im):
     if im.lut is not None:
-        rgb = np.zeros((256, 3), int); rgb[:len(im.lut)] = im.lut
+        rgb = np.zeros((256, 3), int)
+        rgb[: len(im.lut)] = im.lut
         return im.src.read(1), rgb @ [65536, 256, 1]
-    if im.bands == 1: return im.src.read(im.index[0]), None
-    if im.bands not in (3, 4) or im.dtype != 'uint8': raise ValueError(f"{im.bands} bands of {im.dtype}: a mask has one band of numbers, or 8-bit colours")
+    if im.bands == 1:
+        return im.src.read(im.index[0]), None
+    if im.bands not in (3, 4) or im.dtype != "uint8":
+        raise ValueError(f"{im.bands} bands of {im.dtype}: a mask has one band of numbers, or 8-bit colours")
     return im.src.read(im.index[:3]).transpose(1, 2, 0), None
+
 
 def _reading(x, palette, table):
     "How a mask is looked up in a table: its numbers or bytes, the entry of each number, how to say one"
-    colour = '#%06X'.__mod__
-    if x.ndim == 3 and (table.has_colours or (x != x[..., :1]).any()): return x, table.colours, colour
-    if x.ndim == 3: x = x[..., 0]                                                  # grey, and the table speaks of indices
+    colour = "#%06X".__mod__
+    if x.ndim == 3 and (table.has_colours or (x != x[..., :1]).any()):
+        return x, table.colours, colour
+    if x.ndim == 3:
+        x = x[..., 0]  # grey, and the table speaks of indices
     if palette is not None and table.has_colours:
         used = table.colours[palette[np.flatnonzero(np.bincount(x.ravel()))]]
-        if not table.has_indices or (used != UNKNOWN).all(): return x, table.colours[palette], lambda i: colour(palette[i])
-    if x.dtype == np.uint8 and not table.has_indices: return x, table.colours[GREYS], lambda i: colour(GREYS[i])
-    if x.dtype in (np.uint8, np.uint16): return x, table.indices, str
-    values, numbers = np.unique(x, return_inverse=True)                             # signed or float
+        if not table.has_indices or (used != UNKNOWN).all():
+            return x, table.colours[palette], lambda i: colour(palette[i])
+    if x.dtype == np.uint8 and not table.has_indices:
+        return x, table.colours[GREYS], lambda i: colour(GREYS[i])
+    if x.dtype in (np.uint8, np.uint16):
+        return x, table.indices, str
+    values, numbers = np.unique(x, return_inverse=True)  # signed or float
     entries = [table.indices[int(v)] if 0 <= v < 2**16 and v == int(v) else UNKNOWN for v in values]
-    return numbers.reshape(x.shape), np.array(entries, np.uint8), lambda i: f'{values[i]:g}'
+    return numbers.reshape(x.shape), np.array(entries, np.uint8), lambda i: f"{values[i]:g}"
 
 # %% ../nbs/24_labels.ipynb #5f1b85e8
-ROWS = 2**22 # pixels that are looked up at once
+ROWS = 2**22  # pixels that are looked up at once
+
 
 def read_mask(
-    path, # PNG, TIFF or GeoTIFF: one band of indices, a palette, or 8-bit colours
-    table:Table, # what its values mean
-) -> tuple: # uint8 (H, W): classes from 0, 255 = ignored; (256,) pixels of each value of the table; Counter of the pixels of each unknown value
+    path,  # PNG, TIFF or GeoTIFF: one band of indices, a palette, or 8-bit colours
+    table: Table,  # what its values mean
+) -> tuple:  # uint8 (H, W): classes from 0, 255 = ignored; (256,) pixels of each value of the table; Counter of the pixels of each unknown value
     "Decode a mask, whole. Unknown values are 255 in it, and it is for the caller to refuse them. Raises what the decoder says."
-    x, lut, say = _reading(*_pixels(path), table); h, w = x.shape[:2]
+    x, lut, say = _reading(*_pixels(path), table)
+    h, w = x.shape[:2]
     mask, counts, unknown, step = np.empty((h, w), np.uint8), np.zeros(256, int), Counter(), max(1, ROWS // w)
     for y in range(0, h, step):
-        b = x[y:y+step]; b = b if b.ndim == 2 else b[..., 0].astype('i4') << 16 | b[..., 1].astype('i4') << 8 | b[..., 2]
-        entries = lut[b]; mask[y:y+step] = table.of[entries]; counts += np.bincount(entries.ravel(), minlength=256)
-        if counts[UNKNOWN]: unknown.update({say(v): int(n) for v, n in zip(*np.unique(b[entries == UNKNOWN], return_counts=True))})
-    counts[UNKNOWN] = 0; return mask, counts, unknown
+        b = x[y : y + step]
+        b = b if b.ndim == 2 else b[..., 0].astype("i4") << 16 | b[..., 1].astype("i4") << 8 | b[..., 2]
+        entries = lut[b]
+        mask[y : y + step] = table.of[entries]
+        counts += np.bincount(entries.ravel(), minlength=256)
+        if counts[UNKNOWN]:
+            unknown.update({say(v): int(n) for v, n in zip(*np.unique(b[entries == UNKNOWN], return_counts=True))})
+    counts[UNKNOWN] = 0
+    return mask, counts, unknown
 
 # %% ../nbs/24_labels.ipynb #348fc5be
-def _area(polygons): "Shoelace formula: signed areas of (n, 4, 2)"; x, y = np.moveaxis(polygons, -1, 0); return ((x * np.roll(y, -1, 1) - np.roll(x, -1, 1) * y).sum(1)) / 2
+def _area(polygons):
+    "Shoelace formula: signed areas of (n, 4, 2)"
+    x, y = np.moveaxis(polygons, -1, 0)
+    return ((x * np.roll(y, -1, 1) - np.roll(x, -1, 1) * y).sum(1)) / 2
 
-WORDS = 'x1 y1 x2 y2 x3 y3 x4 y4 class difficult' # a line of DOTA
+
+WORDS = "x1 y1 x2 y2 x3 y3 x4 y4 class difficult"  # a line of DOTA
+
 
 def _object(line, classes, ignore):
     "Eight numbers, class and difficulty of a line; ValueError with what is wrong"
-    words = line.split(); n = next((i for i, o in enumerate(words) if not _number(o) or i == 8 and (o in classes or o in ignore)), len(words))
-    if n in (4, 6, 10, 12) and len(words) > n: raise ValueError(f"{n // 2} corners: a box has four, x1 y1 ... x4 y4; write all of them")
-    if n != 8: raise ValueError(f"{line[:60]!r} is no box; write {WORDS}")
-    if len(words) not in (9, 10): raise ValueError(f"{len(words)} words; write {WORDS}")
-    xy, name, hard = np.array(words[:8], float).reshape(4, 2), words[8], words[9] if len(words) > 9 else '0'
-    if name not in classes and name not in ignore: raise ValueError(f"class {name!r} is neither under classes nor under ignore{near(name, classes)}; add it to one of them")
-    if not hard.isdecimal(): raise ValueError(f"difficult is {hard!r}; write 0 or 1")
-    if not (abs(xy) < 1e7).all(): raise ValueError("a corner is not finite, or far from any image; correct or remove the line")
-    if abs(_area(xy[None])[0]) < 1e-6: raise ValueError("the box has no area; correct or remove the line")
+    words = line.split()
+    n = next((i for i, o in enumerate(words) if not _number(o) or i == 8 and (o in classes or o in ignore)), len(words))
+    if n in (4, 6, 10, 12) and len(words) > n:
+        raise ValueError(f"{n // 2} corners: a box has four, x1 y1 ... x4 y4; write all of them")
+    if n != 8:
+        raise ValueError(f"{line[:60]!r} is no box; write {WORDS}")
+    if len(words) not in (9, 10):
+        raise ValueError(f"{len(words)} words; write {WORDS}")
+    xy, name, hard = np.array(words[:8], float).reshape(4, 2), words[8], words[9] if len(words) > 9 else "0"
+    if name not in classes and name not in ignore:
+        raise ValueError(
+            f"class {name!r} is neither under classes nor under ignore{near(name, classes)}; add it to one of them"
+        )
+    if not hard.isdecimal():
+        raise ValueError(f"difficult is {hard!r}; write 0 or 1")
+    if not (abs(xy) < 1e7).all():
+        raise ValueError("a corner is not finite, or far from any image; correct or remove the line")
+    if abs(_area(xy[None])[0]) < 1e-6:
+        raise ValueError("the box has no area; correct or remove the line")
     return xy, name, int(hard)
 
+
 def _number(text):
-    try: float(text); return True
-    except ValueError: return False
+    try:
+        float(text)
+        return True
+    except ValueError:
+        return False
+
 
 def read_dota(
-    path, # text file: `x1 y1 x2 y2 x3 y3 x4 y4 class difficult` a line, after optional `imagesource:` and `gsd:`
-    classes:list, # names that are learnt
-    ignore=(), # names that are read and left out
-    size:tuple|None=None, # height and width of the image in pixels; None: boxes may lie anywhere
-) -> dict: # polygons float32 (n, 4, 2) as x, y in pixels; classes int64 (n,); difficult bool (n,); gsd float or None; ignored, outside, repeated: how many
+    path,  # text file: `x1 y1 x2 y2 x3 y3 x4 y4 class difficult` a line, after optional `imagesource:` and `gsd:`
+    classes: list,  # names that are learnt
+    ignore=(),  # names that are read and left out
+    size: tuple | None = None,  # height and width of the image in pixels; None: boxes may lie anywhere
+) -> dict:  # polygons float32 (n, 4, 2) as x, y in pixels; classes int64 (n,); difficult bool (n,); gsd float or None; ignored, outside, repeated: how many
     "Read a label file of DOTA (arXiv 1711.10398). Raises `CmidError` naming file and line; `outside` counts boxes that leave the image in part."
     found, left, gsd, seen, repeated, outside = [], 0, None, set(), 0, 0
     for n, line in _numbered(path):
-        if re.match('(imagesource|gsd|acquisition dates|acquisitiondates):', line.lower()): gsd = _gsd(line) or gsd; continue
-        try: xy, name, hard = _object(line, classes, ignore); out = _leaves(xy, size)
-        except ValueError as e: raise CmidError(f"{path}:{n}: {e}") from None
-        if name in ignore: left += 1; continue
-        repeated += (key := (xy.tobytes(), name)) in seen; seen.add(key); outside += out; found.append((xy, classes.index(name), hard))
+        if re.match("(imagesource|gsd|acquisition dates|acquisitiondates):", line.lower()):
+            gsd = _gsd(line) or gsd
+            continue
+        try:
+            xy, name, hard = _object(line, classes, ignore)
+            out = _leaves(xy, size)
+        except ValueError as e:
+            raise CmidError(f"{path}:{n}: {e}") from None
+        if name in ignore:
+            left += 1
+            continue
+        repeated += (key := (xy.tobytes(), name)) in seen
+        seen.add(key)
+        outside += out
+        found.append((xy, classes.index(name), hard))
     xy, number, hard = zip(*found) if found else ((), (), ())
-    return dict(polygons=np.array(xy, 'f4').reshape(-1, 4, 2), classes=np.array(number, 'i8'), difficult=np.array(hard, int) > 0, gsd=gsd, ignored=left, outside=outside, repeated=repeated)
+    return dict(
+        polygons=np.array(xy, "f4").reshape(-1, 4, 2),
+        classes=np.array(number, "i8"),
+        difficult=np.array(hard, int) > 0,
+        gsd=gsd,
+        ignored=left,
+        outside=outside,
+        repeated=repeated,
+    )
+
 
 def _gsd(line):
     "Metres a pixel, where a header says so"
-    v = line[4:] if line.lower().startswith('gsd:') else ''
+    v = line[4:] if line.lower().startswith("gsd:") else ""
     return float(v) if _number(v) and 0 < float(v) < math.inf else None
+
 
 def _leaves(xy, size):
     "Is a part of a box outside the image? All of it is an error"
-    if size is None: return False
+    if size is None:
+        return False
     (x0, y0), (x1, y1), (h, w) = xy.min(0), xy.max(0), size
-    if x0 >= w or y0 >= h or x1 <= 0 or y1 <= 0: raise ValueError(f"the box lies outside its image of {w} x {h} pixels; correct or remove the line")
+    if x0 >= w or y0 >= h or x1 <= 0 or y1 <= 0:
+        raise ValueError(f"the box lies outside its image of {w} x {h} pixels; correct or remove the line")
     return bool(x0 < 0 or y0 < 0 or x1 > w or y1 > h)
 
 # %% ../nbs/24_labels.ipynb #8a7b6a57
 def _edges(x, side):
     "The middle of an image as the size of its gradient, less its mean, fading out at the rim"
-    h, w = (min(n, side) for n in x.shape[1:]); t, l = (x.shape[1] - h) // 2, (x.shape[2] - w) // 2
-    gy, gx = np.gradient(x[:, t:t+h, l:l+w].astype('f4').mean(0)); g = np.hypot(gy, gx)
+    h, w = (min(n, side) for n in x.shape[1:])
+    t, l = (x.shape[1] - h) // 2, (x.shape[2] - w) // 2
+    gy, gx = np.gradient(x[:, t : t + h, l : l + w].astype("f4").mean(0))
+    g = np.hypot(gy, gx)
     return (g - g.mean()) * np.hanning(h)[:, None] * np.hanning(w)
 
+
 def offset(
-    first, second, # (C, H, W) of equal size
-    side:int=512, # px in the middle that are looked at
-) -> tuple: # rows and columns that the second is moved by; how far the peak stands out, in standard deviations of the surface
+    first,
+    second,  # (C, H, W) of equal size
+    side: int = 512,  # px in the middle that are looked at
+) -> (
+    tuple
+):  # rows and columns that the second is moved by; how far the peak stands out, in standard deviations of the surface
     "Phase correlation of two dates."
-    a, b = (np.fft.rfft2(_edges(o, side)) for o in (first, second)); cross = b * a.conj(); shape = [min(n, side) for n in first.shape[1:]]
-    r = np.fft.irfft2(cross / np.maximum(abs(cross), 1e-9), s=shape); at = np.unravel_index(r.argmax(), r.shape)
+    a, b = (np.fft.rfft2(_edges(o, side)) for o in (first, second))
+    cross = b * a.conj()
+    shape = [min(n, side) for n in first.shape[1:]]
+    r = np.fft.irfft2(cross / np.maximum(abs(cross), 1e-9), s=shape)
+    at = np.unravel_index(r.argmax(), r.shape)
     return tuple(int(o - n if o > n // 2 else o) for o, n in zip(at, shape)), float(r.max() / max(r.std(), 1e-12))
 
 # %% ../nbs/24_labels.ipynb #019d80ad
-FORMAT = 1 # of the folder, raised when older versions cannot read it
-OURS = 'manifest.json', 'images-*.bin', 'polygons.npy', 'classes.npy', 'difficult.npy'
-DATED, MASKED = {'change'}, {'segment', 'change'} # tasks with a second date, with a mask
+FORMAT = 1  # of the folder, raised when older versions cannot read it
+OURS = "manifest.json", "images-*.bin", "polygons.npy", "classes.npy", "difficult.npy"
+DATED, MASKED = {"change"}, {"segment", "change"}  # tasks with a second date, with a mask
+
 
 def _is_ours(folder):
     "Was this folder written here?"
-    try: return json.loads((folder/'manifest.json').read_text())['kind'] == 'labelled'
-    except (OSError, ValueError, TypeError, KeyError, RecursionError): return False
+    try:
+        return json.loads((folder / "manifest.json").read_text())["kind"] == "labelled"
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return False
+
 
 def _sound(m):
     "Whether each key of a manifest that is read later holds what it must. Raises KeyError for one that is missing"
     whole = lambda v, low=0, end=2**62: type(v) is int and low <= v < end
     each = lambda v, ok: isinstance(v, list) and all(map(ok, v))
     words = lambda v: each(v, lambda o: isinstance(o, str)) and 0 < len(v) == len({*v})
-    n, c = (len(m[k]) if isinstance(m[k], list) else 0 for k in ('names', 'classes')); detect = m['task'] == 'detect'
-    by_split = lambda v, ok: isinstance(v, dict) and isinstance(m['splits'], dict) and 0 < len(v) and {*v} == {*m['splits']} and all(map(ok, v.values()))
-    return dict(task=isinstance(m['task'], str) and m['task'] in FORMATS, bands=whole(m['bands'], 1, 2**16), names=words(m['names']), classes=words(m['classes']) and c < UNKNOWN, hash=isinstance(m['hash'], str) and m['hash'] != '',
-        splits=by_split(m['splits'], lambda v: each(v, lambda o: whole(o, 0, n)) and 0 < len(v) == len({*v})), unlabelled=each(m['unlabelled'], lambda o: isinstance(o, str) and o in m['splits']),
-        sizes=each(m['sizes'], lambda v: each(v, lambda o: whole(o, 1, 2**31)) and len(v) == 2) and len(m['sizes']) == n, shards=each(m['shards'], lambda o: isinstance(o, dict) and isinstance(o['file'], str) and whole(o['count'], 1)),
-        histogram=by_split(m['histogram'], lambda v: each(v, whole) and len(v) == c), ignored=by_split(m['ignored'], whole), objects=each(m['objects'], whole) and len(m['objects']) == n * detect,
-        gsd=each(m['gsd'], lambda o: o is None or isinstance(o, float)) and len(m['gsd']) == n * detect, audit=each(m['audit'], _is_finding))
+    n, c = (len(m[k]) if isinstance(m[k], list) else 0 for k in ("names", "classes"))
+    detect = m["task"] == "detect"
+    by_split = lambda v, ok: (
+        isinstance(v, dict)
+        and isinstance(m["splits"], dict)
+        and 0 < len(v)
+        and {*v} == {*m["splits"]}
+        and all(map(ok, v.values()))
+    )
+    return dict(
+        task=isinstance(m["task"], str) and m["task"] in FORMATS,
+        bands=whole(m["bands"], 1, 2**16),
+        names=words(m["names"]),
+        classes=words(m["classes"]) and c < UNKNOWN,
+        hash=isinstance(m["hash"], str) and m["hash"] != "",
+        splits=by_split(m["splits"], lambda v: each(v, lambda o: whole(o, 0, n)) and 0 < len(v) == len({*v})),
+        unlabelled=each(m["unlabelled"], lambda o: isinstance(o, str) and o in m["splits"]),
+        sizes=each(m["sizes"], lambda v: each(v, lambda o: whole(o, 1, 2**31)) and len(v) == 2)
+        and len(m["sizes"]) == n,
+        shards=each(m["shards"], lambda o: isinstance(o, dict) and isinstance(o["file"], str) and whole(o["count"], 1)),
+        histogram=by_split(m["histogram"], lambda v: each(v, whole) and len(v) == c),
+        ignored=by_split(m["ignored"], whole),
+        objects=each(m["objects"], whole) and len(m["objects"]) == n * detect,
+        gsd=each(m["gsd"], lambda o: o is None or isinstance(o, float)) and len(m["gsd"]) == n * detect,
+        audit=each(m["audit"], _is_finding),
+    )
+
 
 def _is_finding(o):
-    return isinstance(o, dict) and all(isinstance(o[k], str) for k in ('kind', 'level', 'text')) and type(o['count']) is int and isinstance(o['examples'], list) and all(isinstance(e, str) for e in o['examples'])
+    return (
+        isinstance(o, dict)
+        and all(isinstance(o[k], str) for k in ("kind", "level", "text"))
+        and type(o["count"]) is int
+        and isinstance(o["examples"], list)
+        and all(isinstance(e, str) for e in o["examples"])
+    )
+
 
 class Labelled:
     "A folder that `label_dataset` wrote: images with masks, second dates or oriented boxes, memory-mapped."
-    def __init__(self,
-        folder, # prepared/<dataset>; CmidError when it is none, or not whole
+
+    def __init__(
+        self,
+        folder,  # prepared/<dataset>; CmidError when it is none, or not whole
     ):
         self.folder = Path(folder)
-        if not _is_ours(self.folder): raise CmidError(f"{folder}: holds no images with labels (no manifest.json of the stage labels): run cmid_stage labels -p dataset {self.folder.name}")
-        try: self.manifest = json.loads((self.folder/'manifest.json').read_text()); self._open(self.manifest); self._check()
-        except CmidError: raise
-        except Exception as e: self._damaged(f"is not as the stage labels wrote it ({' '.join(f'{type(e).__name__} {e}'.split())[:160]})")
+        if not _is_ours(self.folder):
+            raise CmidError(
+                f"{folder}: holds no images with labels (no manifest.json of the stage labels): run cmid_stage labels -p dataset {self.folder.name}"
+            )
+        try:
+            self.manifest = json.loads((self.folder / "manifest.json").read_text())
+            self._open(self.manifest)
+            self._check()
+        except CmidError:
+            raise
+        except Exception as e:
+            self._damaged(f"is not as the stage labels wrote it ({' '.join(f'{type(e).__name__} {e}'.split())[:160]})")
 
-    def _damaged(self, why): raise CmidError(f"{self.folder}: {why}: remove it and run cmid_stage labels -p dataset {self.folder.name}") from None
+    def _damaged(self, why):
+        raise CmidError(
+            f"{self.folder}: {why}: remove it and run cmid_stage labels -p dataset {self.folder.name}"
+        ) from None
 
     def _open(self, m):
-        if m['format'] != FORMAT: self._damaged(f"format {m['format']}, this version of cmid reads {FORMAT}")
-        for k, ok in _sound(m).items(): ok or self._damaged(f"manifest.json: {k} is not as the stage labels wrote it")
-        self.task, self.classes, self.bands, self.names, self.hash = (m[k] for k in 'task classes bands names hash'.split())
-        self.sizes = np.array(m['sizes'], 'i8').reshape(-1, 2); self.splits = {k: np.array(v, 'i8') for k, v in m['splits'].items()}; self._maps = {}
-        self._planes = self.bands * (1 + (self.task in DATED)) + (self.task in MASKED); self._ends = np.cumsum([o['count'] for o in m['shards']]).astype('i8')
-        if self.task == 'detect':
-            self._boxes = [np.load(self.folder/f'{k}.npy', allow_pickle=False) for k in ('polygons', 'classes', 'difficult')]; self._last = np.cumsum(m['objects']).astype('i8')
+        if m["format"] != FORMAT:
+            self._damaged(f"format {m['format']}, this version of cmid reads {FORMAT}")
+        for k, ok in _sound(m).items():
+            ok or self._damaged(f"manifest.json: {k} is not as the stage labels wrote it")
+        self.task, self.classes, self.bands, self.names, self.hash = (
+            m[k] for k in "task classes bands names hash".split()
+        )
+        self.sizes = np.array(m["sizes"], "i8").reshape(-1, 2)
+        self.splits = {k: np.array(v, "i8") for k, v in m["splits"].items()}
+        self._maps = {}
+        self._planes = self.bands * (1 + (self.task in DATED)) + (self.task in MASKED)
+        self._ends = np.cumsum([o["count"] for o in m["shards"]]).astype("i8")
+        if self.task == "detect":
+            self._boxes = [
+                np.load(self.folder / f"{k}.npy", allow_pickle=False) for k in ("polygons", "classes", "difficult")
+            ]
+            self._last = np.cumsum(m["objects"]).astype("i8")
 
     def _check(self):
         "What does not fit together is met here, not in the middle of a training"
+
         def need(ok, text):
-            if not ok: raise ValueError(text)
-        n = len(self.names); need(n == self._ends[-1], "names and shards do not agree")
-        if self.task == 'detect': self._check_boxes(need, n, *self._boxes)
-        weights = self._planes * self.sizes.prod(1); self._starts = np.zeros(n, 'i8')
-        for shard, a, b in zip(self.manifest['shards'], [0, *self._ends], self._ends):
-            self._starts[a:b] = np.cumsum(weights[a:b]) - weights[a:b]; path, due = self.folder/shard['file'], int(weights[a:b].sum())
-            if '/' in shard['file'] or not path.is_file() or path.stat().st_size != due: self._damaged(f"{path.name} is missing or cut short ({due:,} bytes are due)")
+            if not ok:
+                raise ValueError(text)
+
+        n = len(self.names)
+        need(n == self._ends[-1], "names and shards do not agree")
+        if self.task == "detect":
+            self._check_boxes(need, n, *self._boxes)
+        weights = self._planes * self.sizes.prod(1)
+        self._starts = np.zeros(n, "i8")
+        for shard, a, b in zip(self.manifest["shards"], [0, *self._ends], self._ends):
+            self._starts[a:b] = np.cumsum(weights[a:b]) - weights[a:b]
+            path, due = self.folder / shard["file"], int(weights[a:b].sum())
+            if "/" in shard["file"] or not path.is_file() or path.stat().st_size != due:
+                self._damaged(f"{path.name} is missing or cut short ({due:,} bytes are due)")
 
     def _check_boxes(self, need, n, xy, c, hard):
         total = (self._last[-1],)
         need(xy.shape == (*total, 4, 2) and c.shape == hard.shape == total, "boxes and images do not agree")
-        need((xy.dtype, c.dtype, hard.dtype) == (np.float32, np.int64, bool) and np.isfinite(xy).all() and (not len(c) or 0 <= c.min() and c.max() < len(self.classes)), "boxes name classes or places that are not there")
+        need(
+            (xy.dtype, c.dtype, hard.dtype) == (np.float32, np.int64, bool)
+            and np.isfinite(xy).all()
+            and (not len(c) or 0 <= c.min() and c.max() < len(self.classes)),
+            "boxes name classes or places that are not there",
+        )
 
-    def __len__(self): return len(self.names)
-    def __getstate__(self): return {**self.__dict__, '_maps': {}}
+    def __len__(self):
+        return len(self.names)
+
+    def __getstate__(self):
+        return {**self.__dict__, "_maps": {}}
 
     def _plane(self, i, at, count):
         "Planes `at` to `at + count` of an item, mapped"
-        i = range(len(self))[i]; k = int(np.searchsorted(self._ends, i, 'right')); h, w = map(int, self.sizes[i])
-        if k not in self._maps: self._maps[k] = np.memmap(self.folder/self.manifest['shards'][k]['file'], np.uint8, 'r')
-        start = int(self._starts[i]) + at * h * w; return np.asarray(self._maps[k])[start:start + count * h * w].reshape(count, h, w)
+        i = range(len(self))[i]
+        k = int(np.searchsorted(self._ends, i, "right"))
+        h, w = map(int, self.sizes[i])
+        if k not in self._maps:
+            self._maps[k] = np.memmap(self.folder / self.manifest["shards"][k]["file"], np.uint8, "r")
+        start = int(self._starts[i]) + at * h * w
+        return np.asarray(self._maps[k])[start : start + count * h * w].reshape(count, h, w)
 
     def _has(self, what, tasks):
-        if self.task not in tasks: raise CmidError(f"{self.folder}: has no {what}: it is for {self.task}")
+        if self.task not in tasks:
+            raise CmidError(f"{self.folder}: has no {what}: it is for {self.task}")
 
-    def image(self, i:int): "uint8 (C, H, W) of an item (the first of two dates), read-only"; return self._plane(i, 0, self.bands)
-    def second(self, i:int): "uint8 (C, H, W) of the second date, read-only"; self._has('second date', DATED); return self._plane(i, self.bands, self.bands)
-    def mask(self, i:int): "uint8 (H, W): classes from 0, 255 = ignored; of two dates 0 = unchanged, 1 = changed"; self._has('masks', MASKED); return self._plane(i, self._planes - 1, 1)[0]
+    def image(self, i: int):
+        "uint8 (C, H, W) of an item (the first of two dates), read-only"
+        return self._plane(i, 0, self.bands)
 
-    def objects(self, i:int) -> dict:
+    def second(self, i: int):
+        "uint8 (C, H, W) of the second date, read-only"
+        self._has("second date", DATED)
+        return self._plane(i, self.bands, self.bands)
+
+    def mask(self, i: int):
+        "uint8 (H, W): classes from 0, 255 = ignored; of two dates 0 = unchanged, 1 = changed"
+        self._has("masks", MASKED)
+        return self._plane(i, self._planes - 1, 1)[0]
+
+    def objects(self, i: int) -> dict:
         "polygons float32 (n, 4, 2) as x, y in pixels, classes int64 (n,), difficult bool (n,)"
-        self._has('objects', {'detect'}); i = range(len(self))[i]; a, b = int(self._last[i] - self.manifest['objects'][i]), int(self._last[i])
-        return {k: v[a:b] for k, v in zip(('polygons', 'classes', 'difficult'), self._boxes)}
+        self._has("objects", {"detect"})
+        i = range(len(self))[i]
+        a, b = int(self._last[i] - self.manifest["objects"][i]), int(self._last[i])
+        return {k: v[a:b] for k, v in zip(("polygons", "classes", "difficult"), self._boxes)}
 
-    def __str__(self): return labels_table(self.manifest)
+    def __str__(self):
+        return labels_table(self.manifest)
 
 # %% ../nbs/24_labels.ipynb #0f01d332
 def labels_table(
-    manifest:dict, # of a labelled folder
-) -> str: # some lines for people
+    manifest: dict,  # of a labelled folder
+) -> str:  # some lines for people
     "What a labelled folder holds, and what was noticed on the way"
-    m = manifest; unit = 'objects' if m['task'] == 'detect' else 'pixels'
-    low, high = (' x '.join(map(str, o(m['sizes'], 0))) for o in (np.min, np.max))
-    head = [f"{len(m['names']):,} {'pairs' if m['task'] in DATED else 'images'} of {m['bands']} bands for {m['task']}, {low} to {high} px (height x width)"]
-    share = lambda v: ', '.join(f"{k} {n:,}" if unit == 'objects' else f"{k} {n / max(1, sum(v)):.1%}" for k, n in zip(m['classes'], v))
-    head += [f"{k}: {len(v):,} images; {unit} {share(m['histogram'][k])}; ignored {m['ignored'][k]:,}" for k, v in m['splits'].items()]
-    show = lambda o: f"{o['level']:8}{o['text']}: {o['count']:,}" + (f" ({'; '.join(o['examples'])}{'; ...' if o['count'] > len(o['examples']) else ''})" if o['examples'] else '')
-    return '\n'.join(head + [show(o) for o in sorted(m['audit'], key=lambda o: o['level'] != 'warning')])
+    m = manifest
+    unit = "objects" if m["task"] == "detect" else "pixels"
+    low, high = (" x ".join(map(str, o(m["sizes"], 0))) for o in (np.min, np.max))
+    head = [
+        f"{len(m['names']):,} {'pairs' if m['task'] in DATED else 'images'} of {m['bands']} bands for {m['task']}, {low} to {high} px (height x width)"
+    ]
+    share = lambda v: ", ".join(
+        f"{k} {n:,}" if unit == "objects" else f"{k} {n / max(1, sum(v)):.1%}" for k, n in zip(m["classes"], v)
+    )
+    head += [
+        f"{k}: {len(v):,} images; {unit} {share(m['histogram'][k])}; ignored {m['ignored'][k]:,}"
+        for k, v in m["splits"].items()
+    ]
+    show = lambda o: (
+        f"{o['level']:8}{o['text']}: {o['count']:,}"
+        + (
+            f" ({'; '.join(o['examples'])}{'; ...' if o['count'] > len(o['examples']) else ''})"
+            if o["examples"]
+            else ""
+        )
+    )
+    return "\n".join(head + [show(o) for o in sorted(m["audit"], key=lambda o: o["level"] != "warning")])
 
 # %% ../nbs/24_labels.ipynb #1fcf2a47
 def _header(path):
     "Size, bands, type and place of an image, or the reason why it cannot be read"
     try:
         with closing(open_image(path)) as im:
-            s = getattr(im, 'src', None); geo = None if s is None or s.transform.is_identity else (s.transform[:6], s.crs and s.crs.to_wkt())
-            return SimpleNamespace(size=(im.height, im.width), bands=im.bands, dtype=im.dtype, grey=im.grey, geo=geo, notes=im.notes)
-    except Exception as e: return _reason(e, path)
+            s = getattr(im, "src", None)
+            geo = None if s is None or s.transform.is_identity else (s.transform[:6], s.crs and s.crs.to_wkt())
+            return SimpleNamespace(
+                size=(im.height, im.width), bands=im.bands, dtype=im.dtype, grey=im.grey, geo=geo, notes=im.notes
+            )
+    except Exception as e:
+        return _reason(e, path)
+
 
 def _elsewhere(a, b):
     "Do two georeferenced images lie apart by half a pixel or more, or in another system?"
-    if a is None or b is None: return False
-    (p, u), (q, v) = a, b; size = math.hypot(p[0], p[3])
-    return u != v or any(abs(p[i] - q[i]) > (.5 if i in (2, 5) else 1e-3) * size for i in range(6))
+    if a is None or b is None:
+        return False
+    (p, u), (q, v) = a, b
+    size = math.hypot(p[0], p[3])
+    return u != v or any(abs(p[i] - q[i]) > (0.5 if i in (2, 5) else 1e-3) * size for i in range(6))
+
 
 def read_pixels(
-    path, # PNG, JPEG, TIFF or GeoTIFF
-    bands:list|None, # numbers from 0; None: all
-    channels:int, # how many there shall be; a grey image is repeated
-    low=None, high=None, # (channels,) what becomes 0 and 255; None: the file has 8 bits
-) -> tuple: # uint8 (C, H, W); how many pixels have no value (they are 0)
+    path,  # PNG, JPEG, TIFF or GeoTIFF
+    bands: list | None,  # numbers from 0; None: all
+    channels: int,  # how many there shall be; a grey image is repeated
+    low=None,
+    high=None,  # (channels,) what becomes 0 and 255; None: the file has 8 bits
+) -> tuple:  # uint8 (C, H, W); how many pixels have no value (they are 0)
     "Decode an image at its own size, a few million pixels at a time. Raises what the decoder says."
     with closing(open_image(path)) as im:
         out, holes, step = np.empty((channels, im.height, im.width), np.uint8), 0, max(1, ROWS // im.width)
         for y in range(0, im.height, step):
             x, bad = im.read((y, 0, min(step, im.height - y), im.width), bands)
-            x = np.rint(stretched(x, bad, low, high)).astype(np.uint8) if low is not None else x if bad is None else np.where(bad, 0, x)
-            out[:, y:y+step] = x; holes += 0 if bad is None else int(bad.any(0).sum())
+            x = (
+                np.rint(stretched(x, bad, low, high)).astype(np.uint8)
+                if low is not None
+                else x
+                if bad is None
+                else np.where(bad, 0, x)
+            )
+            out[:, y : y + step] = x
+            holes += 0 if bad is None else int(bad.any(0).sum())
     return out, holes
 
 # %% ../nbs/24_labels.ipynb #424a461f
-class _Wrong(Exception): "What is wrong with one item"
+class _Wrong(Exception):
+    "What is wrong with one item"
+
 
 def _try(fn, path, *args):
     "Call a reader of one file; what the decoder says becomes a line with the file's name"
-    try: return fn(path, *args)
-    except (CmidError, MemoryError, _Wrong): raise
-    except Exception as e: raise _Wrong(f"{path}: {_reason(e, path)}; replace or remove it") from None
+    try:
+        return fn(path, *args)
+    except (CmidError, MemoryError, _Wrong):
+        raise
+    except Exception as e:
+        raise _Wrong(f"{path}: {_reason(e, path)}; replace or remove it") from None
 
-def _wh(size): return f"{size[1]} x {size[0]}"
+
+def _wh(size):
+    return f"{size[1]} x {size[0]}"
+
 
 def _pixels_of(cfg, item, role, r):
     "One date of an item, its size checked"
-    x, holes = _try(read_pixels, cfg.folder/item[role], cfg.bands, cfg.channels, cfg.low, cfg.high); r.holes += holes; r.sha.update(x); r.arrays.append(x)
-    if x.shape[1:] != r.size: raise _Wrong(f"{cfg.folder/item[role]}: {_wh(x.shape[1:])} pixels, but {item[cfg.roles[0]]} has {_wh(r.size)}; a pair must show the same place at the same size")
+    x, holes = _try(read_pixels, cfg.folder / item[role], cfg.bands, cfg.channels, cfg.low, cfg.high)
+    r.holes += holes
+    r.sha.update(x)
+    r.arrays.append(x)
+    if x.shape[1:] != r.size:
+        raise _Wrong(
+            f"{cfg.folder / item[role]}: {_wh(x.shape[1:])} pixels, but {item[cfg.roles[0]]} has {_wh(r.size)}; a pair must show the same place at the same size"
+        )
     return x
+
 
 def _lossy():
     "What labels of two dates mean that were saved as JPEG: whatever is nearer to 0, and to 255"
-    t = Table(dict(unchanged=[0, 1], changed=[255, 254]), []); t.indices[1:128], t.indices[128:255] = 1, 3; return t
+    t = Table(dict(unchanged=[0, 1], changed=[255, 254]), [])
+    t.indices[1:128], t.indices[128:255] = 1, 3
+    return t
+
 
 def _truth(cfg, item, r):
     "The mask of an item; where a split has no labels, all of it is ignored"
-    if (name := item[cfg.roles[-1]]) is None: r.arrays.append(np.full(r.size, IGNORE, np.uint8)); return
-    lossy = cfg.lossy if name.lower().endswith(('.jpg', '.jpeg')) else None
-    mask, values, r.unknown = _try(read_mask, cfg.folder/name, lossy or cfg.table); r.truth = hashlib.blake2b(mask, digest_size=16).hexdigest()
-    if lossy: r.inexact = int(values[1] + values[3])
-    else: r.values = values
-    if mask.shape != r.size: raise _Wrong(f"{cfg.folder/name}: {_wh(mask.shape)} pixels, but {item[cfg.roles[0]]} has {_wh(r.size)}; an image and its label must be of equal size")
-    r.apart = r.geo is not None and _elsewhere(r.geo, _header(cfg.folder/name).geo); r.counts += np.bincount(mask.ravel(), minlength=256); r.arrays.append(mask)
+    if (name := item[cfg.roles[-1]]) is None:
+        r.arrays.append(np.full(r.size, IGNORE, np.uint8))
+        return
+    lossy = cfg.lossy if name.lower().endswith((".jpg", ".jpeg")) else None
+    mask, values, r.unknown = _try(read_mask, cfg.folder / name, lossy or cfg.table)
+    r.truth = hashlib.blake2b(mask, digest_size=16).hexdigest()
+    if lossy:
+        r.inexact = int(values[1] + values[3])
+    else:
+        r.values = values
+    if mask.shape != r.size:
+        raise _Wrong(
+            f"{cfg.folder / name}: {_wh(mask.shape)} pixels, but {item[cfg.roles[0]]} has {_wh(r.size)}; an image and its label must be of equal size"
+        )
+    r.apart = r.geo is not None and _elsewhere(r.geo, _header(cfg.folder / name).geo)
+    r.counts += np.bincount(mask.ravel(), minlength=256)
+    r.arrays.append(mask)
+
 
 def _boxes(cfg, item, r):
     "The objects of an item"
-    if item['labels'] is None: return
-    o = r.objects = read_dota(cfg.folder/item['labels'], cfg.classes, cfg.ignore, r.size)
-    r.counts[:len(cfg.classes)] += np.bincount(o['classes'], minlength=len(cfg.classes)); r.counts[IGNORE] = o['ignored']
+    if item["labels"] is None:
+        return
+    o = r.objects = read_dota(cfg.folder / item["labels"], cfg.classes, cfg.ignore, r.size)
+    r.counts[: len(cfg.classes)] += np.bincount(o["classes"], minlength=len(cfg.classes))
+    r.counts[IGNORE] = o["ignored"]
+
 
 def _read_item(cfg, item, head):
     "Arrays, counts and remarks of one item"
-    r = SimpleNamespace(arrays=[], size=head.size, geo=head.geo, notes=head.notes, counts=np.zeros(256, int), values=np.zeros(256, int), unknown={}, inexact=0,
-                        objects=None, holes=0, truth=None, sha=hashlib.blake2b(digest_size=16), wrong=None, moved=None, apart=False)
+    r = SimpleNamespace(
+        arrays=[],
+        size=head.size,
+        geo=head.geo,
+        notes=head.notes,
+        counts=np.zeros(256, int),
+        values=np.zeros(256, int),
+        unknown={},
+        inexact=0,
+        objects=None,
+        holes=0,
+        truth=None,
+        sha=hashlib.blake2b(digest_size=16),
+        wrong=None,
+        moved=None,
+        apart=False,
+    )
     try:
-        dates = [_pixels_of(cfg, item, o, r) for o in cfg.roles[:1 + (cfg.task in DATED)]]
-        if cfg.task in DATED and min(r.size) >= 64: r.moved = _moved_by(*dates)
+        dates = [_pixels_of(cfg, item, o, r) for o in cfg.roles[: 1 + (cfg.task in DATED)]]
+        if cfg.task in DATED and min(r.size) >= 64:
+            r.moved = _moved_by(*dates)
         (_truth if cfg.task in MASKED else _boxes)(cfg, item, r)
-    except (_Wrong, CmidError) as e: r.wrong = str(e)
+    except (_Wrong, CmidError) as e:
+        r.wrong = str(e)
     return r
+
 
 def _moved_by(first, second):
     "How far a pair is moved, where that is clear and far enough to matter"
     (dy, dx), clear = offset(first, second)
     return (dy, dx) if clear > CLEAR and max(abs(dy), abs(dx)) >= FAR else None
 
-CLEAR, FAR = 15., 3 # standard deviations of the peak; pixels
+
+CLEAR, FAR = 15.0, 3  # standard deviations of the peak; pixels
 
 # %% ../nbs/24_labels.ipynb #6b69a462
 def _parts(d, at):
     "Folder names by role: those of the entry, or what its format is known to use"
     roles = ROLES[d.task]
     for o in d.parts or ():
-        if o not in roles: raise CmidError(f"{at}.parts.{o}: unknown key{near(o, roles)}; {d.task} has {', '.join(roles)}")
-    if d.parts and (lacks := [o for o in roles if o not in d.parts]): raise CmidError(f"{at}.parts.{lacks[0]}: missing; name the folder, or write parts: null for the format's own")
-    return [tuple(d.parts[o] for o in roles)] if d.parts else LAYOUTS[f'{d.task} folders' if d.format == 'folders' else d.format]
+        if o not in roles:
+            raise CmidError(f"{at}.parts.{o}: unknown key{near(o, roles)}; {d.task} has {', '.join(roles)}")
+    if d.parts and (lacks := [o for o in roles if o not in d.parts]):
+        raise CmidError(f"{at}.parts.{lacks[0]}: missing; name the folder, or write parts: null for the format's own")
+    return (
+        [tuple(d.parts[o] for o in roles)]
+        if d.parts
+        else LAYOUTS[f"{d.task} folders" if d.format == "folders" else d.format]
+    )
+
 
 def _meanings(d, at):
     "Classes and what is ignored: those of the entry, or the format's own"
-    own = OWN.get(d.format, (DATES if d.task == 'change' else None, [])); classes, ignore = own[0] if d.classes is None else d.classes, own[1] if d.ignore is None else d.ignore
-    if classes is None: raise CmidError(f"{at}.classes: missing; name each class and its index or colour in the masks, such as {{building: '#3C1098'}}")
-    names = d.task == 'detect'
-    if not isinstance(classes, list if names else dict) or not classes: raise CmidError(f"{at}.classes: must be {'a list of names' if names else 'name: index or colour'} for {d.task} (got {classes!r})")
-    if d.task == 'change' and len(classes) != 2: raise CmidError(f"{at}.classes: change has two, unchanged and changed (got {', '.join(classes)})")
-    if names and (twice := [o for o, n in Counter([*classes, *ignore]).items() if n > 1]): raise CmidError(f"{at}.classes: {twice[0]!r} is there twice, or under ignore too; name it once")
+    own = OWN.get(d.format, (DATES if d.task == "change" else None, []))
+    classes, ignore = own[0] if d.classes is None else d.classes, own[1] if d.ignore is None else d.ignore
+    if classes is None:
+        raise CmidError(
+            f"{at}.classes: missing; name each class and its index or colour in the masks, such as {{building: '#3C1098'}}"
+        )
+    names = d.task == "detect"
+    if not isinstance(classes, list if names else dict) or not classes:
+        raise CmidError(
+            f"{at}.classes: must be {'a list of names' if names else 'name: index or colour'} for {d.task} (got {classes!r})"
+        )
+    if d.task == "change" and len(classes) != 2:
+        raise CmidError(f"{at}.classes: change has two, unchanged and changed (got {', '.join(classes)})")
+    if names and (twice := [o for o, n in Counter([*classes, *ignore]).items() if n > 1]):
+        raise CmidError(f"{at}.classes: {twice[0]!r} is there twice, or under ignore too; name it once")
     return classes, ignore
+
 
 def _settings(p, name):
     "What is read, and how, of one entry of tasks; `CmidError` naming the key that is wrong"
-    d, q, at = p.task(name), p.labels, f'params.yaml: tasks.{name}'
-    if not (folder := p.path(d.folder)).is_dir(): raise CmidError(f"{at}.folder: {d.folder} is no folder: run `cmid_sample data` for the sample data, or name your own")
+    d, q, at = p.task(name), p.labels, f"params.yaml: tasks.{name}"
+    if not (folder := p.path(d.folder)).is_dir():
+        raise CmidError(
+            f"{at}.folder: {d.folder} is no folder: run `cmid_sample data` for the sample data, or name your own"
+        )
     layouts, (classes, ignore) = _parts(d, at), _meanings(d, at)
-    return SimpleNamespace(name=name, task=d.task, format=d.format, folder=folder, at=at, splits=d.splits, roles=ROLES[d.task], layouts=layouts, tails=TAILS.get(d.format, ('$', '$')),
-        classes=[*classes], ignore=ignore, table=None if d.task == 'detect' else Table(classes, ignore, at), lossy=_lossy() if d.task == 'change' and d.classes is None else None,
-        bands=q.bands, stretch=q.stretch, shard=q.shard_mb * 2**20, workers=q.workers)
+    return SimpleNamespace(
+        name=name,
+        task=d.task,
+        format=d.format,
+        folder=folder,
+        at=at,
+        splits=d.splits,
+        roles=ROLES[d.task],
+        layouts=layouts,
+        tails=TAILS.get(d.format, ("$", "$")),
+        classes=[*classes],
+        ignore=ignore,
+        table=None if d.task == "detect" else Table(classes, ignore, at),
+        lossy=_lossy() if d.task == "change" and d.classes is None else None,
+        bands=q.bands,
+        stretch=q.stretch,
+        shard=q.shard_mb * 2**20,
+        workers=q.workers,
+    )
+
 
 def _several(lines, n=3):
     "Some lines as one"
-    return '; '.join(lines[:n]) + (f"; and {len(lines) - n:,} more like it" if len(lines) > n else '')
+    return "; ".join(lines[:n]) + (f"; and {len(lines) - n:,} more like it" if len(lines) > n else "")
+
 
 def _items(cfg):
     "The files of each item, and the items of each split; `CmidError` naming pairs that are not whole"
-    splits = split_files(cfg.folder, cfg.splits, [*dict.fromkeys(o[0] for o in cfg.layouts)], f'{cfg.at}.splits'); names = sorted({o for v in splits.values() for o in v})
-    items = pair_files(cfg.folder, names, cfg.roles, cfg.layouts, cfg.tails); number = {o: i for i, o in enumerate(names)}; splits = {k: [number[o] for o in v] for k, v in splits.items()}
-    last = cfg.roles[-1]; bare = {k for k, v in splits.items() if all(items[i][last] is None for i in v)} if cfg.task != 'change' else set()
-    free = {i for k in bare for i in splits[k]} if len(bare) < len(splits) else set()                                       # a split for submission; not all of them
-    lacks = [f"{items[i][cfg.roles[0]]} has no {r}" for i in range(len(items)) for r in cfg.roles[1:] if items[i][r] is None and not (i in free and r == last)]
-    add = 'an empty text file where there is no object' if cfg.task == 'detect' else 'the files'
-    if lacks: raise CmidError(f"{cfg.folder}: {_several(lacks)}; add {add}, take the image out of tasks.{cfg.name}.splits, or correct tasks.{cfg.name}.parts")
+    splits = split_files(cfg.folder, cfg.splits, [*dict.fromkeys(o[0] for o in cfg.layouts)], f"{cfg.at}.splits")
+    names = sorted({o for v in splits.values() for o in v})
+    items = pair_files(cfg.folder, names, cfg.roles, cfg.layouts, cfg.tails)
+    number = {o: i for i, o in enumerate(names)}
+    splits = {k: [number[o] for o in v] for k, v in splits.items()}
+    last = cfg.roles[-1]
+    bare = {k for k, v in splits.items() if all(items[i][last] is None for i in v)} if cfg.task != "change" else set()
+    free = (
+        {i for k in bare for i in splits[k]} if len(bare) < len(splits) else set()
+    )  # a split for submission; not all of them
+    lacks = [
+        f"{items[i][cfg.roles[0]]} has no {r}"
+        for i in range(len(items))
+        for r in cfg.roles[1:]
+        if items[i][r] is None and not (i in free and r == last)
+    ]
+    add = "an empty text file where there is no object" if cfg.task == "detect" else "the files"
+    if lacks:
+        raise CmidError(
+            f"{cfg.folder}: {_several(lacks)}; add {add}, take the image out of tasks.{cfg.name}.splits, or correct tasks.{cfg.name}.parts"
+        )
     return items, splits, bare if free else set()
 
 # %% ../nbs/24_labels.ipynb #324fece1
 def _agree(cfg, files, heads):
     "Set bands, and how wide types are stretched; `CmidError` naming files that differ from most, or cannot be read"
-    if (bad := [f"{cfg.folder/f}: {h}" for f, h in zip(files, heads) if isinstance(h, str)]): raise CmidError(f"{_several(bad)}; replace or remove it")
-    colour = max(h.bands for h in heads); like = lambda h: (colour if h.grey and colour == 3 and not cfg.bands else h.bands, h.dtype)
-    seen = Counter(map(like, heads)); most = max(seen, key=lambda o: (seen[o], o)); cfg.channels = len(cfg.bands) if cfg.bands else most[0]
-    if cfg.bands and (bad := [f"{f} has {h.bands}" for f, h in zip(files, heads) if h.bands <= max(cfg.bands)]): raise CmidError(f"params.yaml: labels.bands: {cfg.bands} were asked for, but {_several(bad)}")
-    bad = [f"{f} has {h.bands} bands of {h.dtype}" for f, h in zip(files, heads) if like(h) != most and (not cfg.bands or h.dtype != most[1])]
-    if bad: raise CmidError(f"{cfg.folder}: {_several(bad)}, but most images have {most[0]} of {most[1]}; all must be alike: set labels.bands, or convert them")
+    if bad := [f"{cfg.folder / f}: {h}" for f, h in zip(files, heads) if isinstance(h, str)]:
+        raise CmidError(f"{_several(bad)}; replace or remove it")
+    colour = max(h.bands for h in heads)
+    like = lambda h: (colour if h.grey and colour == 3 and not cfg.bands else h.bands, h.dtype)
+    seen = Counter(map(like, heads))
+    most = max(seen, key=lambda o: (seen[o], o))
+    cfg.channels = len(cfg.bands) if cfg.bands else most[0]
+    if cfg.bands and (bad := [f"{f} has {h.bands}" for f, h in zip(files, heads) if h.bands <= max(cfg.bands)]):
+        raise CmidError(f"params.yaml: labels.bands: {cfg.bands} were asked for, but {_several(bad)}")
+    bad = [
+        f"{f} has {h.bands} bands of {h.dtype}"
+        for f, h in zip(files, heads)
+        if like(h) != most and (not cfg.bands or h.dtype != most[1])
+    ]
+    if bad:
+        raise CmidError(
+            f"{cfg.folder}: {_several(bad)}, but most images have {most[0]} of {most[1]}; all must be alike: set labels.bands, or convert them"
+        )
+
 
 def _stretch(cfg, files, heads, learnt):
     "Set what becomes 0 and 255: percentiles over the images that are learnt from, None for 8 bits"
-    told = SimpleNamespace(dtypes=[heads[0].dtype], dtype=np.zeros(len(files), int)); wide = SimpleNamespace(folder=str(cfg.folder), bands=cfg.bands, channels=cfg.channels, stretch=cfg.stretch)
-    _choose_stretch(wide, told, np.array([i for i, o in enumerate(files) if o in learnt]), files, map); cfg.low, cfg.high = wide.low, wide.high
+    told = SimpleNamespace(dtypes=[heads[0].dtype], dtype=np.zeros(len(files), int))
+    wide = SimpleNamespace(folder=str(cfg.folder), bands=cfg.bands, channels=cfg.channels, stretch=cfg.stretch)
+    _choose_stretch(wide, told, np.array([i for i, o in enumerate(files) if o in learnt]), files, map)
+    cfg.low, cfg.high = wide.low, wide.high
 
 # %% ../nbs/24_labels.ipynb #667fe48d
-ROOM = 2**30 # bytes of images that are held at once, at most
+ROOM = 2**30  # bytes of images that are held at once, at most
+
 
 def _threaded(fn, jobs, workers, desc):
     "Answers in order, a few ahead"
-    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(jobs), desc=desc, unit=' items', mininterval=.5) as bar:
+    with ThreadPoolExecutor(workers) as pool, tqdm(total=len(jobs), desc=desc, unit=" items", mininterval=0.5) as bar:
         try:
-            for o in _ordered(pool, workers + 1, fn, jobs): yield o; bar.update()
-        except BaseException: pool.shutdown(cancel_futures=True); raise
+            for o in _ordered(pool, workers + 1, fn, jobs):
+                yield o
+                bar.update()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
 
 class _Shards:
     "Files that items are added to; a new one where the last is full"
-    def __init__(self, part, limit): self.part, self.limit, self.told, self.file, self.size = part, limit, [], None, 0
+
+    def __init__(self, part, limit):
+        self.part, self.limit, self.told, self.file, self.size = part, limit, [], None, 0
 
     def add(self, arrays):
         size = sum(o.nbytes for o in arrays)
         if self.file is None or self.size + size > self.limit and self.size:
-            self.close(); self.told.append(dict(file=f'images-{len(self.told):05}.bin', count=0)); self.file, self.size = open(self.part/self.told[-1]['file'], 'wb'), 0
-        for o in arrays: self.file.write(np.ascontiguousarray(o).data)
-        self.told[-1]['count'] += 1; self.size += size
+            self.close()
+            self.told.append(dict(file=f"images-{len(self.told):05}.bin", count=0))
+            self.file, self.size = open(self.part / self.told[-1]["file"], "wb"), 0
+        for o in arrays:
+            self.file.write(np.ascontiguousarray(o).data)
+        self.told[-1]["count"] += 1
+        self.size += size
 
     def close(self):
-        if self.file: self.file.close()
+        if self.file:
+            self.file.close()
 
 # %% ../nbs/24_labels.ipynb #1e3164c9
 def _unknown(cfg, rows):
     "Refuse values that nobody named: each with its pixels and files"
     found = {}
     for name, values in rows:
-        for v, n in values.items(): o = found.setdefault(v, [0, []]); o[0] += n; o[1].append(name)
-    if not found: return
-    worst = sorted(found.items(), key=lambda o: -o[1][0]); files = lambda o: f"{', '.join(o[:3])}{f' and {len(o) - 3:,} more' if len(o) > 3 else ''}"
-    text = '; '.join(f"{v}: {n:,} px in {len(o):,} {'file' if len(o) == 1 else 'files'} ({files(o)})" for v, (n, o) in worst[:8]) + (f"; and {len(worst) - 8:,} more values" if len(worst) > 8 else '')
-    lossy = " (a JPEG changes the values of a mask: save masks as PNG or TIFF)" if any(o.lower().endswith(('.jpg', '.jpeg')) for o, v in rows if v) else ''
-    how = "make the labels 0 and 255 without grey between, or name them there" if cfg.task == 'change' else f"name them there, such as classes: {{NAME: {repr(worst[0][0]) if worst[0][0][0] == '#' else worst[0][0]}}}"
-    raise CmidError(f"{cfg.at}: {len(worst):,} {'value' if len(worst) == 1 else 'values'} in the masks that neither classes nor ignore name: {text}{lossy}; {how}")
+        for v, n in values.items():
+            o = found.setdefault(v, [0, []])
+            o[0] += n
+            o[1].append(name)
+    if not found:
+        return
+    worst = sorted(found.items(), key=lambda o: -o[1][0])
+    files = lambda o: f"{', '.join(o[:3])}{f' and {len(o) - 3:,} more' if len(o) > 3 else ''}"
+    text = "; ".join(
+        f"{v}: {n:,} px in {len(o):,} {'file' if len(o) == 1 else 'files'} ({files(o)})" for v, (n, o) in worst[:8]
+    ) + (f"; and {len(worst) - 8:,} more values" if len(worst) > 8 else "")
+    lossy = (
+        " (a JPEG changes the values of a mask: save masks as PNG or TIFF)"
+        if any(o.lower().endswith((".jpg", ".jpeg")) for o, v in rows if v)
+        else ""
+    )
+    how = (
+        "make the labels 0 and 255 without grey between, or name them there"
+        if cfg.task == "change"
+        else f"name them there, such as classes: {{NAME: {repr(worst[0][0]) if worst[0][0][0] == '#' else worst[0][0]}}}"
+    )
+    raise CmidError(
+        f"{cfg.at}: {len(worst):,} {'value' if len(worst) == 1 else 'values'} in the masks that neither classes nor ignore name: {text}{lossy}; {how}"
+    )
+
 
 def _refused(cfg, items, results):
     "Whatever stops the stage, in one line"
-    if (bad := [r.wrong for r in results if r.wrong]): raise CmidError(_several(bad))
-    if cfg.task == 'detect': return
-    last = cfg.roles[-1]; _unknown(cfg, [(o[last], r.unknown) for o, r in zip(items, results)])
-    if cfg.task == 'change':
+    if bad := [r.wrong for r in results if r.wrong]:
+        raise CmidError(_several(bad))
+    if cfg.task == "detect":
+        return
+    last = cfg.roles[-1]
+    _unknown(cfg, [(o[last], r.unknown) for o, r in zip(items, results)])
+    if cfg.task == "change":
         n = dict(zip(cfg.table.say, sum(r.values for r in results)))
-        if n.get('1') and n.get('255'): raise CmidError(f"{cfg.at}: labels hold 0, 1 ({n['1']:,} px) and 255 ({n['255']:,} px); changed is either 1 or 255: convert them, or name what each stands for under classes")
+        if n.get("1") and n.get("255"):
+            raise CmidError(
+                f"{cfg.at}: labels hold 0, 1 ({n['1']:,} px) and 255 ({n['255']:,} px); changed is either 1 or 255: convert them, or name what each stands for under classes"
+            )
 
 # %% ../nbs/24_labels.ipynb #1e5ec975
 def _copies(cfg, names, splits, results):
     "Findings about images of equal pixels, and images in two splits"
     groups, held = {}, {k: {results[i].sha for i in v} for k, v in splits.items()}
-    for name, r in zip(names, results): groups.setdefault(r.sha, []).append(name)
+    for name, r in zip(names, results):
+        groups.setdefault(r.sha, []).append(name)
     same = [o for o in groups.values() if len(o) > 1]
-    if same: yield _finding('duplicate', 'warning', sum(len(o) - 1 for o in same), "exact copies of another image", [' = '.join(o[:4]) for o in same])
+    if same:
+        yield _finding(
+            "duplicate",
+            "warning",
+            sum(len(o) - 1 for o in same),
+            "exact copies of another image",
+            [" = ".join(o[:4]) for o in same],
+        )
     for a, b in combinations(splits, 2):
         both = [names[i] for i in splits[b] if results[i].sha in held[a]]
-        if both: yield _finding('leak', 'warning', len(both), f"images of {b} that are in {a} too", both)
+        if both:
+            yield _finding("leak", "warning", len(both), f"images of {b} that are in {a} too", both)
+
 
 def _class_findings(cfg, splits, bare, counts):
     "Findings about classes that never occur, or not where they are learnt"
     gone = [k for k, n in zip(cfg.classes, sum(counts.values())) if not n]
-    if gone: yield _finding('absent class', 'warning', len(gone), "classes that never occur", gone)
-    for a, b in ((a, b) for a in splits for b in splits if a.startswith('train') and not b.startswith('train') and b not in bare):
+    if gone:
+        yield _finding("absent class", "warning", len(gone), "classes that never occur", gone)
+    for a, b in (
+        (a, b) for a in splits for b in splits if a.startswith("train") and not b.startswith("train") and b not in bare
+    ):
         new = [k for k, m, n in zip(cfg.classes, counts[a], counts[b]) if n and not m]
-        if new: yield _finding('unknown label', 'warning', len(new), f"classes of {b} that are not in {a}", new)
-    for k in sorted(bare): yield _finding('unlabelled', 'warning', len(splits[k]), f"images of {k}, none of which has a label")
+        if new:
+            yield _finding("unknown label", "warning", len(new), f"classes of {b} that are not in {a}", new)
+    for k in sorted(bare):
+        yield _finding("unlabelled", "warning", len(splits[k]), f"images of {k}, none of which has a label")
+
 
 def _orphans(cfg, items):
     "Findings about labels without an image"
-    folders, last = _Folders(cfg.folder), cfg.roles[-1]; kinds = ('.txt',) if cfg.task == 'detect' else KINDS; at = lambda o: o.rpartition('/')[0]
-    pairs = {(at(o[cfg.roles[0]]), at(o[r]), t, k) for o in items for r, t, k in [(last, cfg.tails[1], kinds)] + [('second', '$', KINDS)] * (cfg.task in DATED) if o[r]}
-    left = sorted(f'{d}/{names[0]}' for i, d, tail, k in pairs if i != d for stem, names in folders(d, tail, k).items() if stem not in folders(i, cfg.tails[0]))
-    if left: yield _finding('orphan', 'warning', len(left), "second dates or labels without an image" if cfg.task in DATED else "labels without an image", left)
+    folders, last = _Folders(cfg.folder), cfg.roles[-1]
+    kinds = (".txt",) if cfg.task == "detect" else KINDS
+    at = lambda o: o.rpartition("/")[0]
+    pairs = {
+        (at(o[cfg.roles[0]]), at(o[r]), t, k)
+        for o in items
+        for r, t, k in [(last, cfg.tails[1], kinds)] + [("second", "$", KINDS)] * (cfg.task in DATED)
+        if o[r]
+    }
+    left = sorted(
+        f"{d}/{names[0]}"
+        for i, d, tail, k in pairs
+        if i != d
+        for stem, names in folders(d, tail, k).items()
+        if stem not in folders(i, cfg.tails[0])
+    )
+    if left:
+        yield _finding(
+            "orphan",
+            "warning",
+            len(left),
+            "second dates or labels without an image" if cfg.task in DATED else "labels without an image",
+            left,
+        )
+
 
 def _findings(cfg, items, splits, bare, results, counts):
     "Everything that was noticed and does not stop the stage"
-    names = [o[cfg.roles[0]] for o in items]; some = lambda test: [n for n, r in zip(names, results) if test(r)]
-    yield from _class_findings(cfg, splits, bare, counts); yield from _copies(cfg, names, splits, results); yield from _orphans(cfg, items)
-    if (o := [f"{n} {r.moved}" for n, r in zip(names, results) if r.moved]): yield _finding('registration', 'warning', len(o), "pairs whose dates seem moved against each other (rows, columns in px)", o)
-    if (o := some(lambda r: r.inexact)): yield _finding('lossy', 'warning', sum(r.inexact for r in results), "pixels of JPEG labels that are neither 0 nor 255, taken as the nearer of the two", o)
-    for k in sorted({k for r in results for k in r.notes}): o = some(lambda r: k in r.notes); yield _finding('note', 'warning' if 'turned' in k else 'note', len(o), f"images {k}", o)
-    if (o := some(lambda r: r.apart)): yield _finding('registration', 'warning', len(o), "labels that lie elsewhere than their image, as their files say", o)
-    if (o := some(lambda r: r.holes)): yield _finding('no value', 'note', len(o), "images with pixels that have no value (0 here)", o)
-    for key, kind, text in (('outside', 'outside', "boxes that leave their image in part (kept)"), ('repeated', 'repeated', "boxes that are there twice in a file (kept)")):
-        if (n := sum(r.objects[key] for r in results if r.objects)): yield _finding(kind, 'warning', n, text, some(lambda r: r.objects and r.objects[key]))
-    if cfg.task == 'detect' and (o := some(lambda r: r.objects and not len(r.objects['classes']))): yield _finding('empty', 'note', len(o), "images without an object", o)
+    names = [o[cfg.roles[0]] for o in items]
+    some = lambda test: [n for n, r in zip(names, results) if test(r)]
+    yield from _class_findings(cfg, splits, bare, counts)
+    yield from _copies(cfg, names, splits, results)
+    yield from _orphans(cfg, items)
+    if o := [f"{n} {r.moved}" for n, r in zip(names, results) if r.moved]:
+        yield _finding(
+            "registration",
+            "warning",
+            len(o),
+            "pairs whose dates seem moved against each other (rows, columns in px)",
+            o,
+        )
+    if o := some(lambda r: r.inexact):
+        yield _finding(
+            "lossy",
+            "warning",
+            sum(r.inexact for r in results),
+            "pixels of JPEG labels that are neither 0 nor 255, taken as the nearer of the two",
+            o,
+        )
+    for k in sorted({k for r in results for k in r.notes}):
+        o = some(lambda r: k in r.notes)
+        yield _finding("note", "warning" if "turned" in k else "note", len(o), f"images {k}", o)
+    if o := some(lambda r: r.apart):
+        yield _finding(
+            "registration", "warning", len(o), "labels that lie elsewhere than their image, as their files say", o
+        )
+    if o := some(lambda r: r.holes):
+        yield _finding("no value", "note", len(o), "images with pixels that have no value (0 here)", o)
+    for key, kind, text in (
+        ("outside", "outside", "boxes that leave their image in part (kept)"),
+        ("repeated", "repeated", "boxes that are there twice in a file (kept)"),
+    ):
+        if n := sum(r.objects[key] for r in results if r.objects):
+            yield _finding(kind, "warning", n, text, some(lambda r: r.objects and r.objects[key]))
+    if cfg.task == "detect" and (o := some(lambda r: r.objects and not len(r.objects["classes"]))):
+        yield _finding("empty", "note", len(o), "images without an object", o)
 
 # %% ../nbs/24_labels.ipynb #06e6f3b9
 def _write_boxes(part, results):
     "The boxes of all images as three arrays; how many each image has"
-    none = dict(polygons=np.zeros((0, 4, 2), 'f4'), classes=np.zeros(0, 'i8'), difficult=np.zeros(0, bool)); rows = [r.objects or none for r in results]; made = hashlib.sha256()
+    none = dict(polygons=np.zeros((0, 4, 2), "f4"), classes=np.zeros(0, "i8"), difficult=np.zeros(0, bool))
+    rows = [r.objects or none for r in results]
+    made = hashlib.sha256()
     for k in none:
-        x = np.concatenate([o[k] for o in rows]); np.save(f := io.BytesIO(), x, allow_pickle=False); write_whole(part/f'{k}.npy', f.getvalue()); made.update(x.tobytes())
-    return [len(o['classes']) for o in rows], made.hexdigest()
+        x = np.concatenate([o[k] for o in rows])
+        np.save(f := io.BytesIO(), x, allow_pickle=False)
+        write_whole(part / f"{k}.npy", f.getvalue())
+        made.update(x.tobytes())
+    return [len(o["classes"]) for o in rows], made.hexdigest()
+
 
 def _write_manifest(part, cfg, items, splits, bare, results, shards):
     "Everything that is known, as JSON; paths of this machine are not in it, so that equal data make equal bytes"
-    K = len(cfg.classes); counts = {k: sum(results[i].counts for i in v) for k, v in splits.items()}; boxes = _write_boxes(part, results) if cfg.task == 'detect' else ([], '')
-    m = dict(kind='labelled', format=FORMAT, task=cfg.task, layout=cfg.format, classes=cfg.classes, values=cfg.table and cfg.table.say, ignore=cfg.ignore, bands=cfg.channels, bands_read=cfg.bands,
-        stretch=None if cfg.low is None else dict(percentiles=cfg.stretch, low=cfg.low, high=cfg.high), splits=splits, unlabelled=sorted(bare),
-        histogram={k: v[:K].tolist() for k, v in counts.items()}, ignored={k: int(v[IGNORE]) for k, v in counts.items()},
-        audit=[*_findings(cfg, items, splits, bare, results, {k: v[:K] for k, v in counts.items()})], shards=shards, names=[o[cfg.roles[0]] for o in items],
-        sizes=[list(r.size) for r in results], hashes=[r.sha for r in results], truths=[r.truth for r in results], objects=boxes[0], objects_hash=boxes[1], gsd=[r.objects and r.objects['gsd'] for r in results if cfg.task == 'detect'])
-    m['hash'] = hashlib.sha256(json.dumps({k: v for k, v in m.items() if k not in ('audit', 'shards')}, sort_keys=True).encode()).hexdigest(); write_json(part/'manifest.json', m)
+    K = len(cfg.classes)
+    counts = {k: sum(results[i].counts for i in v) for k, v in splits.items()}
+    boxes = _write_boxes(part, results) if cfg.task == "detect" else ([], "")
+    m = dict(
+        kind="labelled",
+        format=FORMAT,
+        task=cfg.task,
+        layout=cfg.format,
+        classes=cfg.classes,
+        values=cfg.table and cfg.table.say,
+        ignore=cfg.ignore,
+        bands=cfg.channels,
+        bands_read=cfg.bands,
+        stretch=None if cfg.low is None else dict(percentiles=cfg.stretch, low=cfg.low, high=cfg.high),
+        splits=splits,
+        unlabelled=sorted(bare),
+        histogram={k: v[:K].tolist() for k, v in counts.items()},
+        ignored={k: int(v[IGNORE]) for k, v in counts.items()},
+        audit=[*_findings(cfg, items, splits, bare, results, {k: v[:K] for k, v in counts.items()})],
+        shards=shards,
+        names=[o[cfg.roles[0]] for o in items],
+        sizes=[list(r.size) for r in results],
+        hashes=[r.sha for r in results],
+        truths=[r.truth for r in results],
+        objects=boxes[0],
+        objects_hash=boxes[1],
+        gsd=[r.objects and r.objects["gsd"] for r in results if cfg.task == "detect"],
+    )
+    m["hash"] = hashlib.sha256(
+        json.dumps({k: v for k, v in m.items() if k not in ("audit", "shards")}, sort_keys=True).encode()
+    ).hexdigest()
+    write_json(part / "manifest.json", m)
 
 # %% ../nbs/24_labels.ipynb #a65abfb6
 def _emptied(folder):
     "Remove what an earlier run left; what others put there is refused"
-    if not folder.exists(): return
+    if not folder.exists():
+        return
     _clear(folder, OURS)
-    try: folder.rmdir()
-    except OSError: raise CmidError(f"{folder}: holds files that the stage labels did not write: move them and run again") from None
+    try:
+        folder.rmdir()
+    except OSError:
+        raise CmidError(f"{folder}: holds files that the stage labels did not write: move them and run again") from None
+
 
 def _publish(part, out):
     "The finished folder takes the place of an older one"
-    old = out.with_name(f'.{out.name}.replaced'); _emptied(old)
-    if out.exists(): out.rename(old)
-    part.rename(out); _emptied(old)
+    old = out.with_name(f".{out.name}.replaced")
+    _emptied(old)
+    if out.exists():
+        out.rename(old)
+    part.rename(out)
+    _emptied(old)
+
 
 def _store(part, cfg, items, heads):
     "Read, write and forget item by item; what is known of each"
-    largest = max(math.prod(h.size) for h in heads) * 2 * (cfg.channels * 2 + 2); cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    largest = max(math.prod(h.size) for h in heads) * 2 * (cfg.channels * 2 + 2)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     shards, results = _Shards(part, cfg.shard), []
     with closing(shards):
-        for r in _threaded(lambda o: _read_item(cfg, *o), [*zip(items, heads)], max(1, min(cfg.workers or cores, ROOM // largest)), f'labels {cfg.name}'):
-            if not r.wrong: shards.add(r.arrays)
-            r.arrays, r.sha = None, r.sha.hexdigest(); results.append(r)
+        for r in _threaded(
+            lambda o: _read_item(cfg, *o),
+            [*zip(items, heads)],
+            max(1, min(cfg.workers or cores, ROOM // largest)),
+            f"labels {cfg.name}",
+        ):
+            if not r.wrong:
+                shards.add(r.arrays)
+            r.arrays, r.sha = None, r.sha.hexdigest()
+            results.append(r)
     return results, shards.told
+
 
 def _look(cfg, items, splits):
     "Headers of all images; bands and stretch are set"
-    dates = cfg.roles[:1 + (cfg.task in DATED)]; files = [o[r] for r in dates for o in items]
-    heads = [*_threaded(lambda o: _header(cfg.folder/o), files, 2, 'looking')]; _agree(cfg, files, heads)
-    apart = [f"{o['first']} and {o['second']}" for o, a, b in zip(items, heads, heads[len(items):]) if _elsewhere(a.geo, b.geo)]
-    if apart: raise CmidError(f"{cfg.folder}: {_several(apart)} lie at different places, as their files say; a pair must be registered")
-    learnt = {i for k, v in splits.items() if k.startswith('train') for i in v} or {*range(len(items))}
-    _stretch(cfg, files, heads, {items[i][r] for i in learnt for r in dates}); return heads[:len(items)]
+    dates = cfg.roles[: 1 + (cfg.task in DATED)]
+    files = [o[r] for r in dates for o in items]
+    heads = [*_threaded(lambda o: _header(cfg.folder / o), files, 2, "looking")]
+    _agree(cfg, files, heads)
+    apart = [
+        f"{o['first']} and {o['second']}"
+        for o, a, b in zip(items, heads, heads[len(items) :])
+        if _elsewhere(a.geo, b.geo)
+    ]
+    if apart:
+        raise CmidError(
+            f"{cfg.folder}: {_several(apart)} lie at different places, as their files say; a pair must be registered"
+        )
+    learnt = {i for k, v in splits.items() if k.startswith("train") for i in v} or {*range(len(items))}
+    _stretch(cfg, files, heads, {items[i][r] for i in learnt for r in dates})
+    return heads[: len(items)]
+
 
 def label_dataset(
-    p, # params.Params of the study
-    name:str, # one of its tasks
-) -> Labelled: # prepared/<name>, written anew
+    p,  # params.Params of the study
+    name: str,  # one of its tasks
+) -> Labelled:  # prepared/<name>, written anew
     "Read, audit and store images with masks, pairs of dates or boxes (sections IV-C to IV-E). Raises `CmidError`, one line, where labels would say something else than was meant."
-    cfg, out = _settings(p, name), p.root/'prepared'/name; part = out.with_name(f'{name}.partial')
-    if out.exists() and not _is_ours(out) and (not out.is_dir() or any(out.iterdir())): raise CmidError(f"{out}: exists and is no folder of the stage labels: move it away")
+    cfg, out = _settings(p, name), p.root / "prepared" / name
+    part = out.with_name(f"{name}.partial")
+    if out.exists() and not _is_ours(out) and (not out.is_dir() or any(out.iterdir())):
+        raise CmidError(f"{out}: exists and is no folder of the stage labels: move it away")
     items, splits, bare = _items(cfg)
     with writing(part), _decoders():
-        heads = _look(cfg, items, splits); _emptied(part); part.mkdir(parents=True)
+        heads = _look(cfg, items, splits)
+        _emptied(part)
+        part.mkdir(parents=True)
         try:
-            _enough_room(part, sum(math.prod(h.size) for h in heads) * (cfg.channels * (1 + (cfg.task in DATED)) + (cfg.task in MASKED)))
-            results, shards = _store(part, cfg, items, heads); _refused(cfg, items, results)
-            _write_manifest(part, cfg, items, splits, bare, results, shards); _publish(part, out)
-        finally: part.exists() and _emptied(part)
+            _enough_room(
+                part,
+                sum(math.prod(h.size) for h in heads)
+                * (cfg.channels * (1 + (cfg.task in DATED)) + (cfg.task in MASKED)),
+            )
+            results, shards = _store(part, cfg, items, heads)
+            _refused(cfg, items, results)
+            _write_manifest(part, cfg, items, splits, bare, results, shards)
+            _publish(part, out)
+        finally:
+            part.exists() and _emptied(part)
     return Labelled(out)
 
 # %% ../nbs/24_labels.ipynb #3e80ebcd
 def palette(
-    classes:int, # how many there are
-) -> np.ndarray: # float (classes, 3)
+    classes: int,  # how many there are
+) -> np.ndarray:  # float (classes, 3)
     "A fixed colour for each class; after 21 they repeat."
     from matplotlib.colors import to_rgb
-    o = np.array([to_rgb(c) for c in (COLOURS[0], *COLOURS[2:6], '#F0E442', '#999999')])
-    return np.resize(np.concatenate([o, o * .5, 1 - (1 - o) * .4]), (classes, 3))
+
+    o = np.array([to_rgb(c) for c in (COLOURS[0], *COLOURS[2:6], "#F0E442", "#999999")])
+    return np.resize(np.concatenate([o, o * 0.5, 1 - (1 - o) * 0.4]), (classes, 3))
+
 
 def picture(
-    image, # uint8 (C, H, W)
-) -> np.ndarray: # uint8 (H, W, 3)
+    image,  # uint8 (C, H, W)
+) -> np.ndarray:  # uint8 (H, W, 3)
     "The first three bands as red, green and blue; the first as grey where there are fewer."
     return np.asarray(image)[[0, 1, 2] if len(image) > 2 else [0, 0, 0]].transpose(1, 2, 0)
 
-def _thin(x, most=400): "Every k-th pixel, so that no side is longer than `most`"; k = -(-max(x.shape[-2:]) // most); return x[..., ::k, ::k]
+
+def _thin(x, most=400):
+    "Every k-th pixel, so that no side is longer than `most`"
+    k = -(-max(x.shape[-2:]) // most)
+    return x[..., ::k, ::k]
+
 
 def _show_mask(axes, labelled, i):
     "An image beside its mask; ignored pixels are white"
     colours = np.concatenate([palette(len(labelled.classes)), np.ones((256 - len(labelled.classes), 3))])
-    axes[0].imshow(picture(_thin(labelled.image(i)))); axes[1].imshow(colours[_thin(labelled.mask(i))], interpolation='nearest')
+    axes[0].imshow(picture(_thin(labelled.image(i))))
+    axes[1].imshow(colours[_thin(labelled.mask(i))], interpolation="nearest")
+
 
 def _show_dates(axes, labelled, i):
     "Two dates, what changed outlined in both"
     changed = _thin(labelled.mask(i)) == 1
     for ax, x in zip(axes, (labelled.image(i), labelled.second(i))):
         ax.imshow(picture(_thin(x)))
-        if changed.any() and not changed.all(): ax.contour(changed, [.5], colors=COLOURS[1], linewidths=1)
+        if changed.any() and not changed.all():
+            ax.contour(changed, [0.5], colors=COLOURS[1], linewidths=1)
+
 
 def _show_boxes(axes, labelled, i, side=400):
     "Boxes where they are densest, difficult ones dashed"
     from matplotlib.patches import Polygon
-    o = labelled.objects(i); xy, (h, w) = o['polygons'], labelled.sizes[i]; c = np.median(xy.mean(1), 0) if len(xy) else np.array([w, h]) / 2
-    l, t = (int(max(0, min(v - side / 2, n - side))) for v, n in zip(c, (w, h))); axes[0].imshow(picture(labelled.image(i)[:, t:t+side, l:l+side])); colours = palette(len(labelled.classes))
-    for p, k, hard in zip(xy, o['classes'], o['difficult']): axes[0].add_patch(Polygon(p - [l + .5, t + .5], fill=False, ec=colours[k], lw=.8, ls=':' if hard else '-'))
 
-SHOW = dict(segment=(_show_mask, 2), change=(_show_dates, 2), detect=(_show_boxes, 1)) # how an item is drawn, in how many panels
+    o = labelled.objects(i)
+    xy, (h, w) = o["polygons"], labelled.sizes[i]
+    c = np.median(xy.mean(1), 0) if len(xy) else np.array([w, h]) / 2
+    l, t = (int(max(0, min(v - side / 2, n - side))) for v, n in zip(c, (w, h)))
+    axes[0].imshow(picture(labelled.image(i)[:, t : t + side, l : l + side]))
+    colours = palette(len(labelled.classes))
+    for p, k, hard in zip(xy, o["classes"], o["difficult"]):
+        axes[0].add_patch(Polygon(p - [l + 0.5, t + 0.5], fill=False, ec=colours[k], lw=0.8, ls=":" if hard else "-"))
+
+
+SHOW = dict(
+    segment=(_show_mask, 2), change=(_show_dates, 2), detect=(_show_boxes, 1)
+)  # how an item is drawn, in how many panels
 
 # %% ../nbs/24_labels.ipynb #637b04c6
 def _some(labelled, n):
     "Items spread evenly over those with labels"
-    bare = {int(i) for k in labelled.manifest['unlabelled'] for i in labelled.splits[k]}; rest = [i for i in range(len(labelled)) if i not in bare]
+    bare = {int(i) for k in labelled.manifest["unlabelled"] for i in labelled.splits[k]}
+    rest = [i for i in range(len(labelled)) if i not in bare]
     return [rest[i] for i in np.unique(np.linspace(0, len(rest) - 1, min(n, len(rest))).astype(int))]
+
 
 def _seen(labelled, items):
     "Classes, and whether something is ignored, as patches of a legend"
     from matplotlib.patches import Patch
-    if labelled.task == 'change': return []
-    seen = np.unique(np.concatenate([np.unique(labelled.mask(i)) if labelled.task == 'segment' else labelled.objects(i)['classes'] for i in items])); colours = palette(len(labelled.classes))
-    return [Patch(facecolor='w', edgecolor='#999999', label='ignored') if k == IGNORE else Patch(color=colours[k], label=labelled.classes[k]) for k in seen]
+
+    if labelled.task == "change":
+        return []
+    seen = np.unique(
+        np.concatenate(
+            [
+                np.unique(labelled.mask(i)) if labelled.task == "segment" else labelled.objects(i)["classes"]
+                for i in items
+            ]
+        )
+    )
+    colours = palette(len(labelled.classes))
+    return [
+        Patch(facecolor="w", edgecolor="#999999", label="ignored")
+        if k == IGNORE
+        else Patch(color=colours[k], label=labelled.classes[k])
+        for k in seen
+    ]
+
 
 def items_figure(
-    labelled:Labelled, # what to look at
-    n:int=4, # items, spread evenly over those with labels
-): # matplotlib Figure
+    labelled: Labelled,  # what to look at
+    n: int = 4,  # items, spread evenly over those with labels
+):  # matplotlib Figure
     "Some items with their labels: masks coloured, changes outlined, boxes drawn."
     from matplotlib.figure import Figure
-    (show, panels), some = SHOW[labelled.task], _some(labelled, n); said = _seen(labelled, some); rows = -(-len(some) * panels // 2)
-    wide = max(1, min(3, 54 // (4 + max((len(o.get_label()) for o in said), default=0)))); fig = Figure(figsize=(4.4, 2.3 * rows + .17 * -(-len(said) // wide)), dpi=80, layout='constrained')
+
+    (show, panels), some = SHOW[labelled.task], _some(labelled, n)
+    said = _seen(labelled, some)
+    rows = -(-len(some) * panels // 2)
+    wide = max(1, min(3, 54 // (4 + max((len(o.get_label()) for o in said), default=0))))
+    fig = Figure(figsize=(4.4, 2.3 * rows + 0.17 * -(-len(said) // wide)), dpi=80, layout="constrained")
     axes = fig.subplots(rows, 2, squeeze=False).ravel()
-    for ax in axes: ax.axis('off')
-    for k, i in enumerate(some): at = axes[k * panels:(k + 1) * panels]; show(at, labelled, i); at[0].set_title(labelled.names[i][-33 * panels:], fontsize=7, loc='left')
-    if said: fig.legend(handles=said, loc='outside lower center', ncols=wide, fontsize=7, frameon=False)
+    for ax in axes:
+        ax.axis("off")
+    for k, i in enumerate(some):
+        at = axes[k * panels : (k + 1) * panels]
+        show(at, labelled, i)
+        at[0].set_title(labelled.names[i][-33 * panels :], fontsize=7, loc="left")
+    if said:
+        fig.legend(handles=said, loc="outside lower center", ncols=wide, fontsize=7, frameon=False)
     return fig
 
+
 def classes_figure(
-    labelled:Labelled, # what to count
-): # matplotlib Figure
+    labelled: Labelled,  # what to count
+):  # matplotlib Figure
     "What each class has of a split: share of the pixels that count, or objects; the axis is logarithmic where classes lie far apart."
     from matplotlib.figure import Figure
-    m = labelled.manifest; h = {k: np.array(v, float) for k, v in m['histogram'].items() if k not in m['unlabelled']}; y, bar = np.arange(len(labelled.classes)), .8 / len(h)
-    if labelled.task != 'detect': h = {k: 100 * v / max(1, v.sum()) for k, v in h.items()}
-    fig = Figure(figsize=(4.4, .9 + .35 * len(y)), dpi=80, layout='constrained'); ax = fig.subplots()
-    for k, (colour, (name, v)) in enumerate(zip(COLOURS * len(h), h.items())): ax.barh(y + k * bar, v, bar, color=colour, label=name)
-    seen = np.concatenate([*h.values()]); seen = seen[seen > 0]
-    if len(seen) and seen.max() > 100 * seen.min(): ax.set_xscale('log'); ax.set_xlim(left=seen.min() / 2)
-    ax.set_yticks(y + .4 - bar / 2, labelled.classes, fontsize=7); ax.invert_yaxis(); ax.tick_params(axis='x', labelsize=7); ax.spines[['top', 'right']].set_visible(False)
-    ax.set_xlabel('objects' if labelled.task == 'detect' else 'pixels that count, %', fontsize=8); ax.legend(fontsize=7, frameon=False); return fig
+
+    m = labelled.manifest
+    h = {k: np.array(v, float) for k, v in m["histogram"].items() if k not in m["unlabelled"]}
+    y, bar = np.arange(len(labelled.classes)), 0.8 / len(h)
+    if labelled.task != "detect":
+        h = {k: 100 * v / max(1, v.sum()) for k, v in h.items()}
+    fig = Figure(figsize=(4.4, 0.9 + 0.35 * len(y)), dpi=80, layout="constrained")
+    ax = fig.subplots()
+    for k, (colour, (name, v)) in enumerate(zip(COLOURS * len(h), h.items())):
+        ax.barh(y + k * bar, v, bar, color=colour, label=name)
+    seen = np.concatenate([*h.values()])
+    seen = seen[seen > 0]
+    if len(seen) and seen.max() > 100 * seen.min():
+        ax.set_xscale("log")
+        ax.set_xlim(left=seen.min() / 2)
+    ax.set_yticks(y + 0.4 - bar / 2, labelled.classes, fontsize=7)
+    ax.invert_yaxis()
+    ax.tick_params(axis="x", labelsize=7)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.set_xlabel("objects" if labelled.task == "detect" else "pixels that count, %", fontsize=8)
+    ax.legend(fontsize=7, frameon=False)
+    return fig
+
 
 def labels_metrics(
-    labelled:Labelled, # what to tell of
-) -> dict: # images, classes and ignored by split; bands, sizes, findings
+    labelled: Labelled,  # what to tell of
+) -> dict:  # images, classes and ignored by split; bands, sizes, findings
     "What the stage writes to metrics.json: pixels or objects of each class, and everything that was noticed."
     m = labelled.manifest
-    return dict(task=labelled.task, images={k: len(v) for k, v in labelled.splits.items()}, classes={k: dict(zip(labelled.classes, v)) for k, v in m['histogram'].items()},
-                ignored=m['ignored'], bands=labelled.bands, sizes=dict(min=labelled.sizes.min(0).tolist(), max=labelled.sizes.max(0).tolist()), findings=m['audit'])
+    return dict(
+        task=labelled.task,
+        images={k: len(v) for k, v in labelled.splits.items()},
+        classes={k: dict(zip(labelled.classes, v)) for k, v in m["histogram"].items()},
+        ignored=m["ignored"],
+        bands=labelled.bands,
+        sizes=dict(min=labelled.sizes.min(0).tolist(), max=labelled.sizes.max(0).tolist()),
+        findings=m["audit"],
+    )

@@ -12,23 +12,24 @@ from .params import CmidError
 
 # %% ../nbs/03_masking.ipynb #365d185b
 def grid_of(
-    side:int|tuple, # pixels: S, or (height, width)
-    block:int=32, # px
-) -> tuple: # (rows, columns) of blocks
+    side: int | tuple,  # pixels: S, or (height, width)
+    block: int = 32,  # px
+) -> tuple:  # (rows, columns) of blocks
     "How many blocks there are. Raises `CmidError` where the side is no multiple of the block."
     h, w = (side, side) if isinstance(side, int) else side
-    if h % block or w % block or min(h, w) < block: raise CmidError(f"side {h} x {w} px: must be a multiple of {block}")
+    if h % block or w % block or min(h, w) < block:
+        raise CmidError(f"side {h} x {w} px: must be a multiple of {block}")
     return h // block, w // block
 
 # %% ../nbs/03_masking.ipynb #9153289a
 def block_masks(
-    batch:int, # B
-    side:int|tuple, # px: S, or (height, width)
-    ratio:float, # share of the blocks to mask
-    block:int=32, # px
-    generator:torch.Generator|None=None, # on `device`
-    device=None, # where to draw
-) -> torch.Tensor: # bool (B, S/block, S/block), True = masked
+    batch: int,  # B
+    side: int | tuple,  # px: S, or (height, width)
+    ratio: float,  # share of the blocks to mask
+    block: int = 32,  # px
+    generator: torch.Generator | None = None,  # on `device`
+    device=None,  # where to draw
+) -> torch.Tensor:  # bool (B, S/block, S/block), True = masked
     "Random masks with exactly `ceil(ratio * cells)` True each (section III-B)."
     rows, cols = grid_of(side, block)
     ranks = torch.rand(batch, rows * cols, generator=generator, device=device).argsort(1).argsort(1)
@@ -36,19 +37,20 @@ def block_masks(
 
 # %% ../nbs/03_masking.ipynb #044f214e
 def repeat_to(
-    masks:torch.Tensor, # (B, h, w)
-    size:tuple, # (H, W), multiples of (h, w)
-) -> torch.Tensor: # (B, H, W)
+    masks: torch.Tensor,  # (B, h, w)
+    size: tuple,  # (H, W), multiples of (h, w)
+) -> torch.Tensor:  # (B, H, W)
     "Repeat each block of a mask over a finer grid. Raises `CmidError` where it does not divide."
     (h, w), (H, W) = masks.shape[-2:], size
-    if H % h or W % w: raise CmidError(f"a mask of {h} x {w} blocks does not divide a map of {H} x {W}")
+    if H % h or W % w:
+        raise CmidError(f"a mask of {h} x {w} blocks does not divide a map of {H} x {W}")
     return masks.repeat_interleave(H // h, -2).repeat_interleave(W // w, -1)
 
 # %% ../nbs/03_masking.ipynb #67bb6466
 def fill_mean(
-    images:torch.Tensor, # (B, C, H, W)
-    masks:torch.Tensor, # bool (B, h, w) over any grid that divides it
-) -> torch.Tensor: # (B, C, H, W)
+    images: torch.Tensor,  # (B, C, H, W)
+    masks: torch.Tensor,  # bool (B, h, w) over any grid that divides it
+) -> torch.Tensor:  # (B, C, H, W)
     "Images whose masked blocks hold their own per-channel mean (section III-B)."
     pixels = repeat_to(masks, images.shape[-2:]).unsqueeze(1)
     return torch.where(pixels, images.mean((2, 3), keepdim=True), images)

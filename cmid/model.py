@@ -18,55 +18,102 @@ from .params import CmidError
 from .reconstruction import reconstruction_loss
 
 # %% ../nbs/20_cmid.ipynb #feeeef5d
-def _box(ax, x, y, text, colour, w=1.5, h=.62):
+def _box(ax, x, y, text, colour, w=1.5, h=0.62):
     "A labelled box centred at (x, y)."
     from matplotlib.patches import FancyBboxPatch
-    ax.add_patch(FancyBboxPatch((x - w/2, y - h/2), w, h, boxstyle='round,pad=0.02,rounding_size=0.12', fc=colour, ec='#444', lw=.8))
-    ax.text(x, y, text, ha='center', va='center', fontsize=8)
 
-def _arrow(ax, a, b, text='', dashed=False, bend=0.):
+    ax.add_patch(
+        FancyBboxPatch(
+            (x - w / 2, y - h / 2), w, h, boxstyle="round,pad=0.02,rounding_size=0.12", fc=colour, ec="#444", lw=0.8
+        )
+    )
+    ax.text(x, y, text, ha="center", va="center", fontsize=8)
+
+
+def _arrow(ax, a, b, text="", dashed=False, bend=0.0):
     "An arrow from a to b with a word beside it."
-    ax.annotate('', b, a, arrowprops=dict(arrowstyle='-|>', color='#444', lw=1, ls='--' if dashed else '-', connectionstyle=f'arc3,rad={bend}', shrinkA=1, shrinkB=1))
-    if text: ax.text((a[0] + b[0]) / 2, (a[1] + b[1]) / 2 + .12, text, ha='center', fontsize=7, color='#444')
+    ax.annotate(
+        "",
+        b,
+        a,
+        arrowprops=dict(
+            arrowstyle="-|>",
+            color="#444",
+            lw=1,
+            ls="--" if dashed else "-",
+            connectionstyle=f"arc3,rad={bend}",
+            shrinkA=1,
+            shrinkB=1,
+        ),
+    )
+    if text:
+        ax.text((a[0] + b[0]) / 2, (a[1] + b[1]) / 2 + 0.12, text, ha="center", fontsize=7, color="#444")
 
 # %% ../nbs/20_cmid.ipynb #659e7a4e
 def _pictures(ax, source, pictures):
     "The image and its four views at the left of the diagram."
-    def show(o, x, y, title, r=.5):
-        if o is None: ax.add_patch(_patch(x, y, r))
-        else: ax.imshow(o, extent=(x - r, x + r, y - r, y + r), zorder=2)
-        ax.text(x, y + r + .07, title, ha='center', fontsize=7.5)
-    show(source, .75, 2.45, 'image', .62)
-    for o, y, title in zip(pictures or [None] * 4, (4.55, .35, 3.15, 1.75), ('view A, whole', 'view B, whole', 'view A, masked', 'view B, masked')):
-        show(o, 2.6, y, title); _arrow(ax, (1.42, 2.45 + (y - 2.45) / 5), (2.05, y))
+
+    def show(o, x, y, title, r=0.5):
+        if o is None:
+            ax.add_patch(_patch(x, y, r))
+        else:
+            ax.imshow(o, extent=(x - r, x + r, y - r, y + r), zorder=2)
+        ax.text(x, y + r + 0.07, title, ha="center", fontsize=7.5)
+
+    show(source, 0.75, 2.45, "image", 0.62)
+    for o, y, title in zip(
+        pictures or [None] * 4,
+        (4.55, 0.35, 3.15, 1.75),
+        ("view A, whole", "view B, whole", "view A, masked", "view B, masked"),
+    ):
+        show(o, 2.6, y, title)
+        _arrow(ax, (1.42, 2.45 + (y - 2.45) / 5), (2.05, y))
+
 
 def _patch(x, y, r):
     "An empty picture."
     from matplotlib.patches import Rectangle
-    return Rectangle((x - r, y - r), 2 * r, 2 * r, fc='#ddd', ec='#444', lw=.8)
+
+    return Rectangle((x - r, y - r), 2 * r, 2 * r, fc="#ddd", ec="#444", lw=0.8)
 
 # %% ../nbs/20_cmid.ipynb #e28adff8
 def diagram(
-    source=None, # image (H, W, 3) in [0, 1]
-    pictures=None, # of view A, view B, masked A, masked B, each (H, W, 3) in [0, 1]
-): # matplotlib Figure
+    source=None,  # image (H, W, 3) in [0, 1]
+    pictures=None,  # of view A, view B, masked A, masked B, each (H, W, 3) in [0, 1]
+):  # matplotlib Figure
     "The method in one picture."
     from matplotlib.figure import Figure
-    fig = Figure(figsize=(10, 4.6), dpi=80, layout='constrained'); ax = fig.subplots(); ax.axis('off')
+
+    fig = Figure(figsize=(10, 4.6), dpi=80, layout="constrained")
+    ax = fig.subplots()
+    ax.axis("off")
     _pictures(ax, source, pictures)
-    _box(ax, 5., 4.55, 'teacher encoder', '#d9ead3'); _box(ax, 5., 2.45, 'student\nencoder', '#cfe2f3', h=1.1)
-    for y in (3.15, 1.75): _arrow(ax, (3.15, y), (4.2, 2.45 + (y - 2.45) / 4))
-    _arrow(ax, (3.15, 4.55), (4.2, 4.55)); _arrow(ax, (3.15, .5), (4.2, 4.42))
-    _arrow(ax, (5., 3.05), (5., 4.2), dashed=True); ax.text(5.1, 3.62, 'moving\naverage', fontsize=7, color='#444', va='center')
-    for y, head, loss, colour in ((.85, 'pixel decoder', 'reconstruction\nof what was masked', '#fce5cd'), (2.45, 'projector', 'global contrast\nwith a queue of keys', '#fff2cc'), (4.05, 'prototype head\nat matched cells', 'local distillation\nplace by place', '#ead1dc')):
-        _box(ax, 7.6, y, head, '#eeeeee', 1.8); _box(ax, 10.5, y, loss, colour, 2.3); _arrow(ax, (5.8, 2.45), (6.65, y)); _arrow(ax, (8.55, y), (9.3, y))
-    for y in (2.6, 4.2): _arrow(ax, (5.8, 4.6), (6.65, y), dashed=True)
-    ax.set(xlim=(0, 11.8), ylim=(-.3, 5.4), aspect='equal')                       # last: imshow sets its own
+    _box(ax, 5.0, 4.55, "teacher encoder", "#d9ead3")
+    _box(ax, 5.0, 2.45, "student\nencoder", "#cfe2f3", h=1.1)
+    for y in (3.15, 1.75):
+        _arrow(ax, (3.15, y), (4.2, 2.45 + (y - 2.45) / 4))
+    _arrow(ax, (3.15, 4.55), (4.2, 4.55))
+    _arrow(ax, (3.15, 0.5), (4.2, 4.42))
+    _arrow(ax, (5.0, 3.05), (5.0, 4.2), dashed=True)
+    ax.text(5.1, 3.62, "moving\naverage", fontsize=7, color="#444", va="center")
+    for y, head, loss, colour in (
+        (0.85, "pixel decoder", "reconstruction\nof what was masked", "#fce5cd"),
+        (2.45, "projector", "global contrast\nwith a queue of keys", "#fff2cc"),
+        (4.05, "prototype head\nat matched cells", "local distillation\nplace by place", "#ead1dc"),
+    ):
+        _box(ax, 7.6, y, head, "#eeeeee", 1.8)
+        _box(ax, 10.5, y, loss, colour, 2.3)
+        _arrow(ax, (5.8, 2.45), (6.65, y))
+        _arrow(ax, (8.55, y), (9.3, y))
+    for y in (2.6, 4.2):
+        _arrow(ax, (5.8, 4.6), (6.65, y), dashed=True)
+    ax.set(xlim=(0, 11.8), ylim=(-0.3, 5.4), aspect="equal")  # last: imshow sets its own
     return fig
 
 # %% ../nbs/20_cmid.ipynb #7960d29d
 class Losses(NamedTuple):
     "The sum that is learnt, and its weighted-out parts; a loss that is switched off is 0."
+
     total: torch.Tensor
     reconstruction: torch.Tensor
     contrast: torch.Tensor
@@ -75,48 +122,72 @@ class Losses(NamedTuple):
 # %% ../nbs/20_cmid.ipynb #fd004112
 class Branch(nn.Module):
     "What student and teacher have in common: encoder, projector, prototype head."
-    def __init__(self, encoder, projector, head): super().__init__(); self.encoder, self.projector, self.head = encoder, projector, head
+
+    def __init__(self, encoder, projector, head):
+        super().__init__()
+        self.encoder, self.projector, self.head = encoder, projector, head
 
 # %% ../nbs/20_cmid.ipynb #53d46b1f
 class CMID(nn.Module):
     "Student, teacher, queue and centre (section III): `model(views) -> losses`."
-    def __init__(self,
-        backbone:str, # timm name
-        in_chans:int=3, # bands
-        img_size:int=224, # px, a multiple of 32
-        variant:str='cmid', # cmid: InfoNCE against a queue; byol: predictor, no negatives
-        weights=(1., 1., 1.), # of reconstruction, contrast, distillation; 0 switches off, with its cost
-        queue:int=65536, # teacher keys
-        temperature:float=.2, # of InfoNCE
-        projector_hidden:int=2048, projector_dim:int=256,
-        head_hidden:int=2048, head_dim:int=256, prototypes:int=2048,
-        student_temperature:float=.1, centre_momentum:float=.9,
-        matches:int|None=None, # matched cells K; None: round(20/49 of the cells)
-        focal_alpha:float=.2, focal_gamma:float=1., frequency_weight:float=1., per_image:bool=False,
-        fidelity:str='corrected', # published: the queue starts as in the release
+
+    def __init__(
+        self,
+        backbone: str,  # timm name
+        in_chans: int = 3,  # bands
+        img_size: int = 224,  # px, a multiple of 32
+        variant: str = "cmid",  # cmid: InfoNCE against a queue; byol: predictor, no negatives
+        weights=(1.0, 1.0, 1.0),  # of reconstruction, contrast, distillation; 0 switches off, with its cost
+        queue: int = 65536,  # teacher keys
+        temperature: float = 0.2,  # of InfoNCE
+        projector_hidden: int = 2048,
+        projector_dim: int = 256,
+        head_hidden: int = 2048,
+        head_dim: int = 256,
+        prototypes: int = 2048,
+        student_temperature: float = 0.1,
+        centre_momentum: float = 0.9,
+        matches: int | None = None,  # matched cells K; None: round(20/49 of the cells)
+        focal_alpha: float = 0.2,
+        focal_gamma: float = 1.0,
+        frequency_weight: float = 1.0,
+        per_image: bool = False,
+        fidelity: str = "corrected",  # published: the queue starts as in the release
     ):
         super().__init__()
-        if variant not in ('cmid', 'byol'): raise CmidError(f"method {variant!r} is not known; use cmid or byol")
+        if variant not in ("cmid", "byol"):
+            raise CmidError(f"method {variant!r} is not known; use cmid or byol")
         encoder = backbones.create(backbone, in_chans=in_chans, img_size=img_size)
         dim, self.stride = encoder.feature_channels[-1], encoder.strides[-1]
         self.weights, self.variant, self.temperature = tuple(weights), variant, temperature
         self.in_chans, self.img_size, self.backbone = in_chans, img_size, backbone
         self.focal = dict(alpha=focal_alpha, gamma=focal_gamma, frequency_weight=frequency_weight, per_image=per_image)
-        byol = variant == 'byol'
-        self.student = Branch(encoder, Projector(dim, projector_hidden, projector_dim, batch_norm=byol), PrototypeHead(dim, head_hidden, head_dim, prototypes, batch_norm=encoder.has_batch_norm))
+        byol = variant == "byol"
+        self.student = Branch(
+            encoder,
+            Projector(dim, projector_hidden, projector_dim, batch_norm=byol),
+            PrototypeHead(dim, head_hidden, head_dim, prototypes, batch_norm=encoder.has_batch_norm),
+        )
         self.teacher = teacher.copy_of(self.student)
         self.decoder = PixelDecoder(dim, self.stride, in_chans)
         self.predictor = Predictor(projector_dim) if byol else None
-        self.queue, self.keys = None if byol else KeyQueue(projector_dim, queue), []   # keys: those of this step, of view B and of view A, a pair for each part of its batch
+        self.queue, self.keys = (
+            None if byol else KeyQueue(projector_dim, queue),
+            [],
+        )  # keys: those of this step, of view B and of view A, a pair for each part of its batch
         self.prototype_loss = PrototypeLoss(prototypes, student_temperature, centre_momentum)
         self.matches = self._matches(matches)
-        if fidelity == 'published' and not byol: self.queue.keys.copy_(nn.functional.normalize(torch.randn_like(self.queue.keys), dim=1))
+        if fidelity == "published" and not byol:
+            self.queue.keys.copy_(nn.functional.normalize(torch.randn_like(self.queue.keys), dim=1))
         self._freeze_unused()
 
     def _matches(self, wanted):
         "K for the pretraining size, checked before anything runs."
-        cells = (self.img_size // self.stride)**2
-        if wanted and wanted > cells: raise CmidError(f"matches: {wanted} is more than the {cells} cells of {self.backbone} at {self.img_size} px; lower it or leave it null")
+        cells = (self.img_size // self.stride) ** 2
+        if wanted and wanted > cells:
+            raise CmidError(
+                f"matches: {wanted} is more than the {cells} cells of {self.backbone} at {self.img_size} px; lower it or leave it null"
+            )
         return wanted or default_matches(cells)
 
     def _freeze_unused(self):
@@ -124,26 +195,41 @@ class CMID(nn.Module):
         parts = (self.decoder,), (self.student.projector, self.predictor), (self.student.head,)
         for w, modules in zip(self.weights, parts):
             for m in modules:
-                if m is not None and not w: m.requires_grad_(False)
+                if m is not None and not w:
+                    m.requires_grad_(False)
 
     def both(self, f, *pairs):
         "Apply a network to both views: in one batch where no batch statistics are taken, else one after the other."
-        if self.student.encoder.has_batch_norm or self.variant == 'byol': return [f(*o) for o in zip(*pairs)]
+        if self.student.encoder.has_batch_norm or self.variant == "byol":
+            return [f(*o) for o in zip(*pairs)]
         n = len(pairs[0][0])
-        return list(zip(*[o.split(n) for o in y])) if isinstance(y := f(*[torch.cat(o) for o in pairs]), list) else list(y.split(n))
+        return (
+            list(zip(*[o.split(n) for o in y]))
+            if isinstance(y := f(*[torch.cat(o) for o in pairs]), list)
+            else list(y.split(n))
+        )
 
-    def forward(self,
-        views, # (view A, view B), each a `views.View`
-        teacher_temperature=.07, # of the prototypes, see `distillation.temperature_at`
-    ) -> Losses: # scalars
+    def forward(
+        self,
+        views,  # (view A, view B), each a `views.View`
+        teacher_temperature=0.07,  # of the prototypes, see `distillation.temperature_at`
+    ) -> Losses:  # scalars
         "The losses of one batch, or of a part of it. In train mode the centre moves; keys wait in `self.keys` for `enqueue`."
         a, b = views
         w_rec, w_con, w_dis = self.weights
-        maps = [o[-1] for o in self.both(self.student.encoder, [fill_mean(a.images, a.masks), fill_mean(b.images, b.masks)], [a.masks, b.masks])]
+        maps = [
+            o[-1]
+            for o in self.both(
+                self.student.encoder, [fill_mean(a.images, a.masks), fill_mean(b.images, b.masks)], [a.masks, b.masks]
+            )
+        ]
         whole = self.teach(a, b) if w_con or w_dis else None
         zero = maps[0].new_zeros((), dtype=torch.float32)
-        parts = (self.reconstruct(maps, views) if w_rec else zero, self.contrast(maps, whole) if w_con else zero,
-                 self.distil(maps, whole, views, teacher_temperature) if w_dis else zero)
+        parts = (
+            self.reconstruct(maps, views) if w_rec else zero,
+            self.contrast(maps, whole) if w_con else zero,
+            self.distil(maps, whole, views, teacher_temperature) if w_dis else zero,
+        )
         return Losses(sum(w * o for w, o in zip(self.weights, parts) if w), *parts)
 
     @torch.no_grad()
@@ -153,15 +239,27 @@ class CMID(nn.Module):
 
     def reconstruct(self, maps, views):
         "Mean over both views of the reconstruction loss (section III-C)."
-        return sum(reconstruction_loss(r, v.images, v.masks, **self.focal) for r, v in zip(self.both(self.decoder, maps), views)) / 2
+        return (
+            sum(
+                reconstruction_loss(r, v.images, v.masks, **self.focal)
+                for r, v in zip(self.both(self.decoder, maps), views)
+            )
+            / 2
+        )
 
     def contrast(self, maps, whole):
         "Each view's student against the other view's teacher, both against the queue as it stands (section III-D)."
         q = self.both(self.student.projector, maps)
-        with torch.no_grad(): k = self.both(self.teacher.projector, whole)
-        if self.variant == 'byol': return (byol_loss(self.predictor(q[0]), k[1]) + byol_loss(self.predictor(q[1]), k[0])) / 2
-        if self.training: self.keys.append((k[1], k[0]))
-        return (info_nce(q[0], k[1], self.queue.keys, self.temperature) + info_nce(q[1], k[0], self.queue.keys, self.temperature)) / 2
+        with torch.no_grad():
+            k = self.both(self.teacher.projector, whole)
+        if self.variant == "byol":
+            return (byol_loss(self.predictor(q[0]), k[1]) + byol_loss(self.predictor(q[1]), k[0])) / 2
+        if self.training:
+            self.keys.append((k[1], k[0]))
+        return (
+            info_nce(q[0], k[1], self.queue.keys, self.temperature)
+            + info_nce(q[1], k[0], self.queue.keys, self.temperature)
+        ) / 2
 
     def distil(self, maps, whole, views, temperature):
         "Each student cell of one view against the teacher's nearest cell of the other (section III-E)."
@@ -169,18 +267,21 @@ class CMID(nn.Module):
 
     def _distil(self, x, y, mine, other, temperature):
         i, j = match_cells(mine.centres, other.centres, min(self.matches, mine.centres.shape[1]))
-        with torch.no_grad(): wanted = self.teacher.head(gather_cells(y, j))
+        with torch.no_grad():
+            wanted = self.teacher.head(gather_cells(y, j))
         return self.prototype_loss(self.student.head(gather_cells(x, i)), wanted, temperature)
 
     @torch.no_grad()
     def enqueue(self):
         "The step's teacher keys enter the queue, B's before A's, once each, from all processes; after `backward`."
         if self.queue is not None and self.weights[1]:
-            self.queue.enqueue(torch.cat([gather_keys(torch.cat(o)) for o in zip(*self.keys)])); self.keys.clear()
+            self.queue.enqueue(torch.cat([gather_keys(torch.cat(o)) for o in zip(*self.keys)]))
+            self.keys.clear()
 
     @torch.no_grad()
-    def average(self,
-        momentum:float, # share of the teacher that stays
+    def average(
+        self,
+        momentum: float,  # share of the teacher that stays
     ):
         "The teacher follows the student: encoder (not the mask token), projector and head (section III-F)."
-        teacher.update(self.teacher, self.student, momentum, excluding=('mask_token',))
+        teacher.update(self.teacher, self.student, momentum, excluding=("mask_token",))

@@ -27,70 +27,94 @@ class CmidError(ValueError):
 
 # %% ../nbs/00_params.ipynb #524a82f9
 def near(
-    name:str, # what was written
-    names, # what would have been understood
-) -> str: # " (did you mean 'x' or 'y'?)", or nothing
+    name: str,  # what was written
+    names,  # what would have been understood
+) -> str:  # " (did you mean 'x' or 'y'?)", or nothing
     "The known names that are closest to an unknown one."
-    hits = get_close_matches(str(name), [str(o) for o in names], n=3, cutoff=.6)
+    hits = get_close_matches(str(name), [str(o) for o in names], n=3, cutoff=0.6)
     return f" (did you mean {' or '.join(repr(o) for o in hits)}?)" if hits else ""
 
 # %% ../nbs/00_params.ipynb #58814654
 def plain_name(
-    name:str, # of a dataset, backbone, ...
-    where:str, # how to name the key in an error
-) -> str: # the same
+    name: str,  # of a dataset, backbone, ...
+    where: str,  # how to name the key in an error
+) -> str:  # the same
     "A name that may be a folder's. Raises `CmidError` for any other."
-    if not (isinstance(name, str) and re.fullmatch(r'[^\W_][\w.+-]*', name)): raise CmidError(f"{where}: {_short(repr(name))} is no name: take letters, digits, '_', '-', '+' and '.', and begin with a letter or digit")
+    if not (isinstance(name, str) and re.fullmatch(r"[^\W_][\w.+-]*", name)):
+        raise CmidError(
+            f"{where}: {_short(repr(name))} is no name: take letters, digits, '_', '-', '+' and '.', and begin with a letter or digit"
+        )
     return name
+
 
 def _short(text, n=200):
     "A text as one line that can be read."
-    text = ' '.join(text.split()); return text if len(text) <= n else text[:n - 3] + '...'
+    text = " ".join(text.split())
+    return text if len(text) <= n else text[: n - 3] + "..."
 
 # %% ../nbs/00_params.ipynb #125795a2
 FULL, LOCKED = {errno.ENOSPC, errno.EDQUOT}, {errno.EROFS}
 
+
 def _numbers(e):
     "Numbers of the system's errors that led to this one"
     while e is not None:
-        told = re.search(r'(?:os error |^\[Errno )(\d+)', str(e))
+        told = re.search(r"(?:os error |^\[Errno )(\d+)", str(e))
         yield e.errno if isinstance(e, OSError) and e.errno else int(told[1]) if told else 0
         e = e.__cause__ or e.__context__
 
+
 def _room(path, need):
     "What is needed and what is there, in MB; a disk that has no number left for one more file has room for none"
-    at = next((o for o in (Path(path).absolute(), *Path(path).absolute().parents) if o.is_dir()), Path('/'))
-    if hasattr(os, 'statvfs') and (s := os.statvfs(at)).f_files and not s.f_favail: return "no number left for another file"
+    at = next((o for o in (Path(path).absolute(), *Path(path).absolute().parents) if o.is_dir()), Path("/"))
+    if hasattr(os, "statvfs") and (s := os.statvfs(at)).f_files and not s.f_favail:
+        return "no number left for another file"
     return (f"{need / 2**20:,.1f} MB needed, " if need else "") + f"{shutil.disk_usage(at).free / 2**20:,.1f} MB free"
+
 
 @contextmanager
 def writing(
-    path=None, # what is written; None: what the error names
-    need:int|None=None, # bytes, where that is known
+    path=None,  # what is written; None: what the error names
+    need: int | None = None,  # bytes, where that is known
 ):
     "Raise `CmidError` with one line where the disk is full or cannot be written to; other errors pass."
-    try: yield
+    try:
+        yield
     except Exception as e:
-        numbers = {*_numbers(e)}; at = path or getattr(e, 'filename', None) or Path.cwd()
-        if numbers & LOCKED: raise CmidError(f"{at}: this disk is read-only; name a folder elsewhere") from None
-        if numbers & FULL: raise CmidError(f"{at}: the disk is full ({_room(at, need)}); make room and run again, what was there before is unchanged") from None
+        numbers = {*_numbers(e)}
+        at = path or getattr(e, "filename", None) or Path.cwd()
+        if numbers & LOCKED:
+            raise CmidError(f"{at}: this disk is read-only; name a folder elsewhere") from None
+        if numbers & FULL:
+            raise CmidError(
+                f"{at}: the disk is full ({_room(at, need)}); make room and run again, what was there before is unchanged"
+            ) from None
         raise
 
 # %% ../nbs/00_params.ipynb #413e7217
 def cli(func):
     "Make a console function end in one line, not a traceback, on errors that the user can mend."
+
     @functools.wraps(func)
     def run(*args, **kwargs):
         try:
-            with writing(): return func(*args, **kwargs)
-        except (CmidError, OSError) as e: print(f"{func.__name__}: {' '.join(str(e).split())}", file=sys.stderr); sys.exit(1)
-        except KeyboardInterrupt as e: print(f"{func.__name__}: {e}" if str(e) else f"{func.__name__}: stopped", file=sys.stderr); sys.exit(130)
+            with writing():
+                return func(*args, **kwargs)
+        except (CmidError, OSError) as e:
+            print(f"{func.__name__}: {' '.join(str(e).split())}", file=sys.stderr)
+            sys.exit(1)
+        except KeyboardInterrupt as e:
+            print(f"{func.__name__}: {e}" if str(e) else f"{func.__name__}: stopped", file=sys.stderr)
+            sys.exit(130)
+
     return run
 
 # %% ../nbs/00_params.ipynb #540401aa
 class Section(BaseModel):
     "A typed, frozen part of `params.yaml`."
-    model_config = ConfigDict(extra='forbid', frozen=True, strict=True, allow_inf_nan=False)
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
 
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
@@ -104,24 +128,29 @@ Pair = Annotated[list[float], Field(min_length=2, max_length=2)]
 # %% ../nbs/00_params.ipynb #44afd99e
 def _ordered(name, pair, low, high, equal=True):
     "Refuse a pair that does not rise within [low, high]."
-    if not (low <= pair[0] <= pair[1] <= high and (equal or pair[0] < pair[1])): raise ValueError(f"{name}: must rise within {low} and {high}, got {pair}")
+    if not (low <= pair[0] <= pair[1] <= high and (equal or pair[0] < pair[1])):
+        raise ValueError(f"{name}: must rise within {low} and {high}, got {pair}")
 
 # %% ../nbs/00_params.ipynb #f4d0a44e
 class Dataset(Section):
     "Where the images of one dataset lie, and the folder of text files that list its splits."
+
     folder: Annotated[str, Field(min_length=1)]
     lists: Annotated[str, Field(min_length=1)]
 
-    def splits(self,
-        root, # the study's: relative paths are taken from there
-    ) -> dict: # split name -> text file
+    def splits(
+        self,
+        root,  # the study's: relative paths are taken from there
+    ) -> dict:  # split name -> text file
         "The text files of `lists`; the name of each is its split's."
-        return {o.stem: o for o in sorted((Path(root)/self.lists).glob('*.txt'))}
+        return {o.stem: o for o in sorted((Path(root) / self.lists).glob("*.txt"))}
+
 
 class Study(Section):
     "Which cells the study has: backbones x methods, baselines, and what is compared on which labelled datasets."
+
     backbones: Names
-    methods: Annotated[list[Literal['cmid', 'byol']], Field(min_length=1)]
+    methods: Annotated[list[Literal["cmid", "byol"]], Field(min_length=1)]
     baselines: Names
     inits: Names
     probes: list[str]
@@ -129,22 +158,29 @@ class Study(Section):
     change: list[str]
     detect: list[str]
 
-    @model_validator(mode='after')
+    @model_validator(mode="after")
     def _known(self):
-        made = [f'{m}-{b}' for m in self.methods for b in self.backbones] + self.baselines
-        for k in ('backbones', 'methods', 'baselines', 'inits', 'probes', 'segment', 'change', 'detect'):
-            if len(set(o := getattr(self, k))) < len(o): raise ValueError(f"{k}: names one twice")
+        made = [f"{m}-{b}" for m in self.methods for b in self.backbones] + self.baselines
+        for k in ("backbones", "methods", "baselines", "inits", "probes", "segment", "change", "detect"):
+            if len(set(o := getattr(self, k))) < len(o):
+                raise ValueError(f"{k}: names one twice")
         for o in self.inits:
-            if o not in made: raise ValueError(f"inits: {o!r} is made by no stage{near(o, made)}; add it to backbones and methods, or to baselines")
+            if o not in made:
+                raise ValueError(
+                    f"inits: {o!r} is made by no stage{near(o, made)}; add it to backbones and methods, or to baselines"
+                )
         for o in self.baselines:
-            if not re.match('(random|imagenet)-.', o): raise ValueError(f"baselines: {o!r} must be random-<backbone> or imagenet-<backbone>")
-        for k in ('backbones', 'baselines', 'probes', 'segment', 'change', 'detect'):
-            for o in getattr(self, k): plain_name(o, k)
+            if not re.match("(random|imagenet)-.", o):
+                raise ValueError(f"baselines: {o!r} must be random-<backbone> or imagenet-<backbone>")
+        for k in ("backbones", "baselines", "probes", "segment", "change", "detect"):
+            for o in getattr(self, k):
+                plain_name(o, k)
         return self
 
 # %% ../nbs/00_params.ipynb #8d1056f0
 class Prepare(Section):
     "How images on disk become arrays of `side` x `side` uint8."
+
     side: Annotated[int, Field(ge=32, multiple_of=32)]
     tile: Natural
     bands: Annotated[list[Natural], Field(min_length=1)] | None
@@ -152,24 +188,29 @@ class Prepare(Section):
     workers: Natural
     shard_mb: Positive
 
-    @model_validator(mode='after')
-    def _rises(self): _ordered('stretch', self.stretch, 0, 100, equal=False); return self
+    @model_validator(mode="after")
+    def _rises(self):
+        _ordered("stretch", self.stretch, 0, 100, equal=False)
+        return self
 
 # %% ../nbs/00_params.ipynb #caea2c65
 class Weights(Section):
     "Weights of the three losses; 0 switches one off, with its cost."
+
     reconstruction: Weight
     contrast: Weight
     distillation: Weight
 
-    @model_validator(mode='after')
+    @model_validator(mode="after")
     def _some(self):
-        if not any((self.reconstruction, self.contrast, self.distillation)): raise ValueError("all three are 0: nothing would be learnt")
+        if not any((self.reconstruction, self.contrast, self.distillation)):
+            raise ValueError("all three are 0: nothing would be learnt")
         return self
 
 # %% ../nbs/00_params.ipynb #92bdcc40
 class Pretrain(Section):
     "CMID's own settings (paper, sections III and IV-A)."
+
     dataset: str
     split: str | Annotated[dict[str, Positive], Field(min_length=1)] | None
     epochs: Count
@@ -185,7 +226,7 @@ class Pretrain(Section):
     warmup_epochs: Natural
     weight_decay: Weight
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=3, max_length=3)]
-    precision: Literal['auto', 'float32', 'bfloat16', 'float16']
+    precision: Literal["auto", "float32", "bfloat16", "float16"]
     crop_scale: Pair
     crop_aspect: Pair
     mask_ratio: Annotated[float, Field(gt=0, lt=1)]
@@ -207,27 +248,42 @@ class Pretrain(Section):
     centre_momentum: Unit
     matches: Count | None
     momentum: Annotated[list[Unit], Field(min_length=2, max_length=2)]
-    fidelity: Literal['corrected', 'published']
+    fidelity: Literal["corrected", "published"]
     checkpoint_epochs: Count
 
-    @field_validator('split', mode='before')
+    @field_validator("split", mode="before")
     @classmethod
     def _weighted(cls, split):
-        if isinstance(split, dict) and not (split and all(isinstance(o, (int, float)) and 0 < o < float('inf') for o in split.values())): raise ValueError("weights must be above 0, such as {one: 1.0, two: 2.0}")
+        if isinstance(split, dict) and not (
+            split and all(isinstance(o, (int, float)) and 0 < o < float("inf") for o in split.values())
+        ):
+            raise ValueError("weights must be above 0, such as {one: 1.0, two: 2.0}")
         return split
 
-    @model_validator(mode='after')
+    @model_validator(mode="after")
     def _agree(self):
-        _ordered('crop_scale', self.crop_scale, 1e-3, 1); _ordered('crop_aspect', self.crop_aspect, 1e-1, 10)
-        if 0 < self.focal_gamma < 1: raise ValueError(f"focal_gamma: {self.focal_gamma} has an infinite slope where prediction and target meet; use 0, or 1 and more")
-        if self.warmup_epochs >= self.epochs: raise ValueError(f"warmup_epochs: {self.warmup_epochs} leaves nothing of {self.epochs} epochs; lower it or raise epochs")
-        if 0 < self.epoch_images < self.batch: raise ValueError(f"epoch_images: {self.epoch_images} is less than one batch of {self.batch}")
-        if self.batch % (self.processes * self.accumulate): raise ValueError(f"batch: {self.batch} cannot be shared out over processes: {self.processes} in accumulate: {self.accumulate} equal parts each")
+        _ordered("crop_scale", self.crop_scale, 1e-3, 1)
+        _ordered("crop_aspect", self.crop_aspect, 1e-1, 10)
+        if 0 < self.focal_gamma < 1:
+            raise ValueError(
+                f"focal_gamma: {self.focal_gamma} has an infinite slope where prediction and target meet; use 0, or 1 and more"
+            )
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"warmup_epochs: {self.warmup_epochs} leaves nothing of {self.epochs} epochs; lower it or raise epochs"
+            )
+        if 0 < self.epoch_images < self.batch:
+            raise ValueError(f"epoch_images: {self.epoch_images} is less than one batch of {self.batch}")
+        if self.batch % (self.processes * self.accumulate):
+            raise ValueError(
+                f"batch: {self.batch} cannot be shared out over processes: {self.processes} in accumulate: {self.accumulate} equal parts each"
+            )
         return self
 
 # %% ../nbs/00_params.ipynb #61342701
 class Health(Section):
     "What is watched during pretraining, and what raises an alarm; nothing here changes what is learnt."
+
     images: Annotated[int, Field(ge=2)]
     labelled: str
     split: str | None
@@ -236,8 +292,10 @@ class Health(Section):
     idle: Unit
     patience: Count
 
+
 class Probe(Section):
     "kNN and a linear classifier on frozen features."
+
     train: str
     test: str
     neighbours: Count
@@ -246,13 +304,17 @@ class Probe(Section):
     regularisation: Annotated[list[Positive], Field(min_length=1)]
     batch: Count
 
+
 class Reconstruct(Section):
     "Which images the reconstruction figure shows."
+
     images: Count
     first: Natural
 
+
 class Classify(Section):
     "Fine-tuning a backbone with a linear head on scene classes (section IV-B)."
+
     train: str
     test: str
     validation: Annotated[float, Field(ge=0, lt=1)]
@@ -264,7 +326,7 @@ class Classify(Section):
     warmup_epochs: Natural
     weight_decay: Weight
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=3, max_length=3)]
-    precision: Literal['auto', 'float32', 'bfloat16', 'float16']
+    precision: Literal["auto", "float32", "bfloat16", "float16"]
     crop_scale: Pair
     randaugment: str | None
     mixup: Weight
@@ -273,63 +335,82 @@ class Classify(Section):
     smoothing: Annotated[float, Field(ge=0, lt=1)]
     drop_path: Annotated[float, Field(ge=0, lt=1)] | None
 
-    @model_validator(mode='after')
+    @model_validator(mode="after")
     def _agree(self):
-        _ordered('crop_scale', self.crop_scale, 1e-3, 1)
-        if self.warmup_epochs >= self.epochs: raise ValueError(f"warmup_epochs: {self.warmup_epochs} leaves nothing of {self.epochs} epochs; lower it or raise epochs")
-        if self.train == self.test: raise ValueError(f"test: {self.test!r} is what is learnt from; name another split")
+        _ordered("crop_scale", self.crop_scale, 1e-3, 1)
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"warmup_epochs: {self.warmup_epochs} leaves nothing of {self.epochs} epochs; lower it or raise epochs"
+            )
+        if self.train == self.test:
+            raise ValueError(f"test: {self.test!r} is what is learnt from; name another split")
         return self
+
 
 class Attention(Section):
     "Whose attention is read, on how many images."
+
     dataset: str
     images: Count
     shown: Count
-    branch: Literal['student', 'teacher']
-    queries: Literal['places', 'class']
+    branch: Literal["student", "teacher"]
+    queries: Literal["places", "class"]
     mass: Share
 
-    @model_validator(mode='after')
+    @model_validator(mode="after")
     def _agree(self):
-        if self.shown > self.images: raise ValueError(f"shown: {self.shown} is more than images: {self.images}; lower it")
+        if self.shown > self.images:
+            raise ValueError(f"shown: {self.shown} is more than images: {self.images}; lower it")
         return self
+
 
 class Features(Section):
     "Which features are embedded, and how."
+
     split: str | None
     images: Annotated[int, Field(ge=4)]
-    branch: Literal['student', 'teacher']
+    branch: Literal["student", "teacher"]
     perplexity: Positive
     neighbours: Count
     queries: Count
 
-    @model_validator(mode='after')
+    @model_validator(mode="after")
     def _agree(self):
-        for k in ('perplexity', 'neighbours', 'queries'):
-            if (o := getattr(self, k)) >= self.images: raise ValueError(f"{k}: {o} asks for more than {self.images} images; lower it or raise images")
+        for k in ("perplexity", "neighbours", "queries"):
+            if (o := getattr(self, k)) >= self.images:
+                raise ValueError(f"{k}: {o} asks for more than {self.images} images; lower it or raise images")
         return self
+
 
 class Correspondence(Section):
     "Which images are matched with themselves and with each other."
+
     dataset: str
     images: Annotated[int, Field(ge=2)]
     pairs: Count
-    branch: Literal['student', 'teacher']
+    branch: Literal["student", "teacher"]
     matches: Count
     crop_scale: Pair
     crop_aspect: Pair
 
-    @model_validator(mode='after')
+    @model_validator(mode="after")
     def _agree(self):
-        _ordered('crop_scale', self.crop_scale, 1e-3, 1); _ordered('crop_aspect', self.crop_aspect, 1e-1, 10)
-        if self.pairs > self.images: raise ValueError(f"pairs: {self.pairs} is more than images: {self.images}; lower it")
+        _ordered("crop_scale", self.crop_scale, 1e-3, 1)
+        _ordered("crop_aspect", self.crop_aspect, 1e-1, 10)
+        if self.pairs > self.images:
+            raise ValueError(f"pairs: {self.pairs} is more than images: {self.images}; lower it")
         return self
 
-FORMATS = dict(segment=('folders', 'potsdam', 'vaihingen', 'loveda'), change=('folders', 'cdd', 'levir', 'dsifn'), detect=('dota',)) # task: layouts on disk that it reads
+
+FORMATS = dict(
+    segment=("folders", "potsdam", "vaihingen", "loveda"), change=("folders", "cdd", "levir", "dsifn"), detect=("dota",)
+)  # task: layouts on disk that it reads
+
 
 class Task(Section):
     "Images and their labels on disk: masks (segment), pairs of dates (change) or oriented boxes (detect)."
-    task: Literal['segment', 'change', 'detect']
+
+    task: Literal["segment", "change", "detect"]
     format: str
     folder: Annotated[str, Field(min_length=1)]
     splits: Annotated[dict[str, str | list[str]], Field(min_length=1)]
@@ -337,51 +418,67 @@ class Task(Section):
     classes: dict[str, int | str | list[int | str]] | list[str] | None
     ignore: list[int | str] | None
 
-    @model_validator(mode='after')
+    @model_validator(mode="after")
     def _known(self):
-        if self.format not in (known := FORMATS[self.task]): raise ValueError(f"format: {self.format!r} is none of {', '.join(known)}, which {self.task} reads{near(self.format, known)}")
-        for o in self.splits: plain_name(o, 'splits')
+        if self.format not in (known := FORMATS[self.task]):
+            raise ValueError(
+                f"format: {self.format!r} is none of {', '.join(known)}, which {self.task} reads{near(self.format, known)}"
+            )
+        for o in self.splits:
+            plain_name(o, "splits")
         return self
+
 
 class Labels(Section):
     "How images with masks, pairs or boxes are read."
+
     bands: Annotated[list[Natural], Field(min_length=1)] | None
     stretch: Pair
     workers: Natural
     shard_mb: Count
 
-    @model_validator(mode='after')
-    def _rises(self): _ordered('stretch', self.stretch, 0, 100, equal=False); return self
+    @model_validator(mode="after")
+    def _rises(self):
+        _ordered("stretch", self.stretch, 0, 100, equal=False)
+        return self
+
 
 class Tuning(Section):
     "What fine-tuning on every dense task is told: splits, length, optimiser (null: as published for the family of the backbone)."
+
     train: str
     test: str
     epochs: Count
     batch: Count
-    optimiser: Literal['sgd', 'adamw'] | None
+    optimiser: Literal["sgd", "adamw"] | None
     lr: Positive | None
     momentum: Annotated[float, Field(ge=0, lt=1)]
     weight_decay: Weight | None
     warmup_steps: Natural
     clip: Positive | None
     drop_path: Annotated[float, Field(ge=0, lt=1)] | None
-    precision: Literal['auto', 'float32', 'bfloat16', 'float16']
+    precision: Literal["auto", "float32", "bfloat16", "float16"]
+
 
 class Segment(Tuning):
     "Semantic segmentation with UPerNet (section IV-C, arXiv 1807.10221)."
+
     crop: Annotated[int, Field(ge=32, multiple_of=32)]
     scale: Pair
     channels: Count
     auxiliary: Weight
     overlap: Annotated[float, Field(ge=0, lt=1)]
 
-    @model_validator(mode='after')
-    def _agree(self): _ordered('scale', self.scale, .1, 10); return self
+    @model_validator(mode="after")
+    def _agree(self):
+        _ordered("scale", self.scale, 0.1, 10)
+        return self
+
 
 class Change(Tuning):
     "Change detection with BIT (arXiv 2103.00208) or plain differences."
-    heads: Annotated[list[Literal['bit', 'difference']], Field(min_length=1)]
+
+    heads: Annotated[list[Literal["bit", "difference"]], Field(min_length=1)]
     crop: Annotated[int, Field(ge=32, multiple_of=32)]
     channels: Count
     tokens: Count
@@ -389,11 +486,13 @@ class Change(Tuning):
     decoder_layers: Count
     overlap: Annotated[float, Field(ge=0, lt=1)]
 
+
 class Detect(Tuning):
     "Oriented detection with Oriented R-CNN (arXiv 2108.05699)."
+
     tile: Annotated[int, Field(ge=32, multiple_of=32)]
     gap: Natural
-    scales: Annotated[list[Annotated[float, Field(ge=.05, le=8)]], Field(min_length=1)]
+    scales: Annotated[list[Annotated[float, Field(ge=0.05, le=8)]], Field(min_length=1)]
     steps: list[Count]
     channels: Count
     head_hidden: Count
@@ -406,266 +505,399 @@ class Detect(Tuning):
     score: Unit
     nms: Share
     detections: Count
-    metric: Literal['area', 'voc07']
+    metric: Literal["area", "voc07"]
 
-    @model_validator(mode='after')
+    @model_validator(mode="after")
     def _agree(self):
-        if self.gap >= self.tile: raise ValueError(f"gap: {self.gap} leaves nothing of a tile of {self.tile} px; lower it")
-        if len({*self.scales}) < len(self.scales): raise ValueError(f"scales: {self.scales}: one is there twice; name each once")
+        if self.gap >= self.tile:
+            raise ValueError(f"gap: {self.gap} leaves nothing of a tile of {self.tile} px; lower it")
+        if len({*self.scales}) < len(self.scales):
+            raise ValueError(f"scales: {self.scales}: one is there twice; name each once")
         return self
+
 
 class Run(Section):
     "What every stage shares."
+
     profile: str
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     device: str
     deterministic: bool
 
-    @model_validator(mode='after')
+    @model_validator(mode="after")
     def _known(self):
-        if not re.fullmatch(r'auto|cpu|mps|cuda(:\d{1,3})?', self.device): raise ValueError(f"device: {self.device!r} is none of auto, cpu, mps, cuda and cuda:N{near(self.device, ('auto', 'cpu', 'mps', 'cuda', 'cuda:0'))}")
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", self.device):
+            raise ValueError(
+                f"device: {self.device!r} is none of auto, cpu, mps, cuda and cuda:N{near(self.device, ('auto', 'cpu', 'mps', 'cuda', 'cuda:0'))}"
+            )
         return self
 
 # %% ../nbs/00_params.ipynb #52609462
-SECTIONS = dict(study=Study, prepare=Prepare, labels=Labels, pretrain=Pretrain, health=Health, probe=Probe, classify=Classify, reconstruct=Reconstruct, attention=Attention, features=Features, correspondence=Correspondence, segment=Segment, change=Change, detect=Detect)
-DATA = 'dataset', 'labelled' # keys that name a dataset
-GROUPS = dict(datasets='datasets by name', tasks='images with labels by name; {} for none')
+SECTIONS = dict(
+    study=Study,
+    prepare=Prepare,
+    labels=Labels,
+    pretrain=Pretrain,
+    health=Health,
+    probe=Probe,
+    classify=Classify,
+    reconstruct=Reconstruct,
+    attention=Attention,
+    features=Features,
+    correspondence=Correspondence,
+    segment=Segment,
+    change=Change,
+    detect=Detect,
+)
+DATA = "dataset", "labelled"  # keys that name a dataset
+GROUPS = dict(datasets="datasets by name", tasks="images with labels by name; {} for none")
 
 # %% ../nbs/00_params.ipynb #1160b009
 def root(
-    start=None, # folder to look from; None: CMID_ROOT, or the working folder
-) -> Path: # the folder that holds params.yaml
+    start=None,  # folder to look from; None: CMID_ROOT, or the working folder
+) -> Path:  # the folder that holds params.yaml
     "The study's root. Raises `CmidError` where there is none."
-    at = Path(start or os.environ.get('CMID_ROOT') or '.').resolve()
+    at = Path(start or os.environ.get("CMID_ROOT") or ".").resolve()
     for folder in (at, *at.parents):
-        if (folder/'params.yaml').exists(): return folder
+        if (folder / "params.yaml").exists():
+            return folder
     raise CmidError(f"{at}: no params.yaml here or above; run inside a clone of the project, or set CMID_ROOT")
 
 # %% ../nbs/00_params.ipynb #ac6ab53c
 class _Loader(yaml.SafeLoader):
     "YAML without aliases, which can stand for gigabytes, and without keys that are there twice, of which the last would win."
+
     def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent): raise yaml.MarkedYAMLError(problem=f"aliases are not read: write out what *{self.peek_event().anchor} stands for", problem_mark=self.peek_event().start_mark)
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(
+                problem=f"aliases are not read: write out what *{self.peek_event().anchor} stands for",
+                problem_mark=self.peek_event().start_mark,
+            )
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
         found, seen = super().construct_mapping(node, deep), set()
         for o in (k for k, _ in node.value if isinstance(k, yaml.ScalarNode)):
-            if o.value in seen: raise yaml.MarkedYAMLError(problem=f"{o.value!r} is there twice: remove one", problem_mark=o.start_mark)
+            if o.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{o.value!r} is there twice: remove one", problem_mark=o.start_mark)
             seen.add(o.value)
         return found
 
+
 def parse_yaml(
-    text:str, # YAML
-    where:str, # how to name it in an error
-): # what it says
+    text: str,  # YAML
+    where: str,  # how to name it in an error
+):  # what it says
     "Read YAML safely. Raises `CmidError` naming the line."
-    try: return yaml.load(text, _Loader)                                         # a safe loader: it makes plain data, and calls nothing
-    except RecursionError: raise CmidError(f"{where}: not valid YAML (nested too deeply)") from None
+    try:
+        return yaml.load(text, _Loader)  # a safe loader: it makes plain data, and calls nothing
+    except RecursionError:
+        raise CmidError(f"{where}: not valid YAML (nested too deeply)") from None
     except (yaml.YAMLError, ValueError) as e:
-        line, why = getattr(getattr(e, 'problem_mark', None), 'line', None), getattr(e, 'problem', None) or getattr(e, 'reason', None) or str(e)
-        raise CmidError(f"{where}: not valid YAML" + (f" at line {line + 1}" if line is not None else "") + f" ({_short(why)})") from None
+        line, why = (
+            getattr(getattr(e, "problem_mark", None), "line", None),
+            getattr(e, "problem", None) or getattr(e, "reason", None) or str(e),
+        )
+        raise CmidError(
+            f"{where}: not valid YAML" + (f" at line {line + 1}" if line is not None else "") + f" ({_short(why)})"
+        ) from None
+
 
 def load_yaml(
-    path, # a YAML file
-) -> dict: # its contents
+    path,  # a YAML file
+) -> dict:  # its contents
     "Read a YAML file safely. Raises `CmidError` naming file and line."
-    try: text = Path(path).read_text(encoding='utf-8')
-    except OSError as e: raise CmidError(f"{path}: cannot be read ({e.strerror})") from None
-    except UnicodeDecodeError: raise CmidError(f"{path}: is no UTF-8 text; save it as such") from None
-    if not isinstance(loaded := parse_yaml(text, path), dict): raise CmidError(f"{path}: must hold keys and values")
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as e:
+        raise CmidError(f"{path}: cannot be read ({e.strerror})") from None
+    except UnicodeDecodeError:
+        raise CmidError(f"{path}: is no UTF-8 text; save it as such") from None
+    if not isinstance(loaded := parse_yaml(text, path), dict):
+        raise CmidError(f"{path}: must hold keys and values")
     return loaded
 
 # %% ../nbs/00_params.ipynb #2052ff74
 def merge(
-    base:dict, # defaults
-    over:dict, # what counts where both speak
-) -> dict: # a new dictionary
+    base: dict,  # defaults
+    over: dict,  # what counts where both speak
+) -> dict:  # a new dictionary
     "Lay one nested dictionary over another."
-    return base | {k: merge(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v for k, v in over.items()}
+    return base | {
+        k: merge(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v for k, v in over.items()
+    }
 
 # %% ../nbs/00_params.ipynb #1626a499
-def _explain(e:ValidationError, model, where:str) -> str:
+def _explain(e: ValidationError, model, where: str) -> str:
     "The first fault of a section, as one line."
-    err = min(e.errors(), key=lambda o: o['type'] != 'extra_forbidden')          # a misspelt key is missing too: say what is written
-    at = '.'.join(_short(str(o)) for o in (where, *err['loc']) if o != '')
-    if err['type'] == 'extra_forbidden': return f"{at}: unknown key{near(err['loc'][-1], model.model_fields)}"
-    if err['type'] == 'missing': return f"{at}: missing; add it"
-    message = _short(err['msg'].removeprefix('Value error, ').removeprefix('Input '))
-    joined = f"{at}.{message}" if at and re.match(r'\w+: ', message) else f"{at}: {message}" if at else message    # what is said of several keys names one
-    return joined + (f" (got {_short(repr(err['input']))})" if err['type'] != 'value_error' else "")
+    err = min(
+        e.errors(), key=lambda o: o["type"] != "extra_forbidden"
+    )  # a misspelt key is missing too: say what is written
+    at = ".".join(_short(str(o)) for o in (where, *err["loc"]) if o != "")
+    if err["type"] == "extra_forbidden":
+        return f"{at}: unknown key{near(err['loc'][-1], model.model_fields)}"
+    if err["type"] == "missing":
+        return f"{at}: missing; add it"
+    message = _short(err["msg"].removeprefix("Value error, ").removeprefix("Input "))
+    joined = (
+        f"{at}.{message}" if at and re.match(r"\w+: ", message) else f"{at}: {message}" if at else message
+    )  # what is said of several keys names one
+    return joined + (f" (got {_short(repr(err['input']))})" if err["type"] != "value_error" else "")
 
 # %% ../nbs/00_params.ipynb #70036e6c
 def check(
-    model, # a Section class
-    values, # what params.yaml holds for it
-    where:str, # how to name it in an error
+    model,  # a Section class
+    values,  # what params.yaml holds for it
+    where: str,  # how to name it in an error
 ):
     "Build a section; raises `CmidError` naming the key that is wrong."
-    if values is None: raise CmidError(f"params.yaml: {where}: missing; add the section")
-    if not isinstance(values, dict): raise CmidError(f"params.yaml: {where}: must hold keys and values (got {_short(repr(values))})")
-    try: return model.model_validate(values)
-    except ValidationError as e: raise CmidError(f"params.yaml: {_explain(e, model, where)}") from None
+    if values is None:
+        raise CmidError(f"params.yaml: {where}: missing; add the section")
+    if not isinstance(values, dict):
+        raise CmidError(f"params.yaml: {where}: must hold keys and values (got {_short(repr(values))})")
+    try:
+        return model.model_validate(values)
+    except ValidationError as e:
+        raise CmidError(f"params.yaml: {_explain(e, model, where)}") from None
 
 # %% ../nbs/00_params.ipynb #89b95fa4
 class Params:
     "`params.yaml` with one profile laid over it; sections are attributes, checked when they are read."
-    def __init__(self,
-        folder=None, # where params.yaml lies; None looks upwards
-        profile:str|None=None, # in place of the file's own
+
+    def __init__(
+        self,
+        folder=None,  # where params.yaml lies; None looks upwards
+        profile: str | None = None,  # in place of the file's own
     ):
-        self.root = root(folder); self.values = load_yaml(self.root/'params.yaml')
+        self.root = root(folder)
+        self.values = load_yaml(self.root / "params.yaml")
         shared = {k: self.values[k] for k in Run.model_fields if k in self.values}
-        self.run = check(Run, shared | ({'profile': profile} if profile else {}), '')
-        profiles = self.values.get('profiles')
-        if not isinstance(profiles, dict): raise CmidError("params.yaml: profiles: must hold profiles by name")
+        self.run = check(Run, shared | ({"profile": profile} if profile else {}), "")
+        profiles = self.values.get("profiles")
+        if not isinstance(profiles, dict):
+            raise CmidError("params.yaml: profiles: must hold profiles by name")
         if self.run.profile not in profiles:
-            raise CmidError(f"params.yaml: profile: {self.run.profile!r} is not under profiles{near(self.run.profile, profiles)}")
+            raise CmidError(
+                f"params.yaml: profile: {self.run.profile!r} is not under profiles{near(self.run.profile, profiles)}"
+            )
         self.overlay = profiles[self.run.profile]
         if not isinstance(self.overlay, dict) or not all(isinstance(o, dict) for o in self.overlay.values()):
-            raise CmidError(f"params.yaml: profiles.{self.run.profile}: must hold sections; write SECTION: {{}} for one that changes nothing")
-        for o in [f'{k}.{n}' for k, v in self.overlay.items() for n in DATA if n in v]:
+            raise CmidError(
+                f"params.yaml: profiles.{self.run.profile}: must hold sections; write SECTION: {{}} for one that changes nothing"
+            )
+        for o in [f"{k}.{n}" for k, v in self.overlay.items() for n in DATA if n in v]:
             raise CmidError(f"params.yaml: profiles.{self.run.profile}.{o}: belongs into {o}, where dvc.yaml reads it")
-        known = {*SECTIONS, *Run.model_fields, 'datasets', 'tasks', 'profiles'}
+        known = {*SECTIONS, *Run.model_fields, "datasets", "tasks", "profiles"}
         for o in [*self.values, *self.overlay]:
-            if o not in known: raise CmidError(f"params.yaml: {o}: unknown section{near(o, known)}")
+            if o not in known:
+                raise CmidError(f"params.yaml: {o}: unknown section{near(o, known)}")
 
     def __getattr__(self, name):
-        if name not in SECTIONS: raise AttributeError(name)
+        if name not in SECTIONS:
+            raise AttributeError(name)
         mine = self.values.get(name)
-        section = check(SECTIONS[name], merge(mine, self.overlay.get(name, {})) if isinstance(mine, dict) else mine, name)
-        if name == 'study': [self.task(o, k) for k in FORMATS for o in getattr(section, k)]      # must be there
-        for k, o in [('probes', o) for o in section.probes] if name == 'study' else [(k, getattr(section, k)) for k in DATA if hasattr(section, k)]: self.dataset(o, f'{name}.{k}')     # must be there
+        section = check(
+            SECTIONS[name], merge(mine, self.overlay.get(name, {})) if isinstance(mine, dict) else mine, name
+        )
+        if name == "study":
+            [self.task(o, k) for k in FORMATS for o in getattr(section, k)]  # must be there
+        for k, o in (
+            [("probes", o) for o in section.probes]
+            if name == "study"
+            else [(k, getattr(section, k)) for k in DATA if hasattr(section, k)]
+        ):
+            self.dataset(o, f"{name}.{k}")  # must be there
         return section
 
     def _group(self, key, name=None, by=None):
         "What params.yaml names under `datasets` or `tasks`; `name`, where one is asked for (by the key `by`), is among it"
-        known, at = self.values.get(key), f'params.yaml: {key}'
-        if not isinstance(known, dict): raise CmidError(f"{at}: must hold {GROUPS[key]}")
-        if name is None: return known
-        if plain_name(name, at).lower().endswith('.partial'): raise CmidError(f"{at}: {name!r} ends like a folder that is being written; take a name without .partial")
-        if name not in known: raise CmidError(f"params.yaml: {by or key}: {name!r} is none of {key}{near(name, known)}; known: {', '.join(map(str, known)) or 'none'}")
+        known, at = self.values.get(key), f"params.yaml: {key}"
+        if not isinstance(known, dict):
+            raise CmidError(f"{at}: must hold {GROUPS[key]}")
+        if name is None:
+            return known
+        if plain_name(name, at).lower().endswith(".partial"):
+            raise CmidError(f"{at}: {name!r} ends like a folder that is being written; take a name without .partial")
+        if name not in known:
+            raise CmidError(
+                f"params.yaml: {by or key}: {name!r} is none of {key}{near(name, known)}; known: {', '.join(map(str, known)) or 'none'}"
+            )
         return known
 
-    def dataset(self,
-        name:str, # one of datasets
-        by:str|None=None, # key that names it, for the error
-    ) -> Dataset: # its folder and lists
+    def dataset(
+        self,
+        name: str,  # one of datasets
+        by: str | None = None,  # key that names it, for the error
+    ) -> Dataset:  # its folder and lists
         "One dataset's entry. Raises `CmidError` with the near names."
-        known = self._group('datasets', name, by)
-        return check(Dataset, known[name], f'datasets.{name}')
+        known = self._group("datasets", name, by)
+        return check(Dataset, known[name], f"datasets.{name}")
 
-    def task(self,
-        name:str, # one of tasks
-        kind:str|None=None, # segment | change | detect, where it must be one of these
-    ) -> Task: # its folder, splits and classes
+    def task(
+        self,
+        name: str,  # one of tasks
+        kind: str | None = None,  # segment | change | detect, where it must be one of these
+    ) -> Task:  # its folder, splits and classes
         "One entry of tasks. Raises `CmidError` with the near names."
-        known = self._group('tasks', name, kind and f'study.{kind}')
-        if name in self._group('datasets'): raise CmidError(f"params.yaml: tasks: {name!r} is the name of a dataset too, and both write prepared/{name}; rename one")
-        found = check(Task, known[name], f'tasks.{name}')
-        if kind and found.task != kind: raise CmidError(f"params.yaml: study.{kind}: tasks.{name} is for {found.task}; name it there")
+        known = self._group("tasks", name, kind and f"study.{kind}")
+        if name in self._group("datasets"):
+            raise CmidError(
+                f"params.yaml: tasks: {name!r} is the name of a dataset too, and both write prepared/{name}; rename one"
+            )
+        found = check(Task, known[name], f"tasks.{name}")
+        if kind and found.task != kind:
+            raise CmidError(f"params.yaml: study.{kind}: tasks.{name} is for {found.task}; name it there")
         return found
 
     def path(self, relative) -> Path:
         "A path of the study: relative ones are taken from its root."
-        return self.root/relative
+        return self.root / relative
 
 # %% ../nbs/00_params.ipynb #621d1961
 def check_all(
-    p:Params, # of a study
-) -> Params: # the same
+    p: Params,  # of a study
+) -> Params:  # the same
     "Check every section. Raises `CmidError` naming the first key that is wrong."
-    for o in SECTIONS: getattr(p, o)
-    for o in p._group('datasets'): p.dataset(o)
-    for o in p._group('tasks'): p.task(o)
-    for kind in FORMATS: _check_splits(p, kind)
+    for o in SECTIONS:
+        getattr(p, o)
+    for o in p._group("datasets"):
+        p.dataset(o)
+    for o in p._group("tasks"):
+        p.task(o)
+    for kind in FORMATS:
+        _check_splits(p, kind)
     return p
+
 
 def _check_splits(p, kind):
     "What a stage learns from and scores must be a split of each task that it is run on"
     section = getattr(p, kind)
     for name in getattr(p.study, kind):
-        for k in ('train', 'test'):
-            if (o := getattr(section, k)) not in (known := p.task(name).splits): raise CmidError(f"params.yaml: {kind}.{k}: {o!r} is no split of tasks.{name}{near(o, known)}; known: {', '.join(known)}")
+        for k in ("train", "test"):
+            if (o := getattr(section, k)) not in (known := p.task(name).splits):
+                raise CmidError(
+                    f"params.yaml: {kind}.{k}: {o!r} is no split of tasks.{name}{near(o, known)}; known: {', '.join(known)}"
+                )
 
 # %% ../nbs/00_params.ipynb #c52f35e9
 def device(
-    name:str='auto', # auto | cpu | cuda | cuda:N | mps
-): # torch.device
+    name: str = "auto",  # auto | cpu | cuda | cuda:N | mps
+):  # torch.device
     "The device asked for. Raises `CmidError` where it is not there."
     import torch
-    if name == 'auto': name = 'cuda' if torch.cuda.is_available() else 'cpu'
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     found = torch.device(name)
-    n = torch.cuda.device_count() if found.type == 'cuda' else int(found.type != 'mps' or torch.backends.mps.is_available())
-    if (found.index or 0) >= n: raise CmidError(f"params.yaml: device: {name!r} is not on this machine ({n} found); use device: auto or cpu")
+    n = (
+        torch.cuda.device_count()
+        if found.type == "cuda"
+        else int(found.type != "mps" or torch.backends.mps.is_available())
+    )
+    if (found.index or 0) >= n:
+        raise CmidError(f"params.yaml: device: {name!r} is not on this machine ({n} found); use device: auto or cpu")
     return found
 
 # %% ../nbs/00_params.ipynb #6d4ac76a
-KEEP = dict(MALLOC_MMAP_MAX_='0', MALLOC_TRIM_THRESHOLD_='-1') # environment of a process that trains; read by glibc alone
+KEEP = dict(
+    MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_="-1"
+)  # environment of a process that trains; read by glibc alone
 
 # %% ../nbs/00_params.ipynb #55f40298
 def seed_everything(
-    seed:int, # of Python, numpy and torch
-    deterministic:bool=False, # also on a GPU, at a cost in speed
+    seed: int,  # of Python, numpy and torch
+    deterministic: bool = False,  # also on a GPU, at a cost in speed
 ):
     "One seed for every source of chance."
     import torch
-    random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
-    if deterministic: os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.deterministic = deterministic
     torch.use_deterministic_algorithms(deterministic)
 
 # %% ../nbs/00_params.ipynb #5a2743db
 def _git(*args, cwd):
     "Output of one git command, or None where git or the repository is missing."
-    try: return subprocess.run(['git', *args], cwd=cwd, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError): return None
+    try:
+        return subprocess.run(
+            ["git", *args], cwd=cwd, capture_output=True, text=True, timeout=20, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 # %% ../nbs/00_params.ipynb #517533ad
 def provenance(
-    device=None, # torch.device that was used
-    folder=None, # the study's root; None: looked for
-    **more, # further facts, such as data hashes
-) -> dict: # commit, changed, versions, machine, ...
+    device=None,  # torch.device that was used
+    folder=None,  # the study's root; None: looked for
+    **more,  # further facts, such as data hashes
+) -> dict:  # commit, changed, versions, machine, ...
     "Commit, versions and device of this run, as JSON takes them."
-    torch = sys.modules.get('torch') # a stage that only reads and draws has not loaded it
-    try: at = folder or root()
-    except CmidError: at = Path.cwd()
-    names = 'torch', 'torchvision', 'timm', 'fastai', 'numpy', 'cmid'
+    torch = sys.modules.get("torch")  # a stage that only reads and draws has not loaded it
+    try:
+        at = folder or root()
+    except CmidError:
+        at = Path.cwd()
+    names = "torch", "torchvision", "timm", "fastai", "numpy", "cmid"
     # only code counts: parameters and data are recorded by themselves, and results are what a run writes
-    changed = _git('status', '--porcelain', '--', ':(top)cmid', ':(top)nbs', ':(top)dvc.yaml', ':(top)requirements.lock', cwd=at)
-    name = torch.cuda.get_device_name(device) if getattr(device, 'type', '') == 'cuda' else f"{platform.machine()} CPU, {torch.get_num_threads() if torch else os.cpu_count()} threads"
-    return dict(commit=_git('rev-parse', 'HEAD', cwd=at), changed=bool(changed), device=name, platform=platform.system(),
-                versions=dict(python=platform.python_version()) | {o: version(o) for o in names}) | more
+    changed = _git(
+        "status", "--porcelain", "--", ":(top)cmid", ":(top)nbs", ":(top)dvc.yaml", ":(top)requirements.lock", cwd=at
+    )
+    name = (
+        torch.cuda.get_device_name(device)
+        if getattr(device, "type", "") == "cuda"
+        else f"{platform.machine()} CPU, {torch.get_num_threads() if torch else os.cpu_count()} threads"
+    )
+    return (
+        dict(
+            commit=_git("rev-parse", "HEAD", cwd=at),
+            changed=bool(changed),
+            device=name,
+            platform=platform.system(),
+            versions=dict(python=platform.python_version()) | {o: version(o) for o in names},
+        )
+        | more
+    )
 
 # %% ../nbs/00_params.ipynb #8fecd94a
 @contextmanager
 def whole(
-    path, # file to write; its folder is made
-    need:int|None=None, # bytes, where that is known
-): # a binary file to fill
+    path,  # file to write; its folder is made
+    need: int | None = None,  # bytes, where that is known
+):  # a binary file to fill
     "A file that is there whole or not at all. Raises `CmidError` where the disk is full."
-    path = Path(path); beside = path.with_name(f'.{path.name}.part')
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.part")
     with writing(path, need):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(beside, 'wb') as f: yield f; f.flush(); os.fsync(f.fileno())
+            with open(beside, "wb") as f:
+                yield f
+                f.flush()
+                os.fsync(f.fileno())
             os.replace(beside, path)
-        finally: beside.unlink(missing_ok=True)
+        finally:
+            beside.unlink(missing_ok=True)
+
 
 def write_whole(
-    path, # file to write; its folder is made
-    content:str|bytes, # everything it shall hold
+    path,  # file to write; its folder is made
+    content: str | bytes,  # everything it shall hold
 ):
     "Write a small file so that it is there whole or not at all. Raises `CmidError` where the disk is full."
     content = content.encode() if isinstance(content, str) else content
-    with whole(path, len(content)) as f: f.write(content)
+    with whole(path, len(content)) as f:
+        f.write(content)
 
 # %% ../nbs/00_params.ipynb #5b7aeb1a
 def write_json(
-    path, # file to write
-    value, # what json takes
+    path,  # file to write
+    value,  # what json takes
 ):
     "Write JSON, readable and in a stable form."
     import json
-    write_whole(path, json.dumps(value, indent=1, allow_nan=False) + '\n')
+
+    write_whole(path, json.dumps(value, indent=1, allow_nan=False) + "\n")

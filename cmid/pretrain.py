@@ -13,8 +13,9 @@ import gc, hashlib, json, math, signal, threading, time, warnings
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 import numpy as np, torch
-with warnings.catch_warnings(): # fastai 2.8 scripts a function when it is imported, which torch calls deprecated
-    warnings.simplefilter('ignore', FutureWarning)
+
+with warnings.catch_warnings():  # fastai 2.8 scripts a function when it is imported, which torch calls deprecated
+    warnings.simplefilter("ignore", FutureWarning)
     from fastai.callback.core import Callback, CancelStepException
     from fastai.data.core import DataLoaders
     from fastai.learner import Learner, Recorder, CastToTensor
@@ -33,73 +34,104 @@ from .views import RGB_MEAN, RGB_STD, TwoViews, step_generator
 
 # %% ../nbs/23_pretrain.ipynb #fc0294b7
 def peak_lr(
-    settings:Pretrain, # lr, or null for the rule
-) -> tuple: # value, how it came about
+    settings: Pretrain,  # lr, or null for the rule
+) -> tuple:  # value, how it came about
     "The peak learning rate and its reason, as one line."
-    if settings.lr is not None: return settings.lr, f"lr {settings.lr:g} (params.yaml: pretrain.lr)"
-    lr = .00625 * math.sqrt(settings.batch / 256)
+    if settings.lr is not None:
+        return settings.lr, f"lr {settings.lr:g} (params.yaml: pretrain.lr)"
+    lr = 0.00625 * math.sqrt(settings.batch / 256)
     return lr, f"lr {lr:.6g} = .00625 sqrt({settings.batch} / 256) (the rule for a total batch of {settings.batch})"
 
+
 def lr_at(
-    step:int, # from 0
-    steps:int, # of the whole run
-    warmup:int, # steps
-    peak:float, low:float=1e-6,
-) -> float: # learning rate of this step
+    step: int,  # from 0
+    steps: int,  # of the whole run
+    warmup: int,  # steps
+    peak: float,
+    low: float = 1e-6,
+) -> float:  # learning rate of this step
     "Linear warm-up, then half a cosine."
-    if step < warmup: return peak * (step + 1) / warmup
+    if step < warmup:
+        return peak * (step + 1) / warmup
     return low + (peak - low) * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1))) / 2
 
 # %% ../nbs/23_pretrain.ipynb #af2735f9
-UNDECAYED = ('mask_token', 'relative_position_bias_table', 'pos_embed', 'cls_token', 'weight_v')
+UNDECAYED = ("mask_token", "relative_position_bias_table", "pos_embed", "cls_token", "weight_v")
+
 
 def parameter_groups(
-    model:torch.nn.Module, # what learns
-    weight_decay:float, # of the matrices
-) -> list: # of parameter groups
+    model: torch.nn.Module,  # what learns
+    weight_decay: float,  # of the matrices
+) -> list:  # of parameter groups
     "Parameters with and without weight decay (section IV-A)."
-    spared = [n for n, _ in model.named_parameters() if n.split('.')[-1] in UNDECAYED]
+    spared = [n for n, _ in model.named_parameters() if n.split(".")[-1] in UNDECAYED]
     return param_groups_weight_decay(model, weight_decay, no_weight_decay_list=spared)
 
 # %% ../nbs/23_pretrain.ipynb #a3c9ce43
 def precision_of(
-    name:str, # auto | float32 | bfloat16 | float16
-    on:torch.device,
-    section:str='pretrain', # of params.yaml that says so
-) -> torch.dtype: # of the matrix work
+    name: str,  # auto | float32 | bfloat16 | float16
+    on: torch.device,
+    section: str = "pretrain",  # of params.yaml that says so
+) -> torch.dtype:  # of the matrix work
     "The precision of the run. Raises `CmidError` where the device does not have it."
-    if name == 'auto':
-        if on.type != 'cuda': return torch.float32
+    if name == "auto":
+        if on.type != "cuda":
+            return torch.float32
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if name == 'float16' and on.type == 'cpu': raise CmidError(f"params.yaml: {section}.precision: float16 needs a GPU; use float32, bfloat16 or auto")
+    if name == "float16" and on.type == "cpu":
+        raise CmidError(f"params.yaml: {section}.precision: float16 needs a GPU; use float32, bfloat16 or auto")
     return getattr(torch, name)
 
 # %% ../nbs/23_pretrain.ipynb #d17f6642
 def _shared(model, on):
     "The model, whose gradients are averaged over processes where there are several; no buffer is sent: all compute the same queue and centre"
-    if world() == 1: return model
-    with warnings.catch_warnings(): # torch 2.15 has a new name for the argument, which torch 2.10 does not know
-        warnings.simplefilter('ignore', FutureWarning)
-        return torch.nn.parallel.DistributedDataParallel(model, device_ids=[on.index] if on.type == 'cuda' else None, broadcast_buffers=False, gradient_as_bucket_view=True)
+    if world() == 1:
+        return model
+    with warnings.catch_warnings():  # torch 2.15 has a new name for the argument, which torch 2.10 does not know
+        warnings.simplefilter("ignore", FutureWarning)
+        return torch.nn.parallel.DistributedDataParallel(
+            model,
+            device_ids=[on.index] if on.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
 
 # %% ../nbs/23_pretrain.ipynb #be5c6be2
 class CMIDCallback(Callback):
     "Views, schedules, mixed precision, moving average and queue of CMID, on this process's share of a batch."
+
     order = 10
-    def __init__(self, settings:Pretrain, views:TwoViews, seed:int, dtype=torch.float32):
-        self.settings, self.views, self.seed, self.dtype, self.done, self.skipped, self.on = settings, views, seed, dtype, 0, 0, None
+
+    def __init__(self, settings: Pretrain, views: TwoViews, seed: int, dtype=torch.float32):
+        self.settings, self.views, self.seed, self.dtype, self.done, self.skipped, self.on = (
+            settings,
+            views,
+            seed,
+            dtype,
+            0,
+            0,
+            None,
+        )
         self.peak, self.rule = peak_lr(settings)
 
     def before_fit(self):
-        self.epoch_steps = len(self.learn.dls.train); self.steps = self.epoch_steps * self.settings.epochs
-        self.method = self.learn.model; self.on = next(self.method.parameters()).device; self.shared = _shared(self.method, self.on)
+        self.epoch_steps = len(self.learn.dls.train)
+        self.steps = self.epoch_steps * self.settings.epochs
+        self.method = self.learn.model
+        self.on = next(self.method.parameters()).device
+        self.shared = _shared(self.method, self.on)
         self.scaler, self.overflow = torch.amp.GradScaler(self.on.type, enabled=self.dtype == torch.float16), False
-        if getattr(self, 'resumed', None): self.scaler.load_state_dict(self.resumed)
+        if getattr(self, "resumed", None):
+            self.scaler.load_state_dict(self.resumed)
 
     def before_epoch(self):
         "Lists of this epoch: losses and gradient norms, a tensor a step; an epoch that was stopped in its middle goes on with its own."
-        self.learn.dls.train.epoch, self.learn.dls.train.first = self.learn.epoch, self.done - self.learn.epoch * self.epoch_steps
-        if self.learn.dls.train.first <= 0: self.learn.dls.train.first, self.sums, self.norms = 0, [], []
+        self.learn.dls.train.epoch, self.learn.dls.train.first = (
+            self.learn.epoch,
+            self.done - self.learn.epoch * self.epoch_steps,
+        )
+        if self.learn.dls.train.first <= 0:
+            self.learn.dls.train.first, self.sums, self.norms = 0, [], []
 
     def before_batch(self):
         s, epoch = self.settings, self.done // self.epoch_steps
@@ -110,33 +142,58 @@ class CMIDCallback(Callback):
         *first, last = self.learn.xb[0].chunk(s.accumulate)
         self.seen = [self._part(o, i) for i, o in enumerate(first)]
         self.learn.xb = (self.make_views(last, len(first)), self.tau)
-        self.learn.model, self.cast = self.shared, self._precision(); self.cast.__enter__()
+        self.learn.model, self.cast = self.shared, self._precision()
+        self.cast.__enter__()
 
     def make_views(self, images, part=0):
         "Two views of a part of this process's share; its own chance"
-        views = self.views(images, step_generator(self.seed, self.done, rank() * self.settings.accumulate + part, self.on))
-        return [o._replace(images=o.images.contiguous(memory_format=torch.channels_last)) for o in views] if self.on.type in ('cpu', 'cuda') else views
+        views = self.views(
+            images, step_generator(self.seed, self.done, rank() * self.settings.accumulate + part, self.on)
+        )
+        return (
+            [o._replace(images=o.images.contiguous(memory_format=torch.channels_last)) for o in views]
+            if self.on.type in ("cpu", "cuda")
+            else views
+        )
 
-    def _precision(self): return torch.autocast(self.on.type, self.dtype, enabled=self.dtype != torch.float32)
+    def _precision(self):
+        return torch.autocast(self.on.type, self.dtype, enabled=self.dtype != torch.float32)
+
     def _part(self, images, i):
         "Gradients of a part that is not the last: they add up, and are not sent around yet. Its losses, a tensor"
         with nullcontext() if self.shared is self.method else self.shared.no_sync():
-            with self._precision(): losses = self.shared(self.make_views(images, i), self.tau)
+            with self._precision():
+                losses = self.shared(self.make_views(images, i), self.tau)
             self.scaler.scale(losses.total / self.settings.accumulate).backward()
         return torch.stack([o.detach() for o in losses])
 
-    def after_pred(self): self._uncast()
-    def after_cancel_batch(self): self._uncast()
-    def after_cancel_fit(self): self._uncast()
-    def _uncast(self):
-        if getattr(self, 'cast', None) is not None: self.cast.__exit__(None, None, None); self.learn.model, self.cast = self.method, None
+    def after_pred(self):
+        self._uncast()
 
-    def after_loss(self): self.sums.append(torch.stack([*self.seen, torch.stack([o.detach() for o in self.learn.pred])]).mean(0))
-    def before_backward(self): self.learn.loss_grad = self.scaler.scale(self.learn.loss_grad / self.settings.accumulate)
+    def after_cancel_batch(self):
+        self._uncast()
+
+    def after_cancel_fit(self):
+        self._uncast()
+
+    def _uncast(self):
+        if getattr(self, "cast", None) is not None:
+            self.cast.__exit__(None, None, None)
+            self.learn.model, self.cast = self.method, None
+
+    def after_loss(self):
+        self.sums.append(torch.stack([*self.seen, torch.stack([o.detach() for o in self.learn.pred])]).mean(0))
+
+    def before_backward(self):
+        self.learn.loss_grad = self.scaler.scale(self.learn.loss_grad / self.settings.accumulate)
+
     def before_step(self):
         self.norms.append(self._gradient_norm())
-        if self.settings.fidelity == 'published' and self.done: self.learn.model.average(self.momentum)
-        if self.scaler.is_enabled(): self._scaled_step(); raise CancelStepException()
+        if self.settings.fidelity == "published" and self.done:
+            self.learn.model.average(self.momentum)
+        if self.scaler.is_enabled():
+            self._scaled_step()
+            raise CancelStepException()
 
     def _gradient_norm(self):
         "Of all gradients together, a tensor; float16 has them scaled."
@@ -146,418 +203,766 @@ class CMIDCallback(Callback):
     def _scaled_step(self):
         "float16 only: leave out a step whose gradients overflowed; whether they did, the host must ask."
         scale = self.scaler.get_scale()
-        self.scaler.step(self.learn.opt.opt); self.scaler.update()
-        self.overflow = self.scaler.get_scale() < scale; self.skipped += self.overflow
-        if scale < 1 and self.overflow: raise CmidError(f"gradients are not finite at step {self.done + 1}, however small the loss is scaled (learning rate {self.rate:.3g}); lower pretrain.lr, or set pretrain.precision: float32")
+        self.scaler.step(self.learn.opt.opt)
+        self.scaler.update()
+        self.overflow = self.scaler.get_scale() < scale
+        self.skipped += self.overflow
+        if scale < 1 and self.overflow:
+            raise CmidError(
+                f"gradients are not finite at step {self.done + 1}, however small the loss is scaled (learning rate {self.rate:.3g}); lower pretrain.lr, or set pretrain.precision: float32"
+            )
 
-    def after_step(self): # also after a step that was cancelled
-        if self.settings.fidelity == 'corrected' and not self.overflow: self.learn.model.average(self.momentum)
-        self.learn.model.enqueue(); self.done += 1
+    def after_step(self):  # also after a step that was cancelled
+        if self.settings.fidelity == "corrected" and not self.overflow:
+            self.learn.model.average(self.momentum)
+        self.learn.model.enqueue()
+        self.done += 1
 
 # %% ../nbs/23_pretrain.ipynb #7eb6cc72
-LOSSES = 'total', 'reconstruction', 'contrast', 'distillation'
+LOSSES = "total", "reconstruction", "contrast", "distillation"
+
 
 class Journal(Callback):
     "Curves, health and alarms, a line an epoch."
+
     order = 20
-    def __init__(self,
-        watch:Watch|None=None, # what is looked at every epoch
-        say=print, # takes a line
-        points:int=10, # of the curve, an epoch
+
+    def __init__(
+        self,
+        watch: Watch | None = None,  # what is looked at every epoch
+        say=print,  # takes a line
+        points: int = 10,  # of the curve, an epoch
     ):
-        self.watch, self.say, self.points, self.curve, self.epochs, self.schedule, self.warnings = watch, say, points, [], [], [], {}; self.kept = 0   # schedule: of this epoch, empty while epochs are skipped
+        self.watch, self.say, self.points, self.curve, self.epochs, self.schedule, self.warnings = (
+            watch,
+            say,
+            points,
+            [],
+            [],
+            [],
+            {},
+        )
+        self.kept = 0  # schedule: of this epoch, empty while epochs are skipped
 
     def before_fit(self):
         "A run that goes on is judged by what is asked of it now."
         fallen, self.warnings = self._alarms()
-        if fallen: self._stop(*fallen)
+        if fallen:
+            self._stop(*fallen)
 
     def before_epoch(self):
-        if self.learn.dls.train.first == 0: self.schedule = []
+        if self.learn.dls.train.first == 0:
+            self.schedule = []
         self.begun, self.kept = time.perf_counter(), len(self.schedule)
 
-    def after_batch(self): a = self.learn.cmid; self.schedule.append((a.rate, a.momentum, a.tau))
+    def after_batch(self):
+        a = self.learn.cmid
+        self.schedule.append((a.rate, a.momentum, a.tau))
 
-    def finished(self): "Was this epoch trained to its end just now? (not, where a run that goes on skips it)"; return len(self.schedule) > self.kept and self.learn.cmid.done == (self.learn.epoch + 1) * self.learn.cmid.epoch_steps
+    def finished(self):
+        "Was this epoch trained to its end just now? (not, where a run that goes on skips it)"
+        return (
+            len(self.schedule) > self.kept
+            and self.learn.cmid.done == (self.learn.epoch + 1) * self.learn.cmid.epoch_steps
+        )
 
     def losses(self):
         "Losses and gradient norms of this epoch so far, float (steps, 5), means over all processes, on the host. Raises `CmidError` where one is not finite."
-        a = self.learn.cmid; found = averaged(torch.cat([torch.stack(a.sums), torch.stack(a.norms)[:, None]], 1)).float().cpu().numpy()
-        bad = ~np.isfinite(found[:, 1:] if not a.scaler.is_enabled() else found[:, 1:-1])                     # float16: a step whose gradients overflowed was left out
-        if bad.any(): self._not_finite(*[int(o[0]) for o in np.nonzero(bad)], a.done - len(found))
-        if not torch.stack([o.isfinite().all() for o in self.learn.model.state_dict().values() if o.is_floating_point()]).all(): self._not_finite(len(found) - 1, len(LOSSES), a.done - len(found))
+        a = self.learn.cmid
+        found = averaged(torch.cat([torch.stack(a.sums), torch.stack(a.norms)[:, None]], 1)).float().cpu().numpy()
+        bad = ~np.isfinite(
+            found[:, 1:] if not a.scaler.is_enabled() else found[:, 1:-1]
+        )  # float16: a step whose gradients overflowed was left out
+        if bad.any():
+            self._not_finite(*[int(o[0]) for o in np.nonzero(bad)], a.done - len(found))
+        if not torch.stack(
+            [o.isfinite().all() for o in self.learn.model.state_dict().values() if o.is_floating_point()]
+        ).all():
+            self._not_finite(len(found) - 1, len(LOSSES), a.done - len(found))
         return found
 
     def after_epoch(self):
         a = self.learn.cmid
-        if not self.finished(): return
-        found = self.losses(); seconds = time.perf_counter() - self.begun; steps = len(found) - self.kept
+        if not self.finished():
+            return
+        found = self.losses()
+        seconds = time.perf_counter() - self.begun
+        steps = len(found) - self.kept
         for part in np.array_split(np.arange(len(found)), min(self.points, len(found))):
-            self.curve.append(dict(step=int(a.done - len(found) + part[-1] + 1)) | dict(zip(LOSSES, map(float, found[part].mean(0)))) | _norms(found[part, -1])[0] | dict(zip(('lr', 'momentum', 'teacher_temperature'), self.schedule[part[-1]])))
-        mean = dict(zip(LOSSES, map(float, found.mean(0)))); speed = steps * a.settings.batch / seconds
-        self.epochs.append(dict(epoch=self.learn.epoch + 1, step=a.done) | mean | _norms(found[:, -1])[0] | _norms(found[:, -1])[1] | dict(images_per_s=speed) | self._health())
-        self._line(mean, speed, seconds * len(found) / steps); self._judge()
+            self.curve.append(
+                dict(step=int(a.done - len(found) + part[-1] + 1))
+                | dict(zip(LOSSES, map(float, found[part].mean(0))))
+                | _norms(found[part, -1])[0]
+                | dict(zip(("lr", "momentum", "teacher_temperature"), self.schedule[part[-1]]))
+            )
+        mean = dict(zip(LOSSES, map(float, found.mean(0))))
+        speed = steps * a.settings.batch / seconds
+        self.epochs.append(
+            dict(epoch=self.learn.epoch + 1, step=a.done)
+            | mean
+            | _norms(found[:, -1])[0]
+            | _norms(found[:, -1])[1]
+            | dict(images_per_s=speed)
+            | self._health()
+        )
+        self._line(mean, speed, seconds * len(found) / steps)
+        self._judge()
 
     def _line(self, mean, speed, seconds):
         left, e = (self.learn.cmid.settings.epochs - self.learn.epoch - 1) * seconds, self.epochs[-1]
-        health = f"  std {e['student_std']:.4f} rank {e['student_rank']:.0f}" if 'student_std' in e else ''
-        health += f"  kNN {100 * e['knn']:.1f} %" if 'knn' in e else ''
-        self.say(f"epoch {self.learn.epoch + 1}/{self.learn.cmid.settings.epochs}  " + '  '.join(f'{k} {v:.4f}' for k, v in mean.items()) + f"{health}  {speed:.0f} images/s  {clock(left)} left")
+        health = f"  std {e['student_std']:.4f} rank {e['student_rank']:.0f}" if "student_std" in e else ""
+        health += f"  kNN {100 * e['knn']:.1f} %" if "knn" in e else ""
+        self.say(
+            f"epoch {self.learn.epoch + 1}/{self.learn.cmid.settings.epochs}  "
+            + "  ".join(f"{k} {v:.4f}" for k, v in mean.items())
+            + f"{health}  {speed:.0f} images/s  {clock(left)} left"
+        )
 
     def _not_finite(self, step, part, first):
-        name = (*(f'{o} loss' for o in LOSSES[1:]), 'norm of the gradient', 'a weight')[part]
-        raise CmidError(f"{name} is not finite at step {first + step + 1} (learning rate {self.schedule[step][0]:.3g}); lower pretrain.lr; {self._kept()}")
+        name = (*(f"{o} loss" for o in LOSSES[1:]), "norm of the gradient", "a weight")[part]
+        raise CmidError(
+            f"{name} is not finite at step {first + step + 1} (learning rate {self.schedule[step][0]:.3g}); lower pretrain.lr; {self._kept()}"
+        )
 
     def _kept(self, before=None):
         "The newest checkpoint, all of whose weights are finite, from before an epoch began"
-        keeper = getattr(self.learn, 'checkpoints', None); found = checkpoint.checkpoints(keeper.folder) if keeper else []
-        found = [o for o in found if before is None or int(o.stem.split('-')[1]) <= (before - 1) * self.learn.cmid.epoch_steps]
+        keeper = getattr(self.learn, "checkpoints", None)
+        found = checkpoint.checkpoints(keeper.folder) if keeper else []
+        found = [
+            o
+            for o in found
+            if before is None or int(o.stem.split("-")[1]) <= (before - 1) * self.learn.cmid.epoch_steps
+        ]
         return f"the last good checkpoint is {found[-1]}" if found else "no checkpoint from before is there"
 
     def _health(self):
         "What `watch` sees, and the age of the queue's oldest key in steps."
-        if self.watch is None: return {}
-        m, a = self.learn.model, self.learn.cmid; aged = {} if m.queue is None or not m.weights[1] else dict(queue_age=min(a.done, m.queue.keys.shape[1] // (2 * a.settings.batch)))
-        with torch.compiler.set_stance('force_eager'): return self.watch(m, a.views.normalise, a.tau) | aged   # other shapes than training's: not worth compiling for
+        if self.watch is None:
+            return {}
+        m, a = self.learn.model, self.learn.cmid
+        aged = (
+            {}
+            if m.queue is None or not m.weights[1]
+            else dict(queue_age=min(a.done, m.queue.keys.shape[1] // (2 * a.settings.batch)))
+        )
+        with torch.compiler.set_stance("force_eager"):
+            return (
+                self.watch(m, a.views.normalise, a.tau) | aged
+            )  # other shapes than training's: not worth compiling for
 
     def _alarms(self):
-        if self.watch is None: return None, {}
+        if self.watch is None:
+            return None, {}
         s = self.learn.cmid.settings
-        return alarms(self.epochs, self.watch.limits, self.learn.model.student.encoder.feature_channels[-1], s.projector_dim, s.prototypes, s.warmup_epochs)
+        return alarms(
+            self.epochs,
+            self.watch.limits,
+            self.learn.model.student.encoder.feature_channels[-1],
+            s.projector_dim,
+            s.prototypes,
+            s.warmup_epochs,
+        )
 
     def _judge(self):
         "Say what idles, once; raise `CmidError` where the run has collapsed."
         fallen, now = self._alarms()
-        for k in now.keys() - self.warnings.keys(): self.say(f"warning: {now[k]}")
+        for k in now.keys() - self.warnings.keys():
+            self.say(f"warning: {now[k]}")
         self.warnings = now
-        if fallen: self._stop(*fallen)
+        if fallen:
+            self._stop(*fallen)
 
-    def _stop(self, since, said): raise CmidError(f"{said}; lower pretrain.lr or raise pretrain.batch, and look at the losses that are on; {self._kept(since)}")
+    def _stop(self, since, said):
+        raise CmidError(
+            f"{said}; lower pretrain.lr or raise pretrain.batch, and look at the losses that are on; {self._kept(since)}"
+        )
 
 # %% ../nbs/23_pretrain.ipynb #7a8cb2ee
 def _norms(x):
     "Mean and largest of the finite ones (float16 leaves out steps whose gradients overflow); empty where there is none"
-    x = x[np.isfinite(x)]; return (dict(gradient_norm=float(x.mean())), dict(gradient_norm_max=float(x.max()))) if len(x) else ({}, {})
+    x = x[np.isfinite(x)]
+    return (dict(gradient_norm=float(x.mean())), dict(gradient_norm_max=float(x.max()))) if len(x) else ({}, {})
+
 
 def clock(
-    seconds:float,
-) -> str: # h, min or s
+    seconds: float,
+) -> str:  # h, min or s
     "A duration, roughly."
-    return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
+    return (
+        f"{seconds / 3600:.1f} h"
+        if seconds > 5400
+        else f"{seconds / 60:.0f} min"
+        if seconds > 90
+        else f"{seconds:.0f} s"
+    )
 
 # %% ../nbs/23_pretrain.ipynb #b28c637a
 class Checkpoints(Callback):
     "Write the whole state every so many epochs, and when the run is asked to stop, to a folder of these parameters' own."
+
     order = 30
-    def __init__(self, folder, parameters:dict, every:int=1, commit:str|None=None, way:dict|None=None):
+
+    def __init__(self, folder, parameters: dict, every: int = 1, commit: str | None = None, way: dict | None = None):
         self.parameters, self.every, self.commit, self.commits, self.asked = parameters, every, commit, [], False
-        self.agree, self.way, self.ways = Asked(), way or {}, []                   # way: how the batch is shared out, which may change; ways: those of the run so far, and from which step
-        self.folder = Path(folder)/hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()[:8]
+        self.agree, self.way, self.ways = (
+            Asked(),
+            way or {},
+            [],
+        )  # way: how the batch is shared out, which may change; ways: those of the run so far, and from which step
+        self.folder = Path(folder) / hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()[:8]
 
     def others(self):
         "Folders of runs with other parameters or code, and what differs."
-        found = [o for o in sorted(self.folder.parent.glob('*/')) if o != self.folder and checkpoint.checkpoints(o)]
-        return {o: checkpoint._differences(json.loads((o/'parameters.json').read_text()), self.parameters) if (o/'parameters.json').exists() else 'not recorded' for o in found}
+        found = [o for o in sorted(self.folder.parent.glob("*/")) if o != self.folder and checkpoint.checkpoints(o)]
+        return {
+            o: checkpoint._differences(json.loads((o / "parameters.json").read_text()), self.parameters)
+            if (o / "parameters.json").exists()
+            else "not recorded"
+            for o in found
+        }
 
-    def after_batch(self): # in the middle of an epoch; at its end the curve comes first
-        if self.agree(self.asked) and self.learn.cmid.done % self.learn.cmid.epoch_steps: self.learn.journal.losses(); self._stop()
+    def after_batch(self):  # in the middle of an epoch; at its end the curve comes first
+        if self.agree(self.asked) and self.learn.cmid.done % self.learn.cmid.epoch_steps:
+            self.learn.journal.losses()
+            self._stop()
 
     def after_epoch(self):
         done = self.learn.epoch + 1
-        if not self.learn.journal.finished(): return
+        if not self.learn.journal.finished():
+            return
         asked = self.agree.now(self.asked)
-        if done % self.every == 0 or done == self.learn.cmid.settings.epochs or asked: self.write(done)
-        if asked and done < self.learn.cmid.settings.epochs: self._stop(written=True)
+        if done % self.every == 0 or done == self.learn.cmid.settings.epochs or asked:
+            self.write(done)
+        if asked and done < self.learn.cmid.settings.epochs:
+            self._stop(written=True)
 
     def _stop(self, written=False):
-        if not written: self.write(self.learn.epoch)
-        self.agree.now(True)                                                      # wait for the one that writes
-        raise KeyboardInterrupt(f"stopped at step {self.learn.cmid.done} of {self.learn.cmid.steps}; a checkpoint is kept: run the same command to go on")
+        if not written:
+            self.write(self.learn.epoch)
+        self.agree.now(True)  # wait for the one that writes
+        raise KeyboardInterrupt(
+            f"stopped at step {self.learn.cmid.done} of {self.learn.cmid.steps}; a checkpoint is kept: run the same command to go on"
+        )
 
     def write(self, done):
         "Write the checkpoint of `done` whole epochs, and of what has been seen of the next."
-        a, j = self.learn.cmid, self.learn.journal; part = a.done % a.epoch_steps
+        a, j = self.learn.cmid, self.learn.journal
+        part = a.done % a.epoch_steps
         sums = list(averaged(torch.stack(a.sums))) if part else []
-        if rank(): return
-        if self.commit not in self.commits: self.commits.append(self.commit)
-        state = dict(commits=self.commits, ways=self.ways, model=self.learn.model.state_dict(), optimiser=self.learn.opt.opt.state_dict(), scaler=a.scaler.state_dict(), step=a.done, epoch=done, curve=j.curve, epochs=j.epochs,
-                     skipped=a.skipped, watched=j.watch and j.watch.limits.model_dump(), sums=sums, norms=a.norms if part else [], schedule=j.schedule if part else [])
-        checkpoint.save(self.folder/f'step-{a.done:09d}.ckpt', state, dict(parameters=self.parameters)); write_json(self.folder/'parameters.json', self.parameters)
+        if rank():
+            return
+        if self.commit not in self.commits:
+            self.commits.append(self.commit)
+        state = dict(
+            commits=self.commits,
+            ways=self.ways,
+            model=self.learn.model.state_dict(),
+            optimiser=self.learn.opt.opt.state_dict(),
+            scaler=a.scaler.state_dict(),
+            step=a.done,
+            epoch=done,
+            curve=j.curve,
+            epochs=j.epochs,
+            skipped=a.skipped,
+            watched=j.watch and j.watch.limits.model_dump(),
+            sums=sums,
+            norms=a.norms if part else [],
+            schedule=j.schedule if part else [],
+        )
+        checkpoint.save(self.folder / f"step-{a.done:09d}.ckpt", state, dict(parameters=self.parameters))
+        write_json(self.folder / "parameters.json", self.parameters)
 
-    def restore(self, learn) -> int: # whole epochs done
+    def restore(self, learn) -> int:  # whole epochs done
         "Go on from the newest good checkpoint of these parameters, if there is one."
-        for o, differ in self.others().items(): learn.journal.say(f"{o}: checkpoints of other parameters or code ({differ}), left alone; remove the folder when you no longer need them")
+        for o, differ in self.others().items():
+            learn.journal.say(
+                f"{o}: checkpoints of other parameters or code ({differ}), left alone; remove the folder when you no longer need them"
+            )
         found = checkpoint.latest(self.folder, expect=self.parameters)
-        if found is None: return 0
-        _, state, _ = found; a, j = learn.cmid, learn.journal
-        if (now := j.watch and j.watch.limits.model_dump()) != state['watched']: j.say(f"note: health was {state['watched']} so far and is {now} from here on; what was measured stays")
-        learn.model.load_state_dict(state['model']); learn.opt.opt.load_state_dict(state['optimiser'])
-        self.commits, self.ways, a.done, a.skipped, a.resumed, j.curve, j.epochs, j.schedule = (state[k] for k in ('commits', 'ways', 'step', 'skipped', 'scaler', 'curve', 'epochs', 'schedule'))
-        on = next(learn.model.parameters()).device; a.sums, a.norms = ([o.to(on) for o in state[k]] for k in ('sums', 'norms'))
-        return state['epoch']
+        if found is None:
+            return 0
+        _, state, _ = found
+        a, j = learn.cmid, learn.journal
+        if (now := j.watch and j.watch.limits.model_dump()) != state["watched"]:
+            j.say(f"note: health was {state['watched']} so far and is {now} from here on; what was measured stays")
+        learn.model.load_state_dict(state["model"])
+        learn.opt.opt.load_state_dict(state["optimiser"])
+        self.commits, self.ways, a.done, a.skipped, a.resumed, j.curve, j.epochs, j.schedule = (
+            state[k] for k in ("commits", "ways", "step", "skipped", "scaler", "curve", "epochs", "schedule")
+        )
+        on = next(learn.model.parameters()).device
+        a.sums, a.norms = ([o.to(on) for o in state[k]] for k in ("sums", "norms"))
+        return state["epoch"]
 
     def before_fit(self):
         "Note how the batch is shared out from here on; a change is said."
         a, then = self.learn.cmid, self.ways[-1] if self.ways else None
-        if then and a.done < a.steps and (differ := {k: f'{then[k]} then, {v} now' for k, v in self.way.items() if then[k] != v}): self.learn.journal.say(f"note: the same batch is shared out in another way ({', '.join(f'{k}: {v}' for k, v in differ.items())}): chance, batch norm and the frequency loss are those of a part, so numbers differ a little from here on")
-        if a.done < a.steps and (then is None or any(then[k] != v for k, v in self.way.items())): self.ways.append(dict(step=a.done) | self.way)
+        if (
+            then
+            and a.done < a.steps
+            and (differ := {k: f"{then[k]} then, {v} now" for k, v in self.way.items() if then[k] != v})
+        ):
+            self.learn.journal.say(
+                f"note: the same batch is shared out in another way ({', '.join(f'{k}: {v}' for k, v in differ.items())}): chance, batch norm and the frequency loss are those of a part, so numbers differ a little from here on"
+            )
+        if a.done < a.steps and (then is None or any(then[k] != v for k, v in self.way.items())):
+            self.ways.append(dict(step=a.done) | self.way)
 
 # %% ../nbs/23_pretrain.ipynb #6ad2656f
 @contextmanager
 def plainly():
     "fastai puts a callback's name, and a line break, before what it raises: ours stay as they were."
-    try: yield
-    except CmidError as e: raise type(e)(str(e).rpartition('\n\t')[2]) from None
+    try:
+        yield
+    except CmidError as e:
+        raise type(e)(str(e).rpartition("\n\t")[2]) from None
+
 
 @contextmanager
 def stoppable(
-    keeper:Checkpoints|None, # what is asked to stop; None: nothing changes
+    keeper: Checkpoints | None,  # what is asked to stop; None: nothing changes
 ):
     "SIGINT and SIGTERM ask a run to stop after its step; the second one stops at once."
-    if keeper is None or threading.current_thread() is not threading.main_thread(): yield; return
+    if keeper is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
     def ask(number, frame):
-        if keeper.asked: raise KeyboardInterrupt
+        if keeper.asked:
+            raise KeyboardInterrupt
         keeper.asked = True
-    keeper.asked = False; before = {o: signal.signal(o, ask) for o in (signal.SIGINT, signal.SIGTERM)}
-    try: yield
+
+    keeper.asked = False
+    before = {o: signal.signal(o, ask) for o in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
     finally:
-        for o, was in before.items(): signal.signal(o, was)
+        for o, was in before.items():
+            signal.signal(o, was)
 
 # %% ../nbs/23_pretrain.ipynb #21ae20d9
 def build(
-    settings:Pretrain, # params.yaml: pretrain
-    backbone:str, # timm name
-    variant:str, # cmid | byol
-    bands:int=3, side:int=224, fidelity:str|None=None,
-) -> CMID: # the method, on the CPU
+    settings: Pretrain,  # params.yaml: pretrain
+    backbone: str,  # timm name
+    variant: str,  # cmid | byol
+    bands: int = 3,
+    side: int = 224,
+    fidelity: str | None = None,
+) -> CMID:  # the method, on the CPU
     "The model that the settings describe."
     w = settings.weights
-    return CMID(backbone, bands, side, variant, (w.reconstruction, w.contrast, w.distillation), fidelity=fidelity or settings.fidelity,
-                centre_momentum=settings.centre_momentum**(1 / settings.accumulate),
-                **{k: getattr(settings, k) for k in ('queue', 'temperature', 'projector_hidden', 'projector_dim', 'head_hidden', 'head_dim', 'prototypes', 'student_temperature', 'matches', 'focal_alpha', 'focal_gamma', 'frequency_weight', 'per_image')})
+    return CMID(
+        backbone,
+        bands,
+        side,
+        variant,
+        (w.reconstruction, w.contrast, w.distillation),
+        fidelity=fidelity or settings.fidelity,
+        centre_momentum=settings.centre_momentum ** (1 / settings.accumulate),
+        **{
+            k: getattr(settings, k)
+            for k in (
+                "queue",
+                "temperature",
+                "projector_hidden",
+                "projector_dim",
+                "head_hidden",
+                "head_dim",
+                "prototypes",
+                "student_temperature",
+                "matches",
+                "focal_alpha",
+                "focal_gamma",
+                "frequency_weight",
+                "per_image",
+            )
+        },
+    )
+
 
 def normalisation(
-    images, # images.Prepared, or anything with bands, mean and std
-) -> tuple: # mean, std, each a list a band
+    images,  # images.Prepared, or anything with bands, mean and std
+) -> tuple:  # mean, std, each a list a band
     "The paper's statistics for RGB, the data's own for other bands (section IV-A)."
     return (list(RGB_MEAN), list(RGB_STD)) if images.bands == 3 else (list(images.mean), list(images.std))
 
 # %% ../nbs/23_pretrain.ipynb #b46e5d42
-WAYS = 'processes', 'accumulate', 'compile', 'gradient_checkpointing' # how a batch is computed, not what
+WAYS = "processes", "accumulate", "compile", "gradient_checkpointing"  # how a batch is computed, not what
+
 
 def share_of(
-    settings:Pretrain, # batch, accumulate
-) -> int: # images that the model is given at once
+    settings: Pretrain,  # batch, accumulate
+) -> int:  # images that the model is given at once
     "What one of `world()` processes takes of a batch, in one of its parts. Raises `CmidError` where it cannot be shared out."
     parts = world() * settings.accumulate
-    if settings.batch % parts: raise CmidError(f"params.yaml: pretrain.batch: {settings.batch} cannot be shared out over {world()} processes in accumulate: {settings.accumulate} equal parts each")
+    if settings.batch % parts:
+        raise CmidError(
+            f"params.yaml: pretrain.batch: {settings.batch} cannot be shared out over {world()} processes in accumulate: {settings.accumulate} equal parts each"
+        )
     return settings.batch // parts
+
 
 def _check_share(settings, share, variant, model):
     "Batch norm wants more than one value"
-    if variant == 'byol' and share == 1: raise CmidError("params.yaml: pretrain.batch: byol's batch norm needs at least 2 images at a time; raise it, lower accumulate or processes, or use method cmid")
-    cells = share * min(model.matches, (model.img_size // model.stride)**2)
-    if model.student.encoder.has_batch_norm and cells < 2: raise CmidError(f"params.yaml: pretrain.batch: {model.backbone} has batch norm, and one image of {model.img_size} px gives it a single value; raise batch or prepare.side")
+    if variant == "byol" and share == 1:
+        raise CmidError(
+            "params.yaml: pretrain.batch: byol's batch norm needs at least 2 images at a time; raise it, lower accumulate or processes, or use method cmid"
+        )
+    cells = share * min(model.matches, (model.img_size // model.stride) ** 2)
+    if model.student.encoder.has_batch_norm and cells < 2:
+        raise CmidError(
+            f"params.yaml: pretrain.batch: {model.backbone} has batch norm, and one image of {model.img_size} px gives it a single value; raise batch or prepare.side"
+        )
+
 
 def _method(settings, backbone, variant, images, on):
     "The model on its device, as the settings want it computed"
     model = build(settings, backbone, variant, images.bands, images.side).to(on, memory_format=torch.channels_last)
-    token = model.student.encoder.mask_token; token.data = token.data.clone(memory_format=torch.contiguous_format)   # as its gradient is laid out
-    if settings.sync_batch_norm and world() > 1: synchronised(model, on)
+    token = model.student.encoder.mask_token
+    token.data = token.data.clone(memory_format=torch.contiguous_format)  # as its gradient is laid out
+    if settings.sync_batch_norm and world() > 1:
+        synchronised(model, on)
     model.student.encoder.gradient_checkpointing = settings.gradient_checkpointing
-    if settings.compile: [o.encoder.compile(dynamic=False) for o in (model.student, model.teacher)]
+    if settings.compile:
+        [o.encoder.compile(dynamic=False) for o in (model.student, model.teacher)]
     return model
+
 
 def _lean(callbacks, learn):
     "Without fastai's callbacks that read the loss at every step"
-    learn.remove_cbs([o for o in learn.cbs if isinstance(o, (Recorder, CastToTensor, ProgressCallback))]); learn.create_opt(); learn.add_cbs(callbacks); return learn
+    learn.remove_cbs([o for o in learn.cbs if isinstance(o, (Recorder, CastToTensor, ProgressCallback))])
+    learn.create_opt()
+    learn.add_cbs(callbacks)
+    return learn
 
-def _silent(_): "What other processes than the first say"
+
+def _silent(_):
+    "What other processes than the first say"
 
 # %% ../nbs/23_pretrain.ipynb #b2cdfd69
 def learner(
-    images, # images.Prepared: uint8 rows, with bands, side, mean and std
-    index, # which of them are the corpus: what `batches.corpus` gives
-    settings:Pretrain, # params.yaml: pretrain
-    backbone:str, variant:str='cmid', # timm name; cmid | byol
-    seed:int=0, on:torch.device|None=None, # device
-    folder=None, # where checkpoints go; None keeps none
-    data_hash:str='', # what the corpus is, checked on resume
-    code:str='', # digest of the code that trains, checked on resume
-    commit:str|None=None, # that trains, for the record
-    say=print, # takes a line
-    health:Health|None=None, # params.yaml: health; None watches nothing
-    labelled=None, # images.Prepared with classes, for the kNN accuracy
-) -> Learner: # ready for `run`
+    images,  # images.Prepared: uint8 rows, with bands, side, mean and std
+    index,  # which of them are the corpus: what `batches.corpus` gives
+    settings: Pretrain,  # params.yaml: pretrain
+    backbone: str,
+    variant: str = "cmid",  # timm name; cmid | byol
+    seed: int = 0,
+    on: torch.device | None = None,  # device
+    folder=None,  # where checkpoints go; None keeps none
+    data_hash: str = "",  # what the corpus is, checked on resume
+    code: str = "",  # digest of the code that trains, checked on resume
+    commit: str | None = None,  # that trains, for the record
+    say=print,  # takes a line
+    health: Health | None = None,  # params.yaml: health; None watches nothing
+    labelled=None,  # images.Prepared with classes, for the kNN accuracy
+) -> Learner:  # ready for `run`
     "A fastai Learner for CMID: `learner(...)`, then `run(learn)`; in each of `world()` processes."
-    on = on or device(); dtype, share = precision_of(settings.precision, on), share_of(settings)
-    model = _method(settings, backbone, variant, images, on); _check_share(settings, share, variant, model)
-    views = TwoViews(*normalisation(images), model.stride, settings.mask_ratio, settings.crop_scale, settings.crop_aspect, settings.fidelity)
+    on = on or device()
+    dtype, share = precision_of(settings.precision, on), share_of(settings)
+    model = _method(settings, backbone, variant, images, on)
+    _check_share(settings, share, variant, model)
+    views = TwoViews(
+        *normalisation(images),
+        model.stride,
+        settings.mask_ratio,
+        settings.crop_scale,
+        settings.crop_aspect,
+        settings.fidelity,
+    )
     batches = Batches(images, index, settings.batch, seed, settings.epoch_images, on=on, rank=rank(), processes=world())
-    optimiser = Adan(parameter_groups(model, settings.weight_decay), lr=peak_lr(settings)[0], betas=tuple(settings.betas))
-    if rank(): say, health = _silent, None
+    optimiser = Adan(
+        parameter_groups(model, settings.weight_decay), lr=peak_lr(settings)[0], betas=tuple(settings.betas)
+    )
+    if rank():
+        say, health = _silent, None
     watch = health and Watch(images, members(index), health, labelled, settings.mask_ratio, seed, share)
     callbacks = [CMIDCallback(settings, views, seed, dtype), Journal(watch, say)]
     if folder is not None:
-        parameters = dict(settings=settings.model_dump(exclude={'checkpoint_epochs', *WAYS}), backbone=backbone, variant=variant, seed=seed, data=data_hash, side=images.side, bands=images.bands, precision=str(dtype), code=code)
-        callbacks.append(Checkpoints(folder, parameters, settings.checkpoint_epochs, commit, {k: getattr(settings, k) for k in WAYS} | dict(processes=world())))
-    learn = _lean(callbacks, Learner(DataLoaders(batches, [], device=on), model, loss_func=lambda losses, _: losses.total, opt_func=lambda *_, **__: OptimWrapper(opt=optimiser)))
-    learn.cmid.on = on; _announce(learn, settings, batches, on, dtype, say)
+        parameters = dict(
+            settings=settings.model_dump(exclude={"checkpoint_epochs", *WAYS}),
+            backbone=backbone,
+            variant=variant,
+            seed=seed,
+            data=data_hash,
+            side=images.side,
+            bands=images.bands,
+            precision=str(dtype),
+            code=code,
+        )
+        callbacks.append(
+            Checkpoints(
+                folder,
+                parameters,
+                settings.checkpoint_epochs,
+                commit,
+                {k: getattr(settings, k) for k in WAYS} | dict(processes=world()),
+            )
+        )
+    learn = _lean(
+        callbacks,
+        Learner(
+            DataLoaders(batches, [], device=on),
+            model,
+            loss_func=lambda losses, _: losses.total,
+            opt_func=lambda *_, **__: OptimWrapper(opt=optimiser),
+        ),
+    )
+    learn.cmid.on = on
+    _announce(learn, settings, batches, on, dtype, say)
     return learn
+
 
 def _announce(learn, settings, batches, on, dtype, say):
     "What the run is about to do, before it does it."
-    ways = [f"{n} {what}" for n, what in ((world(), 'processes'), (settings.accumulate, 'parts')) if n > 1]; shared = f" ({' x '.join(ways)})" if ways else ""
-    say(f"{batches.count} images an epoch, {len(batches)} steps of {settings.batch}{shared}, {settings.epochs} epochs on {on}, {str(dtype).split('.')[-1]}")
-    for o in [learn.cmid.rule, *(learn.journal.watch.notes if learn.journal.watch else ())]: say(o)
+    ways = [f"{n} {what}" for n, what in ((world(), "processes"), (settings.accumulate, "parts")) if n > 1]
+    shared = f" ({' x '.join(ways)})" if ways else ""
+    say(
+        f"{batches.count} images an epoch, {len(batches)} steps of {settings.batch}{shared}, {settings.epochs} epochs on {on}, {str(dtype).split('.')[-1]}"
+    )
+    for o in [learn.cmid.rule, *(learn.journal.watch.notes if learn.journal.watch else ())]:
+        say(o)
     if learn.model.queue is not None and settings.queue > batches.count:
-        say(f"note: the queue of {settings.queue} keys is longer than the {batches.count} images: each is its own negative several times; lower pretrain.queue")
+        say(
+            f"note: the queue of {settings.queue} keys is longer than the {batches.count} images: each is its own negative several times; lower pretrain.queue"
+        )
 
 # %% ../nbs/23_pretrain.ipynb #2833abb0
 def run(
-    learn:Learner, # of `learner`
-    until:int|None=None, # stop after this many epochs; None: all
-    curves=None, # folder for DVCLive
-) -> Learner: # trained
+    learn: Learner,  # of `learner`
+    until: int | None = None,  # stop after this many epochs; None: all
+    curves=None,  # folder for DVCLive
+) -> Learner:  # trained
     "Train, going on from the newest checkpoint where there is one."
-    keeper = getattr(learn, 'checkpoints', None)
+    keeper = getattr(learn, "checkpoints", None)
     done = keeper.restore(learn) if keeper else 0
-    if learn.cmid.done: learn.journal.say(f"going on after step {learn.cmid.done}, epoch {done}")
+    if learn.cmid.done:
+        learn.journal.say(f"going on after step {learn.cmid.done}, epoch {done}")
     try:
-        if done < learn.cmid.settings.epochs and learn.cmid.on.type == 'cuda' and torch.are_deterministic_algorithms_enabled(): learn.journal.say(f"deterministic: a step takes {deterministic_cost(learn):.2f} times as long as without")
-        with stoppable(keeper), plainly(): learn.fit(until or learn.cmid.settings.epochs, start_epoch=done, cbs=Curves(curves) if curves else None)
+        if (
+            done < learn.cmid.settings.epochs
+            and learn.cmid.on.type == "cuda"
+            and torch.are_deterministic_algorithms_enabled()
+        ):
+            learn.journal.say(f"deterministic: a step takes {deterministic_cost(learn):.2f} times as long as without")
+        with stoppable(keeper), plainly():
+            learn.fit(until or learn.cmid.settings.epochs, start_epoch=done, cbs=Curves(curves) if curves else None)
         return learn
-    except torch.OutOfMemoryError: pass                                          # its traceback holds the step's tensors: go on without it
+    except torch.OutOfMemoryError:
+        pass  # its traceback holds the step's tensors: go on without it
     except Exception as e:
-        if learn.cmid.settings.compile and type(e).__module__.startswith(('torch._dynamo', 'torch._inductor')): raise CmidError(f"params.yaml: pretrain.compile: {' '.join(str(e).split())[:200]}; install a C++ compiler (g++), or set it to false") from e
+        if learn.cmid.settings.compile and type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise CmidError(
+                f"params.yaml: pretrain.compile: {' '.join(str(e).split())[:200]}; install a C++ compiler (g++), or set it to false"
+            ) from e
         raise
-    learn.xb = learn.pred = learn.loss = learn.loss_grad = None; learn.cmid.seen, learn.cmid.shared = [], learn.cmid.method
+    learn.xb = learn.pred = learn.loss = learn.loss_grad = None
+    learn.cmid.seen, learn.cmid.shared = [], learn.cmid.method
     trial = (lambda b: (_trial_step(learn, b), learn.opt.opt.step())) if world() == 1 else None
-    raise too_large('pretrain', share_of(learn.cmid.settings), learn.model.img_size, learn.cmid.on, trial, 'prepare.side; raise pretrain.accumulate, which keeps the batch; or set pretrain.gradient_checkpointing')
+    raise too_large(
+        "pretrain",
+        share_of(learn.cmid.settings),
+        learn.model.img_size,
+        learn.cmid.on,
+        trial,
+        "prepare.side; raise pretrain.accumulate, which keeps the batch; or set pretrain.gradient_checkpointing",
+    )
+
 
 def too_large(
-    section:str, # of params.yaml that has the batch
-    batch:int, # images that did not fit
-    side:int, # px
-    on:torch.device,
-    trial, # makes a step with a number of images; nothing of the run may hold memory any more; None: not tried
-    or_key:str='prepare.side', # the other key that would help
-) -> CmidError: # to be raised
+    section: str,  # of params.yaml that has the batch
+    batch: int,  # images that did not fit
+    side: int,  # px
+    on: torch.device,
+    trial,  # makes a step with a number of images; nothing of the run may hold memory any more; None: not tried
+    or_key: str = "prepare.side",  # the other key that would help
+) -> CmidError:  # to be raised
     "Says that a batch does not fit into memory, and which half, quarter, ... of it does."
     b = batch // 2
     while b and trial:
         gc.collect()
-        if on.type == 'cuda': torch.cuda.empty_cache()
-        try: trial(b); break
-        except (torch.OutOfMemoryError, ValueError): b //= 2                     # batch norm refuses a single value
-    return CmidError(f"params.yaml: {section}.batch: {batch} images of {side} px do not fit into the memory of {on}; {f'{b} do; ' if b and trial else 'not even one does; ' if trial else ''}lower it, or {or_key}")
+        if on.type == "cuda":
+            torch.cuda.empty_cache()
+        try:
+            trial(b)
+            break
+        except (torch.OutOfMemoryError, ValueError):
+            b //= 2  # batch norm refuses a single value
+    return CmidError(
+        f"params.yaml: {section}.batch: {batch} images of {side} px do not fit into the memory of {on}; {f'{b} do; ' if b and trial else 'not even one does; ' if trial else ''}lower it, or {or_key}"
+    )
+
 
 def _trial_step(learn, b):
     "Gradients of `b` empty images"
-    a, m = learn.cmid, learn.model; m.zero_grad(set_to_none=True)
-    views = a.views(torch.zeros(b, m.in_chans, m.img_size, m.img_size, dtype=torch.uint8, device=a.on), step_generator(0, 0, device=a.on))
-    with torch.compiler.set_stance('force_eager'), a._precision(): loss = m(views, a.settings.teacher_temperature[0]).total
-    loss.backward(); m.keys.clear()
+    a, m = learn.cmid, learn.model
+    m.zero_grad(set_to_none=True)
+    views = a.views(
+        torch.zeros(b, m.in_chans, m.img_size, m.img_size, dtype=torch.uint8, device=a.on),
+        step_generator(0, 0, device=a.on),
+    )
+    with torch.compiler.set_stance("force_eager"), a._precision():
+        loss = m(views, a.settings.teacher_temperature[0]).total
+    loss.backward()
+    m.keys.clear()
+
 
 def deterministic_cost(
-    learn:Learner, # before it is run; as it was, afterwards
-    steps:int=5, # that are timed
-) -> float: # ratio
+    learn: Learner,  # before it is run; as it was, afterwards
+    steps: int = 5,  # that are timed
+) -> float:  # ratio
     "How many times as long a step's gradients take where every operation must repeat exactly."
-    state, exact, seconds = {k: v.clone() for k, v in learn.model.state_dict().items()}, torch.are_deterministic_algorithms_enabled(), {}
-    wait = torch.cuda.synchronize if learn.cmid.on.type == 'cuda' else lambda: None
+    state, exact, seconds = (
+        {k: v.clone() for k, v in learn.model.state_dict().items()},
+        torch.are_deterministic_algorithms_enabled(),
+        {},
+    )
+    wait = torch.cuda.synchronize if learn.cmid.on.type == "cuda" else lambda: None
     for on in (True, False):
-        torch.use_deterministic_algorithms(on); torch.backends.cudnn.deterministic = on
+        torch.use_deterministic_algorithms(on)
+        torch.backends.cudnn.deterministic = on
         for i in range(steps + 1):
-            if i == 1: wait(); begun = time.perf_counter()                       # the first one warms up
+            if i == 1:
+                wait()
+                begun = time.perf_counter()  # the first one warms up
             _trial_step(learn, share_of(learn.cmid.settings))
-        wait(); seconds[on] = time.perf_counter() - begun
-    torch.use_deterministic_algorithms(exact); torch.backends.cudnn.deterministic = exact
-    learn.model.load_state_dict(state); learn.model.zero_grad(set_to_none=True)
+        wait()
+        seconds[on] = time.perf_counter() - begun
+    torch.use_deterministic_algorithms(exact)
+    torch.backends.cudnn.deterministic = exact
+    learn.model.load_state_dict(state)
+    learn.model.zero_grad(set_to_none=True)
     return seconds[True] / seconds[False]
 
 # %% ../nbs/23_pretrain.ipynb #e1255585
 def view_figure(
-    learn:Learner, # of `learner`
-    n:int=6, # images
-): # matplotlib Figure
+    learn: Learner,  # of `learner`
+    n: int = 6,  # images
+):  # matplotlib Figure
     "Both views of the first batch, whole and as the student sees them."
     from matplotlib.figure import Figure
-    a, b = learn.dls.train, learn.cmid; x = torch.from_numpy(a.images[a.order(0)[0][:n]]).to(next(learn.model.parameters()).device)
-    views = b.views(x, step_generator(b.seed, 0, device=x.device)); rows = [('image', x.float() / 255)]
-    for name, v in zip('AB', views): rows += [(f'view {name}', b.views.restore(v.images)), (f'{name}, masked', b.views.restore(fill_mean(v.images, v.masks)))]
-    fig = Figure(figsize=(1.25 * len(x), 6.4), dpi=72, layout='constrained'); axes = fig.subplots(5, len(x), squeeze=False)
+
+    a, b = learn.dls.train, learn.cmid
+    x = torch.from_numpy(a.images[a.order(0)[0][:n]]).to(next(learn.model.parameters()).device)
+    views = b.views(x, step_generator(b.seed, 0, device=x.device))
+    rows = [("image", x.float() / 255)]
+    for name, v in zip("AB", views):
+        rows += [
+            (f"view {name}", b.views.restore(v.images)),
+            (f"{name}, masked", b.views.restore(fill_mean(v.images, v.masks))),
+        ]
+    fig = Figure(figsize=(1.25 * len(x), 6.4), dpi=72, layout="constrained")
+    axes = fig.subplots(5, len(x), squeeze=False)
     for (name, images), line in zip(rows, axes):
-        for ax, o in zip(line, images.cpu()): ax.imshow(o[:3].permute(1, 2, 0) if len(o) >= 3 else o[0], cmap='gray'); ax.set(xticks=[], yticks=[])
+        for ax, o in zip(line, images.cpu()):
+            ax.imshow(o[:3].permute(1, 2, 0) if len(o) >= 3 else o[0], cmap="gray")
+            ax.set(xticks=[], yticks=[])
         line[0].set_ylabel(name, fontsize=8)
     return fig
 
 # %% ../nbs/23_pretrain.ipynb #4a456279
 class Curves(Callback):
     "Write the journal's curve through DVCLive; a run that goes on writes the whole curve again."
+
     order = 25
-    def __init__(self, folder): self.folder, self.written = folder, 0
+
+    def __init__(self, folder):
+        self.folder, self.written = folder, 0
+
     def before_fit(self):
         from dvclive import Live
-        self.live = Live(str(self.folder), dvcyaml=None, save_dvc_exp=False, report=None, monitor_system=False); self.after_epoch()
+
+        self.live = Live(str(self.folder), dvcyaml=None, save_dvc_exp=False, report=None, monitor_system=False)
+        self.after_epoch()
 
     def after_epoch(self):
-        for point in self.learn.journal.curve[self.written:]:
-            self.live.step = point['step']
+        for point in self.learn.journal.curve[self.written :]:
+            self.live.step = point["step"]
             for k, v in point.items():
-                if k != 'step': self.live.log_metric(k, v)
+                if k != "step":
+                    self.live.log_metric(k, v)
             self.live.make_summary()
         self.written = len(self.learn.journal.curve)
 
     def after_fit(self):
         for o in self.learn.journal.epochs:
-            self.live.step = o['step']
+            self.live.step = o["step"]
             for k, v in o.items():
-                if k not in ('epoch', 'step', *LOSSES): self.live.log_metric(k, v)
+                if k not in ("epoch", "step", *LOSSES):
+                    self.live.log_metric(k, v)
         self.live.end()
 
 # %% ../nbs/23_pretrain.ipynb #d095aeac
 def _card(images, mean, std, method, parameters, health, made, trained=True):
     "What a backbone's card says of these images."
-    bands = ['red', 'green', 'blue'] if images.bands == 3 else [f'band {i + 1}' for i in range(images.bands)]
-    stretch = getattr(images, 'manifest', {}).get('stretch')
-    return dict(mean=list(mean), std=list(std), bands=bands, stretch=stretch and {k: list(map(float, stretch[k])) for k in ('low', 'high')}, method=method, parameters=parameters, data_hash=images.hash if trained else None, data_licence=None, provenance=made, health=health)
+    bands = ["red", "green", "blue"] if images.bands == 3 else [f"band {i + 1}" for i in range(images.bands)]
+    stretch = getattr(images, "manifest", {}).get("stretch")
+    return dict(
+        mean=list(mean),
+        std=list(std),
+        bands=bands,
+        stretch=stretch and {k: list(map(float, stretch[k])) for k in ("low", "high")},
+        method=method,
+        parameters=parameters,
+        data_hash=images.hash if trained else None,
+        data_licence=None,
+        provenance=made,
+        health=health,
+    )
+
 
 def export(
-    model:CMID, # trained, or not
-    images, # images.Prepared that it was trained on
-    folder, # models/<init>
-    method:str, # cmid | byol
-    parameters:dict, # of the run
-    health:dict, # of its last epoch
-    made:dict, # provenance
+    model: CMID,  # trained, or not
+    images,  # images.Prepared that it was trained on
+    folder,  # models/<init>
+    method: str,  # cmid | byol
+    parameters: dict,  # of the run
+    health: dict,  # of its last epoch
+    made: dict,  # provenance
 ):
     "Write the student's backbone with its card and decoder, and the teacher's."
-    decoder = {f'decoder.{k}': v.detach().cpu() for k, v in model.decoder.state_dict().items()}
-    return checkpoint.export_backbone(model.student.encoder, folder, _card(images, *normalisation(images), method, parameters, health, made), decoder, model.teacher.encoder)
+    decoder = {f"decoder.{k}": v.detach().cpu() for k, v in model.decoder.state_dict().items()}
+    return checkpoint.export_backbone(
+        model.student.encoder,
+        folder,
+        _card(images, *normalisation(images), method, parameters, health, made),
+        decoder,
+        model.teacher.encoder,
+    )
+
 
 def export_baseline(
-    init:str, # random-<backbone> | imagenet-<backbone>
-    images, # images.Prepared of pretraining, whose bands and side count
-    folder, # models/<init>
-    seed:int, # of the random weights
-    made:dict, # provenance
+    init: str,  # random-<backbone> | imagenet-<backbone>
+    images,  # images.Prepared of pretraining, whose bands and side count
+    folder,  # models/<init>
+    seed: int,  # of the random weights
+    made: dict,  # provenance
 ):
     "Write a backbone that was not pretrained here, in the form of one that was. Raises `CmidError` where weights cannot be fetched."
-    kind, backbone = init.split('-', 1); seed_everything(seed)
-    encoder = backbones.create(backbone, images.bands, images.side, pretrained=kind == 'imagenet')
+    kind, backbone = init.split("-", 1)
+    seed_everything(seed)
+    encoder = backbones.create(backbone, images.bands, images.side, pretrained=kind == "imagenet")
     mean, std = normalisation(images)
-    if kind == 'imagenet' and images.bands == 3: mean, std = (list(encoder.model.pretrained_cfg[k]) for k in ('mean', 'std'))
-    return checkpoint.export_backbone(encoder, folder, _card(images, mean, std, kind, dict(seed=seed), {}, made, trained=False))
+    if kind == "imagenet" and images.bands == 3:
+        mean, std = (list(encoder.model.pretrained_cfg[k]) for k in ("mean", "std"))
+    return checkpoint.export_backbone(
+        encoder, folder, _card(images, mean, std, kind, dict(seed=seed), {}, made, trained=False)
+    )
+
 
 def summary(
-    learn:Learner, # trained
-) -> dict: # numbers that repeat
+    learn: Learner,  # trained
+) -> dict:  # numbers that repeat
     "Losses and health of the last epoch, and what idled."
-    return {k: v for k, v in learn.journal.epochs[-1].items() if k != 'images_per_s'} | (dict(skipped=learn.cmid.skipped) if learn.cmid.skipped else {}) | dict(warnings=list(learn.journal.warnings.values()))
+    return (
+        {k: v for k, v in learn.journal.epochs[-1].items() if k != "images_per_s"}
+        | (dict(skipped=learn.cmid.skipped) if learn.cmid.skipped else {})
+        | dict(warnings=list(learn.journal.warnings.values()))
+    )
+
 
 def trained_seconds(
-    learn:Learner, # trained
-) -> float: # s
+    learn: Learner,  # trained
+) -> float:  # s
     "How long its epochs took, wherever they were trained."
-    images = len(learn.dls.train) * learn.cmid.settings.batch; return sum(images / o['images_per_s'] for o in learn.journal.epochs)
+    images = len(learn.dls.train) * learn.cmid.settings.batch
+    return sum(images / o["images_per_s"] for o in learn.journal.epochs)

@@ -26,91 +26,119 @@ from .scores import wilson
 @contextmanager
 def _evaluating(encoder):
     "Eval mode; afterwards each part is in the mode it was in"
-    modes = [(o, o.training) for o in encoder.modules()]; encoder.eval()
-    try: yield
+    modes = [(o, o.training) for o in encoder.modules()]
+    encoder.eval()
+    try:
+        yield
     finally:
-        for o, mode in modes: o.training = mode
+        for o, mode in modes:
+            o.training = mode
+
 
 def _pooled(encoder, images, mean, std):
     "uint8 (B, C, S, S) to (B, channels) on the CPU"
     x = torch.as_tensor(images).to(mean.device).float().div_(255)
-    if x.shape[1] != mean.numel(): raise CmidError(f"images have {x.shape[1]} bands, the normalisation {mean.numel()}")
+    if x.shape[1] != mean.numel():
+        raise CmidError(f"images have {x.shape[1]} bands, the normalisation {mean.numel()}")
     return encoder((x - mean) / std)[-1].float().mean((2, 3)).cpu()
 
 # %% ../nbs/30_probe.ipynb #0914908d
 @torch.no_grad()
 def features(
-    encoder:nn.Module, # from `backbones.create` or `load_backbone`
-    images, # `Prepared`, or uint8 array (images, C, S, S)
-    index, # (N,) numbers of images, in any order
-    mean, # per band, of images in [0, 1]: the card's
-    std, # per band
-    batch:int=64, # images at a time
-    device=None, # where to compute; the encoder stays there. None: where it is
-    progress:bool=False, # show a bar
-) -> torch.Tensor: # float32 (N, channels), on the CPU, in the order of `index`
+    encoder: nn.Module,  # from `backbones.create` or `load_backbone`
+    images,  # `Prepared`, or uint8 array (images, C, S, S)
+    index,  # (N,) numbers of images, in any order
+    mean,  # per band, of images in [0, 1]: the card's
+    std,  # per band
+    batch: int = 64,  # images at a time
+    device=None,  # where to compute; the encoder stays there. None: where it is
+    progress: bool = False,  # show a bar
+) -> torch.Tensor:  # float32 (N, channels), on the CPU, in the order of `index`
     "Average-pooled last maps of whole images; `CmidError` when bands do not fit or features are not finite"
-    index = np.asarray(index); order = np.argsort(index, kind='stable')
-    if not len(index): raise CmidError("no images to take features of")
-    device = device or next((o.device for o in encoder.parameters()), 'cpu'); encoder.to(device)
+    index = np.asarray(index)
+    order = np.argsort(index, kind="stable")
+    if not len(index):
+        raise CmidError("no images to take features of")
+    device = device or next((o.device for o in encoder.parameters()), "cpu")
+    encoder.to(device)
     mean, std = (torch.as_tensor(o, dtype=torch.float32, device=device).view(1, -1, 1, 1) for o in (mean, std))
     parts = np.array_split(index[order], range(batch, len(index), batch))
-    with _evaluating(encoder): out = torch.cat([_pooled(encoder, images[o], mean, std) for o in tqdm(parts, desc='features', disable=not progress)])
-    if bad := int((~out.isfinite()).any(1).sum()): raise CmidError(f"features of {bad} of {len(out)} images are not finite: the backbone is damaged, or its training diverged")
+    with _evaluating(encoder):
+        out = torch.cat(
+            [_pooled(encoder, images[o], mean, std) for o in tqdm(parts, desc="features", disable=not progress)]
+        )
+    if bad := int((~out.isfinite()).any(1).sum()):
+        raise CmidError(
+            f"features of {bad} of {len(out)} images are not finite: the backbone is damaged, or its training diverged"
+        )
     return out[torch.as_tensor(np.argsort(order))]
 
 # %% ../nbs/30_probe.ipynb #f2ac35eb
 def _first(images, fraction, rng):
     "The first of a shuffle: a larger fraction only adds to it"
-    return rng.permutation(images)[:max(1, int(fraction * len(images) + .5))]
+    return rng.permutation(images)[: max(1, int(fraction * len(images) + 0.5))]
+
 
 def subsample(
-    labels, # (all images,) integers
-    index, # (N,) images to choose from
-    fraction:float, # share of each class, in (0, 1]; at least one image
-    seed:int=0, # of the shuffle
-): # int array, ascending
+    labels,  # (all images,) integers
+    index,  # (N,) images to choose from
+    fraction: float,  # share of each class, in (0, 1]; at least one image
+    seed: int = 0,  # of the shuffle
+):  # int array, ascending
     "A stratified part of `index`; of two fractions and one seed, the smaller lies in the larger"
-    index = np.sort(index); mine = np.asarray(labels)[index]
-    return np.sort(np.concatenate([_first(index[mine == c], fraction, np.random.default_rng([seed, c])) for c in np.unique(mine)]))
+    index = np.sort(index)
+    mine = np.asarray(labels)[index]
+    return np.sort(
+        np.concatenate([_first(index[mine == c], fraction, np.random.default_rng([seed, c])) for c in np.unique(mine)])
+    )
 
 # %% ../nbs/30_probe.ipynb #2b6b7fcf
-ITERATIONS = 1000 # of L-BFGS at most; one that needs more is reported as not converged
+ITERATIONS = 1000  # of L-BFGS at most; one that needs more is reported as not converged
+
 
 class Linear(NamedTuple):
     "A linear classifier, and how it came about."
-    model: Pipeline # scaler and logistic regression
-    C: float # inverse strength of the penalty
-    held_out: int # training images that C was chosen on; 0: not chosen
-    converged: bool # the optimiser's own word
 
-    def predict(self, x): "Labels of features (N, C), int (N,)"; return self.model.predict(np.asarray(x, np.float64))
+    model: Pipeline  # scaler and logistic regression
+    C: float  # inverse strength of the penalty
+    held_out: int  # training images that C was chosen on; 0: not chosen
+    converged: bool  # the optimiser's own word
+
+    def predict(self, x):
+        "Labels of features (N, C), int (N,)"
+        return self.model.predict(np.asarray(x, np.float64))
+
 
 def _fit(x, y, C):
     "A pipeline, and whether its optimiser was content"
     with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter('always', ConvergenceWarning)
+        warnings.simplefilter("always", ConvergenceWarning)
         model = make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=ITERATIONS)).fit(x, y)
     return model, not any(issubclass(o.category, ConvergenceWarning) for o in said)
 
+
 def _rating(x, y, held, C):
     "How many of the held out are right, then how likely they are"
-    rest = np.setdiff1d(np.arange(len(y)), held); model, _ = _fit(x[rest], y[rest], C)
+    rest = np.setdiff1d(np.arange(len(y)), held)
+    model, _ = _fit(x[rest], y[rest], C)
     at = np.searchsorted(model.classes_, y[held])
-    with np.errstate(divide='ignore'): p = model.predict_log_proba(x[held])
+    with np.errstate(divide="ignore"):
+        p = model.predict_log_proba(x[held])
     return int((p.argmax(1) == at).sum()), float(p[np.arange(len(at)), at].mean())
 
 # %% ../nbs/30_probe.ipynb #55b7c898
 def fit_linear(
-    train, # (N, C) features
-    labels, # (N,) integers
-    grid, # values of C to choose from
-    seed:int=0, # of the fifth that is held out
+    train,  # (N, C) features
+    labels,  # (N,) integers
+    grid,  # values of C to choose from
+    seed: int = 0,  # of the fifth that is held out
 ) -> Linear:
     "Logistic regression with C chosen on a fifth of the training labels; `CmidError` when they are of one class"
-    x, y = np.asarray(train, np.float64), np.asarray(labels); counts = np.unique(y, return_counts=True)[1]
-    if len(counts) < 2: raise CmidError("the training labels are all of one class: a linear probe needs two")
-    held = subsample(y, np.arange(len(y)), .2, seed) if counts.min() > 1 and len(grid) > 1 else []
+    x, y = np.asarray(train, np.float64), np.asarray(labels)
+    counts = np.unique(y, return_counts=True)[1]
+    if len(counts) < 2:
+        raise CmidError("the training labels are all of one class: a linear probe needs two")
+    held = subsample(y, np.arange(len(y)), 0.2, seed) if counts.min() > 1 and len(grid) > 1 else []
     C = max(grid, key=lambda c: _rating(x, y, held, c)) if len(held) else min(grid, key=lambda c: abs(math.log(c)))
     model, converged = _fit(x, y, C)
     return Linear(model, C, len(held), converged)
@@ -118,35 +146,52 @@ def fit_linear(
 # %% ../nbs/30_probe.ipynb #21629556
 def _split(prepared, name):
     "Numbers of a split's images, each of which has a class; `CmidError` otherwise"
-    if prepared.labels is None: raise CmidError(f"{prepared.folder}: has no classes to probe; name a labelled dataset")
-    if name not in prepared.splits: raise CmidError(f"{prepared.folder}: has no split {name!r}{near(name, prepared.splits)}; it has {', '.join(prepared.splits) or 'none'}")
-    index = np.asarray(prepared.splits[name]); bare = index[prepared.labels[index] < 0]
-    if not len(index): raise CmidError(f"{prepared.folder}: split {name!r} is empty")
-    if len(bare): raise CmidError(f"{prepared.folder}: {len(bare)} images of split {name!r} have no class, the first is {prepared.source(bare[0])}")
+    if prepared.labels is None:
+        raise CmidError(f"{prepared.folder}: has no classes to probe; name a labelled dataset")
+    if name not in prepared.splits:
+        raise CmidError(
+            f"{prepared.folder}: has no split {name!r}{near(name, prepared.splits)}; it has {', '.join(prepared.splits) or 'none'}"
+        )
+    index = np.asarray(prepared.splits[name])
+    bare = index[prepared.labels[index] < 0]
+    if not len(index):
+        raise CmidError(f"{prepared.folder}: split {name!r} is empty")
+    if len(bare):
+        raise CmidError(
+            f"{prepared.folder}: {len(bare)} images of split {name!r} have no class, the first is {prepared.source(bare[0])}"
+        )
     return index
 
+
 def labelled_splits(
-    prepared, # `Prepared`
-    train:str, # split whose labels are learnt from
-    test:str, # split that is scored
-) -> tuple: # (numbers of the training images, ascending; of the test images)
+    prepared,  # `Prepared`
+    train: str,  # split whose labels are learnt from
+    test: str,  # split that is scored
+) -> tuple:  # (numbers of the training images, ascending; of the test images)
     "Both splits, which share no image; `CmidError` when one is missing, empty or without classes, when they overlap, or when a class is only tested"
     a, b = np.sort(_split(prepared, train)), _split(prepared, test)
     if len(both := np.intersect1d(a, b)):
-        raise CmidError(f"{prepared.folder}: {len(both)} images are in both {train!r} and {test!r}, the first is {prepared.source(both[0])}; list each once")
+        raise CmidError(
+            f"{prepared.folder}: {len(both)} images are in both {train!r} and {test!r}, the first is {prepared.source(both[0])}; list each once"
+        )
     new = b[~np.isin(prepared.labels[b], prepared.labels[a])]
-    if len(new): raise CmidError(f"{prepared.folder}: {len(new)} images of {test!r} are of a class that {train!r} has not, the first is {prepared.source(new[0])} ({prepared.classes[prepared.labels[new[0]]]!r}); correct the lists")
+    if len(new):
+        raise CmidError(
+            f"{prepared.folder}: {len(new)} images of {test!r} are of a class that {train!r} has not, the first is {prepared.source(new[0])} ({prepared.classes[prepared.labels[new[0]]]!r}); correct the lists"
+        )
     return a, b
 
 # %% ../nbs/30_probe.ipynb #9a80c9a8
 def scored(
-    predicted, # (N,) labels
-    truth, # (N,) labels
-    **more, # further facts
-) -> dict: # accuracy, low, high, correct and the facts, as JSON takes them
+    predicted,  # (N,) labels
+    truth,  # (N,) labels
+    **more,  # further facts
+) -> dict:  # accuracy, low, high, correct and the facts, as JSON takes them
     "Accuracy with its 95 % interval"
-    correct = int((predicted == truth).sum()); low, high = wilson(correct, len(truth))
+    correct = int((predicted == truth).sum())
+    low, high = wilson(correct, len(truth))
     return dict(accuracy=correct / len(truth), low=low, high=high, correct=correct) | more
+
 
 def _recall(predicted, truth, names):
     "Share of each class's test images that are right; None where there is none"
@@ -154,37 +199,55 @@ def _recall(predicted, truth, names):
 
 # %% ../nbs/30_probe.ipynb #16963794
 def probe(
-    encoder:nn.Module, # from `load_backbone`
-    mean, # per band, of images in [0, 1]: the card's
-    std, # per band
-    prepared, # `Prepared`, with classes and the two splits
-    settings:Probe, # params.yaml's section
-    seed:int=0, # of the subsets and of the fifth that is held out
-    device=None, # where features are computed; None: where the encoder is
-    progress:bool=False, # show a bar
-) -> tuple: # (dict as JSON takes it; int (test images,): labels by the linear probe with the most labels, in the order of the test split)
+    encoder: nn.Module,  # from `load_backbone`
+    mean,  # per band, of images in [0, 1]: the card's
+    std,  # per band
+    prepared,  # `Prepared`, with classes and the two splits
+    settings: Probe,  # params.yaml's section
+    seed: int = 0,  # of the subsets and of the fifth that is held out
+    device=None,  # where features are computed; None: where the encoder is
+    progress: bool = False,  # show a bar
+) -> tuple:  # (dict as JSON takes it; int (test images,): labels by the linear probe with the most labels, in the order of the test split)
     "kNN and linear accuracy on frozen features at each fraction of the labels; `CmidError` when a split is missing, empty, without classes, or overlaps"
-    train, test = labelled_splits(prepared, settings.train, settings.test); names = prepared.classes
-    x, q = (features(encoder, prepared, o, mean, std, settings.batch, device, progress) for o in (train, test)); y, truth = prepared.labels[train], prepared.labels[test]
-    out = dict(classes=len(names), test_images=len(test), chance=float(np.bincount(truth).max() / len(test)), knn={}, linear={})
+    train, test = labelled_splits(prepared, settings.train, settings.test)
+    names = prepared.classes
+    x, q = (features(encoder, prepared, o, mean, std, settings.batch, device, progress) for o in (train, test))
+    y, truth = prepared.labels[train], prepared.labels[test]
+    out = dict(
+        classes=len(names), test_images=len(test), chance=float(np.bincount(truth).max() / len(test)), knn={}, linear={}
+    )
     for f in sorted(set(settings.fractions)):
-        i = subsample(y, np.arange(len(y)), f, seed); k = min(settings.neighbours, len(i))
-        out['knn'][str(f)] = scored(knn_predict(x[i], y[i], q, len(names), k, settings.temperature).numpy(), truth, train_images=len(i), k=k)
-        fit = fit_linear(x[i], y[i], settings.regularisation, seed); predicted = fit.predict(q)
-        out['linear'][str(f)] = scored(predicted, truth, train_images=len(i), C=fit.C, held_out=fit.held_out, converged=fit.converged)
+        i = subsample(y, np.arange(len(y)), f, seed)
+        k = min(settings.neighbours, len(i))
+        out["knn"][str(f)] = scored(
+            knn_predict(x[i], y[i], q, len(names), k, settings.temperature).numpy(), truth, train_images=len(i), k=k
+        )
+        fit = fit_linear(x[i], y[i], settings.regularisation, seed)
+        predicted = fit.predict(q)
+        out["linear"][str(f)] = scored(
+            predicted, truth, train_images=len(i), C=fit.C, held_out=fit.held_out, converged=fit.converged
+        )
     return out | dict(recall_at=str(f), recall=_recall(predicted, truth, names)), predicted
 
 # %% ../nbs/30_probe.ipynb #a5486f8c
 def class_figure(
-    results:dict, # init -> what `probe` gives
-): # matplotlib Figure, as wide as a phone
+    results: dict,  # init -> what `probe` gives
+):  # matplotlib Figure, as wide as a phone
     "Recall of each class by the linear probe with the most labels, an init a mark; the first init's hardest class at the bottom"
     from matplotlib.figure import Figure
-    share = lambda o, k: np.nan if o['recall'].get(k) is None else 100 * o['recall'][k]
-    first = next(iter(results.values())); names = sorted(first['recall'], key=lambda k: (np.nan_to_num(share(first, k)), k)); y = np.arange(len(names))
-    fig = Figure(figsize=(4.4, 1.3 + .24 * len(names) + .13 * len(results)), dpi=80, layout='constrained'); ax = fig.subplots()
+
+    share = lambda o, k: np.nan if o["recall"].get(k) is None else 100 * o["recall"][k]
+    first = next(iter(results.values()))
+    names = sorted(first["recall"], key=lambda k: (np.nan_to_num(share(first, k)), k))
+    y = np.arange(len(names))
+    fig = Figure(figsize=(4.4, 1.3 + 0.24 * len(names) + 0.13 * len(results)), dpi=80, layout="constrained")
+    ax = fig.subplots()
     table = np.array([[share(o, k) for k in names] for o in results.values()])
-    ax.hlines(y, table.min(0), table.max(0), color='#bbb', lw=2, zorder=1)
-    for i, (name, row) in enumerate(zip(results, table)): ax.scatter(row, y, color=COLOURS[i % 7], marker=MARKERS[i % 7], s=28, label=name, zorder=2)
-    ax.set_yticks(y, names); ax.set(xlim=(-3, 103), xlabel='recall (%)'); ax.grid(axis='x', alpha=.25); fig.legend(loc='outside lower center', ncols=across(results), fontsize=9, frameon=False)
+    ax.hlines(y, table.min(0), table.max(0), color="#bbb", lw=2, zorder=1)
+    for i, (name, row) in enumerate(zip(results, table)):
+        ax.scatter(row, y, color=COLOURS[i % 7], marker=MARKERS[i % 7], s=28, label=name, zorder=2)
+    ax.set_yticks(y, names)
+    ax.set(xlim=(-3, 103), xlabel="recall (%)")
+    ax.grid(axis="x", alpha=0.25)
+    fig.legend(loc="outside lower center", ncols=across(results), fontsize=9, frameon=False)
     return fig

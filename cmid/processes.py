@@ -15,132 +15,222 @@ from torch import nn
 from .params import KEEP, CmidError, device
 
 # %% ../nbs/18_processes.ipynb #a17057ff
-def _together(): return dist.is_available() and dist.is_initialized()
-def rank(): "Number of this process, from 0"; return dist.get_rank() if _together() else 0
-def world(): "How many processes train together"; return dist.get_world_size() if _together() else 1
+def _together():
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank():
+    "Number of this process, from 0"
+    return dist.get_rank() if _together() else 0
+
+
+def world():
+    "How many processes train together"
+    return dist.get_world_size() if _together() else 1
 
 # %% ../nbs/18_processes.ipynb #477bf559
 def own_device(
-    name:str, # params.yaml: device
-) -> torch.device: # of this process
+    name: str,  # params.yaml: device
+) -> torch.device:  # of this process
     "The device of this process: of several on a machine each has a GPU of its own. Raises `CmidError` where there are too few."
-    here, i = int(os.environ.get('LOCAL_WORLD_SIZE', 1)), int(os.environ.get('LOCAL_RANK', 0))
-    if here == 1: return device(name)
-    if ':' in name: raise CmidError(f"params.yaml: device: {name} names one GPU for {here} processes; write cuda, and choose with CUDA_VISIBLE_DEVICES")
-    if (on := device(name)).type != 'cuda': return on
-    if here > (n := torch.cuda.device_count()): raise CmidError(f"params.yaml: pretrain.processes: {here} processes want a GPU each, this machine has {n}; lower it (pretrain.accumulate keeps a process's share small)")
-    torch.cuda.set_device(i); return torch.device('cuda', i)
+    here, i = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    if here == 1:
+        return device(name)
+    if ":" in name:
+        raise CmidError(
+            f"params.yaml: device: {name} names one GPU for {here} processes; write cuda, and choose with CUDA_VISIBLE_DEVICES"
+        )
+    if (on := device(name)).type != "cuda":
+        return on
+    if here > (n := torch.cuda.device_count()):
+        raise CmidError(
+            f"params.yaml: pretrain.processes: {here} processes want a GPU each, this machine has {n}; lower it (pretrain.accumulate keeps a process's share small)"
+        )
+    torch.cuda.set_device(i)
+    return torch.device("cuda", i)
+
 
 @contextmanager
 def joined(
-    on:torch.device, # of this process
-    patience:float=3600, # seconds that the others may keep it waiting, while the first one measures and writes
+    on: torch.device,  # of this process
+    patience: float = 3600,  # seconds that the others may keep it waiting, while the first one measures and writes
 ):
     "Be one of the processes that torchrun started; alone where it did not."
-    if int(os.environ.get('WORLD_SIZE', 1)) == 1: yield; return
-    dist.init_process_group('cpu:gloo,cuda:nccl' if on.type == 'cuda' else 'gloo', timeout=timedelta(seconds=patience))
-    try: yield
-    finally: dist.destroy_process_group()
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on.type == "cuda" else "gloo", timeout=timedelta(seconds=patience))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 # %% ../nbs/18_processes.ipynb #903f7e73
 @torch.no_grad()
 def averaged(
-    x:torch.Tensor, # of the same shape in all processes
-) -> torch.Tensor: # the same in all
+    x: torch.Tensor,  # of the same shape in all processes
+) -> torch.Tensor:  # the same in all
     "Mean over the processes; `x` itself where there is one"
-    if world() == 1: return x
-    x = x.clone(); dist.all_reduce(x); return x / world()
+    if world() == 1:
+        return x
+    x = x.clone()
+    dist.all_reduce(x)
+    return x / world()
+
 
 class Asked:
     "Has any process asked? All learn it at the same step, the one after."
-    def __init__(self): self.waiting = None
 
-    def __call__(self,
-        mine:bool, # does this process ask?
-    ) -> bool: # did any, a call before; where there is one process: now
-        if world() == 1: return mine
+    def __init__(self):
+        self.waiting = None
+
+    def __call__(
+        self,
+        mine: bool,  # does this process ask?
+    ) -> bool:  # did any, a call before; where there is one process: now
+        if world() == 1:
+            return mine
         before, self.waiting = self.waiting, self._ask(mine)
         return before is not None and self._answer(before)
 
-    def now(self, mine): "The answer of this call: waits for all"; return mine if world() == 1 else self._answer(self._ask(mine))
-    def _ask(self, mine): flag = torch.tensor([float(mine)]); return flag, dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True)
-    def _answer(self, asked): asked[1].wait(); return bool(asked[0])
+    def now(self, mine):
+        "The answer of this call: waits for all"
+        return mine if world() == 1 else self._answer(self._ask(mine))
+
+    def _ask(self, mine):
+        flag = torch.tensor([float(mine)])
+        return flag, dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True)
+
+    def _answer(self, asked):
+        asked[1].wait()
+        return bool(asked[0])
 
 # %% ../nbs/18_processes.ipynb #4feea173
 class _Mean(torch.autograd.Function):
     "Mean over processes, and of gradients over processes"
+
     @staticmethod
-    def forward(ctx, x): return averaged(x)
+    def forward(ctx, x):
+        return averaged(x)
+
     @staticmethod
-    def backward(ctx, g): return averaged(g.contiguous())
+    def backward(ctx, g):
+        return averaged(g.contiguous())
+
 
 class HostSyncBatchNorm(nn.BatchNorm2d):
     "What `torch.nn.SyncBatchNorm` is on a GPU, on a CPU; every process has as many images"
-    def _check_input_dim(self, x): "Of any dimensions"
+
+    def _check_input_dim(self, x):
+        "Of any dimensions"
+
     def forward(self, x):
-        if not self.training or world() == 1: return super().forward(x)
-        axes, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2); n = x.numel() // x.shape[1] * world()
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))                   # statistics are not for half precision
-        mean = _Mean.apply(wide.mean(axes)); d = wide - mean.view(shape); var = _Mean.apply(d.square().mean(axes))
+        if not self.training or world() == 1:
+            return super().forward(x)
+        axes, shape = [0, *range(2, x.dim())], [1, -1] + [1] * (x.dim() - 2)
+        n = x.numel() // x.shape[1] * world()
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # statistics are not for half precision
+        mean = _Mean.apply(wide.mean(axes))
+        d = wide - mean.view(shape)
+        var = _Mean.apply(d.square().mean(axes))
         self._move(mean.detach(), var.detach() * n / max(n - 1, 1))
         return (d * (var + self.eps).rsqrt().mul(self.weight).view(shape) + self.bias.view(shape)).to(x.dtype)
 
     def _move(self, mean, var):
         self.num_batches_tracked += 1
-        for o, now in ((self.running_mean, mean), (self.running_var, var)): o.lerp_(now, self.momentum)
+        for o, now in ((self.running_mean, mean), (self.running_var, var)):
+            o.lerp_(now, self.momentum)
+
 
 def synchronised(
-    model:nn.Module, # changed in place
-    on:torch.device, # where it is
-) -> nn.Module: # the same
+    model: nn.Module,  # changed in place
+    on: torch.device,  # where it is
+) -> nn.Module:  # the same
     "Every batch norm takes its statistics over all processes; parameters, buffers and names stay. Raises `CmidError` for a norm of another kind."
     for o in model.modules():
-        if not isinstance(o, nn.modules.batchnorm._BatchNorm): continue
-        if type(o) not in (nn.BatchNorm1d, nn.BatchNorm2d): raise CmidError(f"params.yaml: pretrain.sync_batch_norm: a {type(o).__name__} cannot be synchronised; set it to false")
-        o.__class__, o.process_group = HostSyncBatchNorm if on.type == 'cpu' else nn.SyncBatchNorm, None
+        if not isinstance(o, nn.modules.batchnorm._BatchNorm):
+            continue
+        if type(o) not in (nn.BatchNorm1d, nn.BatchNorm2d):
+            raise CmidError(
+                f"params.yaml: pretrain.sync_batch_norm: a {type(o).__name__} cannot be synchronised; set it to false"
+            )
+        o.__class__, o.process_group = HostSyncBatchNorm if on.type == "cpu" else nn.SyncBatchNorm, None
     return model
 
 # %% ../nbs/18_processes.ipynb #75696f84
 def _follow(pid):
     "End with the process that started all this, however it ended"
+
     def wait():
-        try: psutil.Process(pid).wait()
-        except psutil.Error: pass
+        try:
+            psutil.Process(pid).wait()
+        except psutil.Error:
+            pass
         os._exit(1)
+
     threading.Thread(target=wait, daemon=True).start()
+
 
 def followed():
     "Called by a process that `launch` or torchrun may have started: it says whole lines, each when it is said, and ends with the process of `launch`"
-    for o in (sys.stdout, sys.stderr): isinstance(o, io.TextIOWrapper) and o.reconfigure(line_buffering=True, write_through=False)   # print writes a line's end by itself where PYTHONUNBUFFERED is set
-    if 'CMID_LAUNCHER' in os.environ: _follow(int(os.environ['CMID_LAUNCHER']))
+    for o in (sys.stdout, sys.stderr):
+        isinstance(o, io.TextIOWrapper) and o.reconfigure(
+            line_buffering=True, write_through=False
+        )  # print writes a line's end by itself where PYTHONUNBUFFERED is set
+    if "CMID_LAUNCHER" in os.environ:
+        _follow(int(os.environ["CMID_LAUNCHER"]))
+
 
 def _end_workers(pid):
     "End what torchrun started, not torchrun itself, which grants them half a minute: two steps and a checkpoint may take longer"
     with suppress(psutil.NoSuchProcess):
         for o in psutil.Process(pid).children():
-            with suppress(psutil.NoSuchProcess): o.terminate()
+            with suppress(psutil.NoSuchProcess):
+                o.terminate()
+
 
 def launch(
-    processes:int, # on this machine
-    command:list, # arguments of Python, such as ['-m', 'module'], of what calls `followed`
-    name:str, # what the command calls itself in its one-line errors
-    say=print, # takes a line
-    **env, # variables
+    processes: int,  # on this machine
+    command: list,  # arguments of Python, such as ['-m', 'module'], of what calls `followed`
+    name: str,  # what the command calls itself in its one-line errors
+    say=print,  # takes a line
+    **env,  # variables
 ):
     "Run a command in several processes under torchrun. Raises `CmidError` with the line of the one that failed, `KeyboardInterrupt` where they were stopped."
     threads = str(max(1, torch.get_num_threads() // processes))
-    run = subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={processes}', '--no-python', sys.executable, *command], text=True,
-                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=KEEP | os.environ | dict(OMP_NUM_THREADS=threads, CMID_LAUNCHER=str(os.getpid())) | env)
+    run = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={processes}",
+            "--no-python",
+            sys.executable,
+            *command,
+        ],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=KEEP | os.environ | dict(OMP_NUM_THREADS=threads, CMID_LAUNCHER=str(os.getpid())) | env,
+    )
     failed, stopped = None, False
     while True:
         try:
             for line in run.stdout:
-                if failed is None and line.startswith(f'{name}: '): failed = line.removeprefix(f'{name}: ').strip()   # what follows is torchrun's report of it
-                if failed is None: say(line.rstrip())
+                if failed is None and line.startswith(f"{name}: "):
+                    failed = line.removeprefix(f"{name}: ").strip()  # what follows is torchrun's report of it
+                if failed is None:
+                    say(line.rstrip())
             break
         except KeyboardInterrupt:
-            if stopped: run.kill(); raise
-            stopped = True; _end_workers(run.pid)
-    if run.wait() == 0: return
-    if stopped: raise KeyboardInterrupt(failed or 'stopped')
+            if stopped:
+                run.kill()
+                raise
+            stopped = True
+            _end_workers(run.pid)
+    if run.wait() == 0:
+        return
+    if stopped:
+        raise KeyboardInterrupt(failed or "stopped")
     raise CmidError(failed or f"{processes} processes ended with status {run.returncode}; what went wrong stands above")

@@ -12,36 +12,52 @@ from timm.layers import LayerNorm2d
 from .params import CmidError
 
 # %% ../nbs/17_pyramid.ipynb #2bc570cd
-STRIDES = [4, 8, 16, 32] # px, of the four maps
+STRIDES = [4, 8, 16, 32]  # px, of the four maps
+
 
 def _doubled(dim, times):
     "Deconvolutions, each of twice the side and half the channels"
-    steps = [o for i in range(times) for o in (LayerNorm2d(dim >> i), nn.GELU(), nn.ConvTranspose2d(dim >> i, dim >> i + 1, 2, 2))]
+    steps = [
+        o
+        for i in range(times)
+        for o in (LayerNorm2d(dim >> i), nn.GELU(), nn.ConvTranspose2d(dim >> i, dim >> i + 1, 2, 2))
+    ]
     return nn.Sequential(*steps[2:])
 
+
 def rescaled(
-    dim:int, # channels of the map
-    stride:int, # of the map, px: a power of two
-    to:int, # stride that is wanted, px
-) -> tuple: # (module, its channels)
+    dim: int,  # channels of the map
+    stride: int,  # of the map, px: a power of two
+    to: int,  # stride that is wanted, px
+) -> tuple:  # (module, its channels)
     "What makes one level of the simple feature pyramid (ViTDet, arXiv 2203.16527, section 3)."
-    if to < stride: return _doubled(dim, times := int(math.log2(stride // to))), dim >> times
+    if to < stride:
+        return _doubled(dim, times := int(math.log2(stride // to))), dim >> times
     return (nn.MaxPool2d(to // stride) if to > stride else nn.Identity()), dim
 
 # %% ../nbs/17_pyramid.ipynb #63cdb038
 class Pyramid(nn.Module):
     "An encoder whose maps have strides 4, 8, 16 and 32 px; `channels` of each; raises `CmidError` where they cannot be made."
-    def __init__(self,
-        encoder:nn.Module, # from `backbones.create` or `load_backbone`
+
+    def __init__(
+        self,
+        encoder: nn.Module,  # from `backbones.create` or `load_backbone`
     ):
-        super().__init__(); self.encoder, self.strides = encoder, STRIDES
-        if encoder.strides == STRIDES: self.levels, self.channels = None, encoder.feature_channels; return
-        if len(encoder.strides) > 1: raise CmidError(f'{encoder.name}: has maps at strides {encoder.strides}; a network with one map, or with strides {STRIDES}, is needed')
+        super().__init__()
+        self.encoder, self.strides = encoder, STRIDES
+        if encoder.strides == STRIDES:
+            self.levels, self.channels = None, encoder.feature_channels
+            return
+        if len(encoder.strides) > 1:
+            raise CmidError(
+                f"{encoder.name}: has maps at strides {encoder.strides}; a network with one map, or with strides {STRIDES}, is needed"
+            )
         levels, self.channels = zip(*[rescaled(encoder.feature_channels[0], encoder.strides[0], o) for o in STRIDES])
         self.levels, self.channels = nn.ModuleList(levels), list(self.channels)
 
-    def forward(self,
-        images, # float (B, in_chans, H, W), normalised; H and W multiples of 32
+    def forward(
+        self,
+        images,  # float (B, in_chans, H, W), normalised; H and W multiples of 32
     ):
         "Four maps (B, channels, H/stride, W/stride), finest first"
         maps = self.encoder(images)

@@ -22,297 +22,494 @@ from .study import study_params
 
 # %% ../nbs/60_readme.ipynb #e8115605
 def directives(
-    source:str, # of a code cell
-) -> dict: # name -> text
+    source: str,  # of a code cell
+) -> dict:  # name -> text
     "The `#|` lines of a cell."
-    pairs = (o[2:].partition(':') for o in source.splitlines() if o.startswith('#|'))
+    pairs = (o[2:].partition(":") for o in source.splitlines() if o.startswith("#|"))
     return {k.strip(): v.strip().strip('"') for k, _, v in pairs}
 
 # %% ../nbs/60_readme.ipynb #40eb3e92
 def rebased(
-    text:str, # Markdown of a page in a folder
-    folder:str='nbs', # its name
-) -> str: # the same page, seen from the folder above
+    text: str,  # Markdown of a page in a folder
+    folder: str = "nbs",  # its name
+) -> str:  # the same page, seen from the folder above
     "Move the relative links of a page to where the README sees them."
-    moved = lambda m: '](' + posixpath.normpath(posixpath.join(folder, m[1]))
-    parts = re.split(r'(```.*?```|`[^`\n]+`)', text, flags=re.S)
-    return ''.join(o if i % 2 else re.sub(r'\]\((?![a-z]+:|#|/)([^)\s]+)', moved, o) for i, o in enumerate(parts))
+    moved = lambda m: "](" + posixpath.normpath(posixpath.join(folder, m[1]))
+    parts = re.split(r"(```.*?```|`[^`\n]+`)", text, flags=re.S)
+    return "".join(o if i % 2 else re.sub(r"\]\((?![a-z]+:|#|/)([^)\s]+)", moved, o) for i, o in enumerate(parts))
 
 # %% ../nbs/60_readme.ipynb #bb1c28bd
 def shown_output(
-    output, # of a notebook's cell
-    told:dict, # the cell's directives
-) -> tuple: # (Markdown, {path from nbs/: bytes of a picture})
+    output,  # of a notebook's cell
+    told: dict,  # the cell's directives
+) -> tuple:  # (Markdown, {path from nbs/: bytes of a picture})
     "One output as Markdown. Raises `CmidError` for an error, or a picture without name or text."
-    data = output.get('data', {})
-    if output.output_type == 'error': raise CmidError(f"nbs/index.ipynb: a cell ended with {output.ename}; run make notebooks")
-    if 'image/png' in data:
-        if not (told.get('label') and told.get('fig-alt')): raise CmidError("nbs/index.ipynb: a picture needs its name and its text: #| label: ... and #| fig-alt: ...")
-        at = f"images/{told['label']}.png"; return f"![{told['fig-alt']}]({at})", {at: base64.b64decode(data['image/png'])}
-    if 'text/markdown' in data: return data['text/markdown'], {}
+    data = output.get("data", {})
+    if output.output_type == "error":
+        raise CmidError(f"nbs/index.ipynb: a cell ended with {output.ename}; run make notebooks")
+    if "image/png" in data:
+        if not (told.get("label") and told.get("fig-alt")):
+            raise CmidError("nbs/index.ipynb: a picture needs its name and its text: #| label: ... and #| fig-alt: ...")
+        at = f"images/{told['label']}.png"
+        return f"![{told['fig-alt']}]({at})", {at: base64.b64decode(data["image/png"])}
+    if "text/markdown" in data:
+        return data["text/markdown"], {}
     return f"```text\n{(output.get('text') or data.get('text/plain', '')).rstrip()}\n```", {}
 
 # %% ../nbs/60_readme.ipynb #acf842ae
 def shown_cell(
-    cell, # of a notebook
-) -> tuple: # (list of Markdown, {path from nbs/: bytes of a picture})
+    cell,  # of a notebook
+) -> tuple:  # (list of Markdown, {path from nbs/: bytes of a picture})
     "What the README has of one cell. Raises `CmidError` where outputs are missing."
-    if cell.cell_type != 'code': return [cell.source] if cell.cell_type == 'markdown' else [], {}
+    if cell.cell_type != "code":
+        return [cell.source] if cell.cell_type == "markdown" else [], {}
     told = directives(cell.source)
-    if 'hide' in told or told.get('include') == 'false': return [], {}
-    code = '\n'.join(o for o in cell.source.splitlines() if not o.startswith('#|')).strip()
-    if told.get('echo') == 'false' and not cell.outputs: raise CmidError(f"nbs/index.ipynb: is not executed ({code.splitlines()[0]}); run make notebooks")
+    if "hide" in told or told.get("include") == "false":
+        return [], {}
+    code = "\n".join(o for o in cell.source.splitlines() if not o.startswith("#|")).strip()
+    if told.get("echo") == "false" and not cell.outputs:
+        raise CmidError(f"nbs/index.ipynb: is not executed ({code.splitlines()[0]}); run make notebooks")
     texts = [shown_output(o, told) for o in cell.outputs]
-    return ([f'```python\n{code}\n```'] if told.get('echo') != 'false' else []) + [t for t, _ in texts], {k: v for _, p in texts for k, v in p.items()}
+    return ([f"```python\n{code}\n```"] if told.get("echo") != "false" else []) + [t for t, _ in texts], {
+        k: v for _, p in texts for k, v in p.items()
+    }
 
 # %% ../nbs/60_readme.ipynb #049430a7
 def _markdown(i, text):
     "The cell number i, without a random id"
-    return nbformat.NotebookNode(cell_type='markdown', id=f'cell-{i}', metadata={}, source=text)
+    return nbformat.NotebookNode(cell_type="markdown", id=f"cell-{i}", metadata={}, source=text)
 
-NOTE = '<!-- Rendered from nbs/index.ipynb by cmid_readme: edit that notebook, then run make readme. -->'
+
+NOTE = "<!-- Rendered from nbs/index.ipynb by cmid_readme: edit that notebook, then run make readme. -->"
+
 
 def page(
-    nb, # an executed notebook of nbs/
-) -> dict: # path from the root -> bytes: README.md and its pictures
+    nb,  # an executed notebook of nbs/
+) -> dict:  # path from the root -> bytes: README.md and its pictures
     "README.md and its pictures. Equal notebooks give equal bytes."
     cells = [shown_cell(o) for o in nb.cells]
     texts = [_markdown(i, rebased(o)) for i, o in enumerate(t for ts, _ in cells for t in ts)]
     body, _ = MarkdownExporter().from_notebook_node(nbformat.v4.new_notebook(cells=texts))
-    text = re.sub(r'\n{3,}', '\n\n', f'{NOTE}\n\n{body.strip()}\n')
-    return {'README.md': text.encode()} | {f'nbs/{k}': v for _, p in cells for k, v in p.items()}
+    text = re.sub(r"\n{3,}", "\n\n", f"{NOTE}\n\n{body.strip()}\n")
+    return {"README.md": text.encode()} | {f"nbs/{k}": v for _, p in cells for k, v in p.items()}
 
 # %% ../nbs/60_readme.ipynb #466f9ab8
 @cli
 def cmid_readme():
     "Render README.md and its pictures from nbs/index.ipynb, as it was executed."
-    argparse.ArgumentParser(prog='cmid_readme', description=cmid_readme.__doc__).parse_args()
-    at = find_root(); files = page(nbformat.read(at/'nbs/index.ipynb', as_version=4))
-    for o in (at/'nbs/images').glob('*.png'):
-        if o.relative_to(at).as_posix() not in files: o.unlink()
-    for k, v in files.items(): write_whole(at/k, v)
+    argparse.ArgumentParser(prog="cmid_readme", description=cmid_readme.__doc__).parse_args()
+    at = find_root()
+    files = page(nbformat.read(at / "nbs/index.ipynb", as_version=4))
+    for o in (at / "nbs/images").glob("*.png"):
+        if o.relative_to(at).as_posix() not in files:
+            o.unlink()
+    for k, v in files.items():
+        write_whole(at / k, v)
     print(f"wrote {', '.join(files)}")
 
 # %% ../nbs/60_readme.ipynb #37958d60
 def table(
-    head, # names of the columns
-    rows, # of cells
+    head,  # names of the columns
+    rows,  # of cells
 ) -> str:
     "A table in Markdown."
-    line = lambda cells: '| ' + ' | '.join(str(o).replace('|', r'\|').replace('\n', ' ') for o in cells) + ' |'
-    return '\n'.join([line(head), line(['---'] * len(head)), *map(line, rows)])
+    line = lambda cells: "| " + " | ".join(str(o).replace("|", r"\|").replace("\n", " ") for o in cells) + " |"
+    return "\n".join([line(head), line(["---"] * len(head)), *map(line, rows)])
 
 # %% ../nbs/60_readme.ipynb #b8a4d03e
 def opening(
-    path, # a notebook
-) -> tuple: # (title, the line below it, module or '')
+    path,  # a notebook
+) -> tuple:  # (title, the line below it, module or '')
     "What a notebook says of itself. Raises `CmidError` where it has no title."
-    cells = read_json(path)['cells']; first = ''.join(cells[0]['source']).splitlines() if cells else []
-    if not first or not first[0].startswith('# '): raise CmidError(f"{path}: its first cell must begin with '# Title'")
-    code = '\n'.join(''.join(o['source']) for o in cells if o['cell_type'] == 'code')
-    module = re.search(r'^#\| default_exp (\S+)', code, flags=re.M)
-    return first[0][2:].strip(), next((o[1:].strip() for o in first if o.startswith('>')), ''), module[1] if module else ''
+    cells = read_json(path)["cells"]
+    first = "".join(cells[0]["source"]).splitlines() if cells else []
+    if not first or not first[0].startswith("# "):
+        raise CmidError(f"{path}: its first cell must begin with '# Title'")
+    code = "\n".join("".join(o["source"]) for o in cells if o["cell_type"] == "code")
+    module = re.search(r"^#\| default_exp (\S+)", code, flags=re.M)
+    return (
+        first[0][2:].strip(),
+        next((o[1:].strip() for o in first if o.startswith(">")), ""),
+        module[1] if module else "",
+    )
+
 
 def notebook_table(
-    root, # the study's
+    root,  # the study's
 ) -> str:
     "The library notebooks, in the order of their dependency."
-    rows = [(o.name, *opening(o)) for o in sorted((Path(root)/'nbs').glob('[0-9]*.ipynb'))]
-    return table(('notebook', 'module', 'what it is about'), ((f'[{title}]({name})', f'`cmid.{module}`', line) for name, title, line, module in rows))
+    rows = [(o.name, *opening(o)) for o in sorted((Path(root) / "nbs").glob("[0-9]*.ipynb"))]
+    return table(
+        ("notebook", "module", "what it is about"),
+        ((f"[{title}]({name})", f"`cmid.{module}`", line) for name, title, line, module in rows),
+    )
 
 # %% ../nbs/60_readme.ipynb #8a6b88f3
 def _path(o):
     "A path of dvc.yaml, with its variables as <names>"
-    return re.sub(r'\$\{(?:item\.)?(\w+)\}', r'<\1>', o if isinstance(o, str) else next(iter(o)))
+    return re.sub(r"\$\{(?:item\.)?(\w+)\}", r"<\1>", o if isinstance(o, str) else next(iter(o)))
+
 
 def _runs(stage):
     "What a stage runs once for"
-    return ' and '.join(stage['matrix']) if 'matrix' in stage else re.sub(r'\W|study', '', stage['foreach']).rstrip('s') if 'foreach' in stage else ''
+    return (
+        " and ".join(stage["matrix"])
+        if "matrix" in stage
+        else re.sub(r"\W|study", "", stage["foreach"]).rstrip("s")
+        if "foreach" in stage
+        else ""
+    )
+
 
 def _writes(stage):
     "What a stage writes, executed copies aside; results by their folder"
-    paths = [_path(o) for k in ('outs', 'metrics') for o in stage.get('do', stage).get(k, []) if not _path(o).endswith('.ipynb')]
-    return dict.fromkeys(re.sub('<(key|item)>', f'<{_runs(stage)}>', o.rpartition('/')[0] if o.split('/')[0] in ('results', 'digests') else o) for o in paths)
+    paths = [
+        _path(o)
+        for k in ("outs", "metrics")
+        for o in stage.get("do", stage).get(k, [])
+        if not _path(o).endswith(".ipynb")
+    ]
+    return dict.fromkeys(
+        re.sub(
+            "<(key|item)>",
+            f"<{_runs(stage)}>",
+            o.rpartition("/")[0] if o.split("/")[0] in ("results", "digests") else o,
+        )
+        for o in paths
+    )
+
 
 def stage_table(
-    root, # the study's
+    root,  # the study's
 ) -> str:
     "The stages of dvc.yaml: what they do, how often, what they write."
-    stages = load_yaml(Path(root)/'dvc.yaml')['stages']
-    name = lambda k: f'[{k}](pipeline/{k}.ipynb)' if (Path(root)/f'nbs/pipeline/{k}.ipynb').exists() else k
-    rows = [(name(k), s.get('do', s).get('desc', ''), _runs(s), ', '.join(f'`{o}`' for o in _writes(s))) for k, s in stages.items()]
-    return table(('stage', 'what it does', 'once for each', 'writes'), rows)
+    stages = load_yaml(Path(root) / "dvc.yaml")["stages"]
+    name = lambda k: f"[{k}](pipeline/{k}.ipynb)" if (Path(root) / f"nbs/pipeline/{k}.ipynb").exists() else k
+    rows = [
+        (name(k), s.get("do", s).get("desc", ""), _runs(s), ", ".join(f"`{o}`" for o in _writes(s)))
+        for k, s in stages.items()
+    ]
+    return table(("stage", "what it does", "once for each", "writes"), rows)
 
 # %% ../nbs/60_readme.ipynb #41951302
 def command_table(
-    root, # the study's
+    root,  # the study's
 ) -> str:
     "The console commands of settings.ini, with the line that --help shows."
-    ini = ConfigParser(delimiters=['=']); ini.read(Path(root)/'settings.ini', encoding='utf-8')
-    entries = [re.split('[=:]', o) for o in ini['DEFAULT']['console_scripts'].split()]
-    return table(('command', 'what it does'), ((f'`{name}`', getattr(import_module(module), f).__doc__) for name, module, f in entries))
+    ini = ConfigParser(delimiters=["="])
+    ini.read(Path(root) / "settings.ini", encoding="utf-8")
+    entries = [re.split("[=:]", o) for o in ini["DEFAULT"]["console_scripts"].split()]
+    return table(
+        ("command", "what it does"),
+        ((f"`{name}`", getattr(import_module(module), f).__doc__) for name, module, f in entries),
+    )
 
 # %% ../nbs/60_readme.ipynb #4ba54dc6
 @contextmanager
 def laid_out(
-    root, # the project's
-    study, # studies/<name>
-    results=None, # folder with its results; None: the study's own
-): # gives a folder, gone afterwards
+    root,  # the project's
+    study,  # studies/<name>
+    results=None,  # folder with its results; None: the study's own
+):  # gives a folder, gone afterwards
     "A study as a root of its own: the project's parameters with its own laid over, and its results."
     with tempfile.TemporaryDirectory() as d:
-        write_whole(f'{d}/params.yaml', yaml.safe_dump(study_params(load_yaml(Path(root)/'params.yaml'), load_yaml(Path(study)/'params.yaml'))))
-        if (found := Path(results or study)/'results').is_dir(): shutil.copytree(found, f'{d}/results')
+        write_whole(
+            f"{d}/params.yaml",
+            yaml.safe_dump(study_params(load_yaml(Path(root) / "params.yaml"), load_yaml(Path(study) / "params.yaml"))),
+        )
+        if (found := Path(results or study) / "results").is_dir():
+            shutil.copytree(found, f"{d}/results")
         yield Path(d)
 
 # %% ../nbs/60_readme.ipynb #9211a3fc
 def score_table(
-    rows, # of `report.probe_rows`, of one dataset
+    rows,  # of `report.probe_rows`, of one dataset
 ) -> str:
     "Accuracies with their intervals: a line a probe and share of the labels, a column a backbone, then the differences."
-    inits, pairs = dict.fromkeys(o['init'] for o in rows), dict.fromkeys((o['init'], a['baseline']) for o in rows for a in o['against'])
+    inits, pairs = (
+        dict.fromkeys(o["init"] for o in rows),
+        dict.fromkeys((o["init"], a["baseline"]) for o in rows for a in o["against"]),
+    )
     lines, none = {}, dict(against=[])
-    for o in rows: lines.setdefault((o['probe'], o['fraction'], o['train_images']), {})[o['init']] = o
-    scored = lambda o: f"{100 * o['accuracy']:.1f} ({100 * o['low']:.1f} to {100 * o['high']:.1f})" if 'accuracy' in o else ''
-    minus = lambda o, b: next((f"**{points(a['difference'])}** ({points(a['low'])} to {points(a['high'])})" for a in o['against'] if a['baseline'] == b), '')
-    cells = [(NAMES[k], f'{share(f)} ({n:,})', *(scored(o.get(i, none)) for i in inits), *(minus(o.get(i, none), b) for i, b in pairs)) for (k, f, n), o in lines.items()]
-    return table(('probe', 'labels (images)', *inits, *(f'{i} minus {b}' for i, b in pairs)), cells)
+    for o in rows:
+        lines.setdefault((o["probe"], o["fraction"], o["train_images"]), {})[o["init"]] = o
+    scored = lambda o: (
+        f"{100 * o['accuracy']:.1f} ({100 * o['low']:.1f} to {100 * o['high']:.1f})" if "accuracy" in o else ""
+    )
+    minus = lambda o, b: next(
+        (
+            f"**{points(a['difference'])}** ({points(a['low'])} to {points(a['high'])})"
+            for a in o["against"]
+            if a["baseline"] == b
+        ),
+        "",
+    )
+    cells = [
+        (
+            NAMES[k],
+            f"{share(f)} ({n:,})",
+            *(scored(o.get(i, none)) for i in inits),
+            *(minus(o.get(i, none), b) for i, b in pairs),
+        )
+        for (k, f, n), o in lines.items()
+    ]
+    return table(("probe", "labels (images)", *inits, *(f"{i} minus {b}" for i, b in pairs)), cells)
 
 # %% ../nbs/60_readme.ipynb #7ab78df7
 def shared(
-    findings, # of results/prepare/<dataset>/metrics.json
-    a:str, # a list of files
-    b:str, # another
-) -> int: # files in both
+    findings,  # of results/prepare/<dataset>/metrics.json
+    a: str,  # a list of files
+    b: str,  # another
+) -> int:  # files in both
     "Files that two lists share, as the audit counted them."
-    found = (re.fullmatch(r'\w+: files that are in (\S+) and in (\S+): (\d+)', o) for o in findings)
+    found = (re.fullmatch(r"\w+: files that are in (\S+) and in (\S+): (\d+)", o) for o in findings)
     return next((int(o[3]) for o in found if o and {o[1], o[2]} == {a, b}), 0)
 
 # %% ../nbs/60_readme.ipynb #aa186c48
 def _result(root, stage, *identity):
     "One run of a stage. Raises `CmidError` where it has not run"
     found = results(root, stage)
-    if identity not in found: raise CmidError(f"results/{'/'.join((stage, *identity))}/metrics.json: is missing; run its stage")
+    if identity not in found:
+        raise CmidError(f"results/{'/'.join((stage, *identity))}/metrics.json: is missing; run its stage")
     return found[identity]
+
 
 def _fact(result, *keys):
     "A value of run.json. Raises `CmidError` where it is not there"
     value = result.run
     for k in keys:
-        if k not in value: raise CmidError(f"{result.folder/'run.json'}: has no {'.'.join(keys)}; run its stage again")
+        if k not in value:
+            raise CmidError(f"{result.folder / 'run.json'}: has no {'.'.join(keys)}; run its stage again")
         value = value[k]
     return value
 
+
 def seen(
-    root, # a study's
-    dataset:str, # that is scored on
-    init:str, # what was pretrained
+    root,  # a study's
+    dataset: str,  # that is scored on
+    init: str,  # what was pretrained
 ) -> str:
     "Which of the images that are scored were part of the pretraining, in words."
-    pre, probe = _result(root, 'pretrain', init), _result(root, 'probe', dataset, init)
-    corpus, split, test = _fact(pre, 'parameters', 'dataset'), _fact(pre, 'parameters', 'split'), _fact(probe, 'parameters', 'test')
-    n, scored = _fact(pre, 'images'), probe.metrics['test_images']
-    if corpus != dataset: return f"Pretraining saw {n:,} images of `{corpus}`, another dataset than the one that is scored."
-    if split is None: return f"Pretraining saw all {n:,} images of `{corpus}`, the {scored:,} that are scored (`{test}`) among them; it never sees a label."
-    both = scored if split == test else shared(_result(root, 'prepare', dataset).metrics['findings'], split, test)
+    pre, probe = _result(root, "pretrain", init), _result(root, "probe", dataset, init)
+    corpus, split, test = (
+        _fact(pre, "parameters", "dataset"),
+        _fact(pre, "parameters", "split"),
+        _fact(probe, "parameters", "test"),
+    )
+    n, scored = _fact(pre, "images"), probe.metrics["test_images"]
+    if corpus != dataset:
+        return f"Pretraining saw {n:,} images of `{corpus}`, another dataset than the one that is scored."
+    if split is None:
+        return f"Pretraining saw all {n:,} images of `{corpus}`, the {scored:,} that are scored (`{test}`) among them; it never sees a label."
+    both = scored if split == test else shared(_result(root, "prepare", dataset).metrics["findings"], split, test)
     return f"Pretraining saw the {n:,} images of `{split}` alone: {f'{both:,}' if both else 'none'} of the {scored:,} that are scored (`{test}`); it never sees a label."
 
 # %% ../nbs/60_readme.ipynb #9ce1c9f0
 def trained(
-    root, # a study's
-    init:str, # what was pretrained
+    root,  # a study's
+    init: str,  # what was pretrained
 ) -> str:
     "How a backbone was pretrained, in words."
-    o = _result(root, 'pretrain', init); get = lambda *keys: _fact(o, *keys); p = get('parameters')
-    side = _result(root, 'prepare', get('parameters', 'dataset')).metrics['side']; n = min(p.get('epoch_images') or get('images'), get('images'))
+    o = _result(root, "pretrain", init)
+    get = lambda *keys: _fact(o, *keys)
+    p = get("parameters")
+    side = _result(root, "prepare", get("parameters", "dataset")).metrics["side"]
+    n = min(p.get("epoch_images") or get("images"), get("images"))
     return f"`{init}`: {(e := get('parameters', 'epochs')):,} epoch{'s' * (e != 1)} of {n:,} images at {side} px, batch {get('parameters', 'batch')}, on {get('device')}, {get('images_per_s'):.0f} images a second."
 
+
 def command(
-    study, # studies/<name>
+    study,  # studies/<name>
 ) -> str:
     "What repeats a study."
-    own = load_yaml(Path(study)/'params.yaml'); ours = lambda o: str(o.get('folder', '')).startswith('data/')          # generated, so there
-    sets = [f' \\\n  --set {group}.{k}.{f}={o[f]}' for group in ('datasets', 'tasks') for k, o in (own.get(group) or {}).items() if not ours(o) for f in ('folder', 'lists') if f in o]
+    own = load_yaml(Path(study) / "params.yaml")
+    ours = lambda o: str(o.get("folder", "")).startswith("data/")  # generated, so there
+    sets = [
+        f" \\\n  --set {group}.{k}.{f}={o[f]}"
+        for group in ("datasets", "tasks")
+        for k, o in (own.get(group) or {}).items()
+        if not ours(o)
+        for f in ("folder", "lists")
+        if f in o
+    ]
     return f"```bash\ncmid_study studies/{Path(study).name}{''.join(sets)}\n```"
 
 # %% ../nbs/60_readme.ipynb #d5d1e7e2
 def _scored(root, dataset, rows):
     "One dataset's table, with what it is of"
-    runs = {i: o for (d, i), o in results(root, 'probe').items() if d == dataset}; mine = [i for (i,) in results(root, 'pretrain') if i in runs]
-    train, test = (_fact(next(iter(runs.values())), 'parameters', k) for k in ('train', 'test'))
+    runs = {i: o for (d, i), o in results(root, "probe").items() if d == dataset}
+    mine = [i for (i,) in results(root, "pretrain") if i in runs]
+    train, test = (_fact(next(iter(runs.values())), "parameters", k) for k in ("train", "test"))
     said = f"Accuracy on the {rows[0]['test_images']:,} images of `{test}`, labels from `{train}`, in % with its 95 % interval, differences in points. Always naming the most frequent of the {next(iter(runs.values())).metrics['classes']} classes scores {100 * rows[0]['chance']:.1f}."
-    return '\n\n'.join([*(f'{trained(root, i)} {seen(root, dataset, i)}' for i in mine), said, score_table(rows)])
+    return "\n\n".join([*(f"{trained(root, i)} {seen(root, dataset, i)}" for i in mine), said, score_table(rows)])
 
-SCORES = {'features': lambda o: f"purity: share of an image's {o['neighbours']} nearest that have its class, {o['images']:,} images of {o['dataset']}",
-          'correspondence': lambda o: f"matches: places found again in another view, {o['images']:,} images (by position alone {100 * o['position']:.1f})"}
+
+SCORES = {
+    "features": lambda o: (
+        f"purity: share of an image's {o['neighbours']} nearest that have its class, {o['images']:,} images of {o['dataset']}"
+    ),
+    "correspondence": lambda o: (
+        f"matches: places found again in another view, {o['images']:,} images (by position alone {100 * o['position']:.1f})"
+    ),
+}
+
 
 def compared(
-    title:str, # of the first column
-    rows:list, # (what a line is of, a row with init, score, low, high and against)
-) -> str: # Markdown, or nothing
+    title: str,  # of the first column
+    rows: list,  # (what a line is of, a row with init, score, low, high and against)
+) -> str:  # Markdown, or nothing
     "Scores with their intervals: a column a backbone, then the differences."
-    lines, inits, pairs = {}, dict.fromkeys(o['init'] for _, o in rows), dict.fromkeys((o['init'], a['baseline']) for _, o in rows for a in o['against'])
-    for said, o in rows: lines.setdefault(said, {})[o['init']] = o
-    minus = lambda o, b: next((f"**{points(a['difference'])}** ({points(a['low'])} to {points(a['high'])})" for a in o.get('against', ()) if a['baseline'] == b), '')
-    scored = lambda o: f"{100 * o['score']:.1f} ({100 * o['low']:.1f} to {100 * o['high']:.1f})" if o else ''
-    return table((title, *inits, *(f'{i} minus {b}' for i, b in pairs)), [(k, *(scored(o.get(i)) for i in inits), *(minus(o.get(i, {}), b) for i, b in pairs)) for k, o in lines.items()]) if rows else ''
+    lines, inits, pairs = (
+        {},
+        dict.fromkeys(o["init"] for _, o in rows),
+        dict.fromkeys((o["init"], a["baseline"]) for _, o in rows for a in o["against"]),
+    )
+    for said, o in rows:
+        lines.setdefault(said, {})[o["init"]] = o
+    minus = lambda o, b: next(
+        (
+            f"**{points(a['difference'])}** ({points(a['low'])} to {points(a['high'])})"
+            for a in o.get("against", ())
+            if a["baseline"] == b
+        ),
+        "",
+    )
+    scored = lambda o: f"{100 * o['score']:.1f} ({100 * o['low']:.1f} to {100 * o['high']:.1f})" if o else ""
+    return (
+        table(
+            (title, *inits, *(f"{i} minus {b}" for i, b in pairs)),
+            [
+                (k, *(scored(o.get(i)) for i in inits), *(minus(o.get(i, {}), b) for i, b in pairs))
+                for k, o in lines.items()
+            ],
+        )
+        if rows
+        else ""
+    )
 
-def mean_table(root): "Scores that are means over images."; return compared('mean over images', [(f"{SCORES[k](o)}; chance {100 * o['chance']:.1f}", o) for k in SCORES for o in score_rows(root, k)])
+
+def mean_table(root):
+    "Scores that are means over images."
+    return compared(
+        "mean over images",
+        [(f"{SCORES[k](o)}; chance {100 * o['chance']:.1f}", o) for k in SCORES for o in score_rows(root, k)],
+    )
+
 
 def task_table(
-    root, # a study's
-) -> str: # Markdown, or nothing
+    root,  # a study's
+) -> str:  # Markdown, or nothing
     "mIoU, F1 and mAP after fine-tuning."
-    on = lambda o: f"the {o['train_images']} images that were learnt from" if o['on_training'] else f"{o['images']} images, {o['train_images']} others learnt from"
-    said = lambda o: f"{o['dataset']}: {WORK[o['stage']][0]}{', ' + HEADS[o['head']] if o['head'] else ''}, {WORK[o['stage']][1]} on {on(o)}"
-    return compared('fine-tuned', [(said(o), o) for k in WORK for o in task_rows(root, k)])
+    on = lambda o: (
+        f"the {o['train_images']} images that were learnt from"
+        if o["on_training"]
+        else f"{o['images']} images, {o['train_images']} others learnt from"
+    )
+    said = lambda o: (
+        f"{o['dataset']}: {WORK[o['stage']][0]}{', ' + HEADS[o['head']] if o['head'] else ''}, {WORK[o['stage']][1]} on {on(o)}"
+    )
+    return compared("fine-tuned", [(said(o), o) for k in WORK for o in task_rows(root, k)])
+
 
 def seed_table(
-    rows:list, # of `seed_rows`
-) -> str: # Markdown, or nothing
+    rows: list,  # of `seed_rows`
+) -> str:  # Markdown, or nothing
     "Means over seeds with standard deviations: a line a task, then the differences."
-    lines, inits, pairs = {}, dict.fromkeys(o['init'] for o in rows), dict.fromkeys((o['init'], a['baseline']) for o in rows for a in o['against'])
-    most = max((len(o['scores']) for o in rows), default=0); of = lambda o: f" ({len(o['scores'])} seeds)" if len(o['scores']) < most else ''
-    for o in rows: lines.setdefault(f"{o['dataset']}: {o['task']}{of(o)}", {})[o['init']] = o
-    scored = lambda o: f"{100 * o['mean']:.1f}" + (f" ± {100 * o['std']:.1f}" if o['std'] is not None else '') if o else ''
-    minus = lambda o, b: next((f"**{points(a['mean'])}** ({points(a['low'])} to {points(a['high'])})" for a in o.get('against', ()) if a['baseline'] == b), '')
-    return table((f"mean over {most} seeds", *inits, *(f'{i} minus {b}' for i, b in pairs)), [(k, *(scored(o.get(i)) for i in inits), *(minus(o.get(i, {}), b) for i, b in pairs)) for k, o in lines.items()]) if rows else ''
+    lines, inits, pairs = (
+        {},
+        dict.fromkeys(o["init"] for o in rows),
+        dict.fromkeys((o["init"], a["baseline"]) for o in rows for a in o["against"]),
+    )
+    most = max((len(o["scores"]) for o in rows), default=0)
+    of = lambda o: f" ({len(o['scores'])} seeds)" if len(o["scores"]) < most else ""
+    for o in rows:
+        lines.setdefault(f"{o['dataset']}: {o['task']}{of(o)}", {})[o["init"]] = o
+    scored = lambda o: (
+        f"{100 * o['mean']:.1f}" + (f" ± {100 * o['std']:.1f}" if o["std"] is not None else "") if o else ""
+    )
+    minus = lambda o, b: next(
+        (
+            f"**{points(a['mean'])}** ({points(a['low'])} to {points(a['high'])})"
+            for a in o.get("against", ())
+            if a["baseline"] == b
+        ),
+        "",
+    )
+    return (
+        table(
+            (f"mean over {most} seeds", *inits, *(f"{i} minus {b}" for i, b in pairs)),
+            [
+                (k, *(scored(o.get(i)) for i in inits), *(minus(o.get(i, {}), b) for i, b in pairs))
+                for k, o in lines.items()
+            ],
+        )
+        if rows
+        else ""
+    )
+
 
 def _tuned(root, dataset):
     "Rows of fine-tuning that are scored on what the probes are scored on"
-    splits = lambda stage: [tuple(_fact(o, 'parameters', k) for k in ('train', 'test')) for (d, _), o in results(root, stage).items() if d == dataset]
-    return [o for o in accuracy_rows(root, 'classify') if o['dataset'] == dataset] if {*splits('classify')} <= {*splits('probe')} else []
+    splits = lambda stage: [
+        tuple(_fact(o, "parameters", k) for k in ("train", "test"))
+        for (d, _), o in results(root, stage).items()
+        if d == dataset
+    ]
+    return (
+        [o for o in accuracy_rows(root, "classify") if o["dataset"] == dataset]
+        if {*splits("classify")} <= {*splits("probe")}
+        else []
+    )
+
 
 def study_page(
-    root, # the project's
-    study, # studies/<name>
-) -> str: # Markdown
+    root,  # the project's
+    study,  # studies/<name>
+) -> str:  # Markdown
     "One study: how it was trained, what it scored, what was shared, what has not run, and the command that repeats it."
-    own = load_yaml(Path(study)/'params.yaml'); parts = _seeds(root, study, own) if 'seeds' in own else _once(root, study, own)
-    return '\n\n'.join([f'### {Path(study).name}', *parts, 'Repeat it with', command(study)])
+    own = load_yaml(Path(study) / "params.yaml")
+    parts = _seeds(root, study, own) if "seeds" in own else _once(root, study, own)
+    return "\n\n".join([f"### {Path(study).name}", *parts, "Repeat it with", command(study)])
+
 
 def _once(root, study, own):
     "What a study of one run says"
     with laid_out(root, study) as d:
-        rows = probe_rows(d); names = dict.fromkeys(o['dataset'] for o in rows); due = own.get('stages', ('pretrain', 'probe', 'classify', 'segment', 'change', 'detect', 'features', 'correspondence'))
-        parts = [f"Backbones of the study `{own['models']}`."] if 'models' in own else []
-        parts += [_scored(d, o, [r for r in rows if r['dataset'] == o] + _tuned(d, o)) for o in names] + [o for o in (task_table(d), mean_table(d)) if o]
-        absent = [f'{stage} {o}' for stage in due for o in missing(d).get(stage, ())]
+        rows = probe_rows(d)
+        names = dict.fromkeys(o["dataset"] for o in rows)
+        due = own.get(
+            "stages", ("pretrain", "probe", "classify", "segment", "change", "detect", "features", "correspondence")
+        )
+        parts = [f"Backbones of the study `{own['models']}`."] if "models" in own else []
+        parts += [_scored(d, o, [r for r in rows if r["dataset"] == o] + _tuned(d, o)) for o in names] + [
+            o for o in (task_table(d), mean_table(d)) if o
+        ]
+        absent = [f"{stage} {o}" for stage in due for o in missing(d).get(stage, ())]
     return parts + ([f"Not run yet: {', '.join(absent)}."] if absent else [])
+
 
 def _seeds(root, study, own):
     "What a study of several seeds says"
     with ExitStack() as stack:
-        runs = [stack.enter_context(laid_out(root, study, Path(study)/f'seed-{o}')) for o in own['seeds']]; ran = [d for d in runs if (d/'results').is_dir()]
-        said = [trained(ran[0], i) for (i,) in results(ran[0], 'pretrain')] if ran else []
-        told = ['Mean and standard deviation over seeds, in %; differences in points, seed by seed, with Student\'s 95 % interval.', seed_table(seed_rows(ran))] if ran else []
-    late = [str(o) for o, d in zip(own['seeds'], runs) if d not in ran]
+        runs = [stack.enter_context(laid_out(root, study, Path(study) / f"seed-{o}")) for o in own["seeds"]]
+        ran = [d for d in runs if (d / "results").is_dir()]
+        said = [trained(ran[0], i) for (i,) in results(ran[0], "pretrain")] if ran else []
+        told = (
+            [
+                "Mean and standard deviation over seeds, in %; differences in points, seed by seed, with Student's 95 % interval.",
+                seed_table(seed_rows(ran)),
+            ]
+            if ran
+            else []
+        )
+    late = [str(o) for o, d in zip(own["seeds"], runs) if d not in ran]
     return said + told + ([f"Not run yet: seeds {', '.join(late)}."] if late else [])
 
+
 def studies(
-    root, # the project's
-    but=(), # names of those that stand elsewhere
-) -> str: # Markdown
+    root,  # the project's
+    but=(),  # names of those that stand elsewhere
+) -> str:  # Markdown
     "All studies, in the order of their names."
-    found = sorted(o.parent for o in Path(root).glob('studies/*/params.yaml') if o.parent.name not in but)
-    return '\n\n'.join(study_page(root, o) for o in found) or 'No study is here yet.'
+    found = sorted(o.parent for o in Path(root).glob("studies/*/params.yaml") if o.parent.name not in but)
+    return "\n\n".join(study_page(root, o) for o in found) or "No study is here yet."

@@ -16,75 +16,83 @@ from .masking import repeat_to
 
 # %% ../nbs/12_reconstruction.ipynb #dc3087f8
 def full_precision(
-    loss, # a function of tensors
-): # the same function, whose half precision arguments are widened first
+    loss,  # a function of tensors
+):  # the same function, whose half precision arguments are widened first
     "`loss` computed in float32 (float64 stays float64), whatever autocast surrounds it"
-    def widen(a): return a.float() if torch.is_tensor(a) and a.is_floating_point() and a.dtype != torch.float64 else a
+
+    def widen(a):
+        return a.float() if torch.is_tensor(a) and a.is_floating_point() and a.dtype != torch.float64 else a
+
     @wraps(loss)
     def wide(*args, **kwargs):
         device = next(a.device.type for a in chain(args, kwargs.values()) if torch.is_tensor(a))
         with torch.autocast(device, enabled=False):
             return loss(*map(widen, args), **{k: widen(a) for k, a in kwargs.items()})
+
     return wide
 
 # %% ../nbs/12_reconstruction.ipynb #647b81df
 @full_precision
 def focal_l1(
-    prediction:Tensor, # any shape
-    target:Tensor, # same shape
-    alpha:float=.2, # how soon an error counts in full, per unit of error
-    gamma:float=1., # how strongly small errors are played down: 0 (not at all), or at least 1
-) -> Tensor: # same shape, float32 (float64 for float64)
+    prediction: Tensor,  # any shape
+    target: Tensor,  # same shape
+    alpha: float = 0.2,  # how soon an error counts in full, per unit of error
+    gamma: float = 1.0,  # how strongly small errors are played down: 0 (not at all), or at least 1
+) -> Tensor:  # same shape, float32 (float64 for float64)
     "Absolute error times its own importance, elementwise (A2MIM, arXiv 2205.13943)"
     error = (prediction - target).abs()
-    return error * torch.tanh(alpha * error / 2)**gamma
+    return error * torch.tanh(alpha * error / 2) ** gamma
 
 # %% ../nbs/12_reconstruction.ipynb #7aabcf45
 def _spectrum_mean(half, width):
     "Mean over a whole `(..., H, W)` spectrum, from its `rfft2` half `(..., H, W//2 + 1)`"
-    mirrored = half[..., 1:(width + 1)//2]
+    mirrored = half[..., 1 : (width + 1) // 2]
     return (half.sum() + mirrored.sum()) / (half[..., 0].numel() * width)
 
 # %% ../nbs/12_reconstruction.ipynb #08906453
 @full_precision
 def focal_frequency(
-    prediction:Tensor, # (B, C, H, W)
-    target:Tensor, # (B, C, H, W)
-    per_image:bool=False, # a spectrum per image instead of the batch's mean spectrum
-) -> Tensor: # scalar
+    prediction: Tensor,  # (B, C, H, W)
+    target: Tensor,  # (B, C, H, W)
+    per_image: bool = False,  # a spectrum per image instead of the batch's mean spectrum
+) -> Tensor:  # scalar
     "Squared distance of two spectra, the frequencies that are furthest apart weighted most (arXiv 2012.12821)"
     difference = prediction - target
-    if not per_image: difference = difference.mean(0, keepdim=True)
-    spectrum = torch.view_as_real(torch.fft.rfft2(difference, norm='ortho'))
+    if not per_image:
+        difference = difference.mean(0, keepdim=True)
+    spectrum = torch.view_as_real(torch.fft.rfft2(difference, norm="ortho"))
     squared = spectrum.square().sum(-1)
     weight = squared.detach().sqrt().log1p()
-    weight = (weight / weight.amax()).nan_to_num(0.).clamp(0, 1)
+    weight = (weight / weight.amax()).nan_to_num(0.0).clamp(0, 1)
     return _spectrum_mean(weight * squared, difference.shape[-1])
 
 # %% ../nbs/12_reconstruction.ipynb #84257b44
 @full_precision
 def reconstruction_loss(
-    prediction:Tensor, # (B, C, H, W) decoded pixels
-    target:Tensor, # (B, C, H, W) normalised pixels
-    masks:Tensor, # (B, h, w) bool, True = masked, on any grid that divides H x W
-    frequency_weight:float=1., # weight of the frequency loss; 0 leaves out its cost too
-    unmasked_weight:float=1e-3, # share of the frequency gradient that reaches unmasked pixels
-    alpha:float=.2, # see `focal_l1`
-    gamma:float=1., # see `focal_l1`
-    per_image:bool=False, # see `focal_frequency`
-) -> Tensor: # scalar
+    prediction: Tensor,  # (B, C, H, W) decoded pixels
+    target: Tensor,  # (B, C, H, W) normalised pixels
+    masks: Tensor,  # (B, h, w) bool, True = masked, on any grid that divides H x W
+    frequency_weight: float = 1.0,  # weight of the frequency loss; 0 leaves out its cost too
+    unmasked_weight: float = 1e-3,  # share of the frequency gradient that reaches unmasked pixels
+    alpha: float = 0.2,  # see `focal_l1`
+    gamma: float = 1.0,  # see `focal_l1`
+    per_image: bool = False,  # see `focal_frequency`
+) -> Tensor:  # scalar
     "Focal L1 over the masked pixels plus the focal frequency loss, of one view; `CmidError` where masks do not divide it"
     mask = repeat_to(masks, target.shape[-2:])[:, None].to(target.dtype).expand(len(target), 1, -1, -1)
     spatial = (mask * focal_l1(prediction, target, alpha, gamma)).sum() / (mask.sum() + 1e-5) / target.shape[1]
-    if not frequency_weight: return spatial
+    if not frequency_weight:
+        return spatial
     blended = torch.lerp((prediction.detach() + target) / 2, prediction, mask + unmasked_weight * (1 - mask))
     return spatial + frequency_weight * focal_frequency(blended, target, per_image)
 
 # %% ../nbs/12_reconstruction.ipynb #4e8682c1
 def masked_error(
-    images:Tensor, # (B, C, H, W)
-    masks:Tensor, # bool (B, h, w), True = masked
-    painted:Tensor, # (B, C, H, W)
-) -> Tensor: # float64 (B,)
+    images: Tensor,  # (B, C, H, W)
+    masks: Tensor,  # bool (B, h, w), True = masked
+    painted: Tensor,  # (B, C, H, W)
+) -> Tensor:  # float64 (B,)
     "Sum of absolute errors over the masked pixels of each image."
-    return torch.where(repeat_to(masks, images.shape[-2:])[:, None], (painted - images).abs(), 0).double().sum((1, 2, 3))
+    return (
+        torch.where(repeat_to(masks, images.shape[-2:])[:, None], (painted - images).abs(), 0).double().sum((1, 2, 3))
+    )

@@ -21,149 +21,253 @@ from markupsafe import Markup, escape
 from PIL import Image
 from .params import SECTIONS as PARAMETERS, CmidError
 from .figures import CURVES, HEALTH, accuracy_figure, curves_figure, embeddings_figure, health_figure, lines_of
-from .results import KINDS, TASKS, Result, accuracy_rows, cells, checked, leftovers, missing, most, params_of, probe_rows, read_json, results, score_rows, task_rows
+from .results import KINDS, TASKS, Result, accuracy_rows, cells, checked, leftovers, missing, most, params_of, probe_rows, read_json, results, score_rows, task_rows  # fmt: skip
 from .results import _need, _pick
 
 # %% ../nbs/49_report.ipynb #e675883b
-def percent(x, digits=1): "`.612` as 61.2 %"; return f'{100 * x:.{digits}f}\u202f%'
-def points(x): "`.2` as +20.0, with a true minus sign"; return f'{100 * x:+.1f}'.replace('-', '\u2212')
-def share(x): "`.1` as 10 %"; return f'{100 * x:g}\u202f%'
+def percent(x, digits=1):
+    "`.612` as 61.2 %"
+    return f"{100 * x:.{digits}f}\u202f%"
 
-WORK = dict(segment=('segmentation', 'mIoU'), change=('change detection', 'F1'), detect=('oriented detection', 'mAP')); HEADS = dict(bit='BIT', difference='plain differences')
-NAMES = dict(linear='linear probe', knn='kNN', finetune='fine-tuning')
+
+def points(x):
+    "`.2` as +20.0, with a true minus sign"
+    return f"{100 * x:+.1f}".replace("-", "\u2212")
+
+
+def share(x):
+    "`.1` as 10 %"
+    return f"{100 * x:g}\u202f%"
+
+
+WORK = dict(segment=("segmentation", "mIoU"), change=("change detection", "F1"), detect=("oriented detection", "mAP"))
+HEADS = dict(bit="BIT", difference="plain differences")
+NAMES = dict(linear="linear probe", knn="kNN", finetune="fine-tuning")
+
 
 def verdict(
-    low:float, # of the difference's interval
-    high:float,
-) -> str: # ends a sentence
+    low: float,  # of the difference's interval
+    high: float,
+) -> str:  # ends a sentence
     "Whether chance would explain a difference with this interval."
-    if low == high: return 'says nothing: too few images to tell'
-    if low <= 0 <= high: return 'may be chance: the interval includes 0'
-    return 'is not explained by chance' if low > 0 else 'is not explained by chance: the baseline is better'
+    if low == high:
+        return "says nothing: too few images to tell"
+    if low <= 0 <= high:
+        return "may be chance: the interval includes 0"
+    return "is not explained by chance" if low > 0 else "is not explained by chance: the baseline is better"
+
 
 def sentence(
-    row:dict, # of `probe_rows`
-    o:dict, # one of its `against`
+    row: dict,  # of `probe_rows`
+    o: dict,  # one of its `against`
 ) -> str:
     "One comparison, in words."
     return f"{row['init']}, {NAMES[row['probe']]} on {row['dataset']} with {share(row['fraction'])} of the labels: {percent(row['accuracy'])} ({100 * row['low']:.1f} to {100 * row['high']:.1f}) against {percent(o['accuracy'])} for {o['baseline']}: {_differs(o)}"
+
 
 def _differs(o):
     "The end of a comparison"
     return f"the difference of {points(o['difference'])} points [{points(o['low'])}, {points(o['high'])}] {verdict(o['low'], o['high'])}."
 
-def _scored(row, more=''):
+
+def _scored(row, more=""):
     "A score with its interval and chance"
     return f"{percent(row['score'])} ({100 * row['low']:.1f} to {100 * row['high']:.1f}; chance {100 * row['chance']:.1f}{more})"
 
-def purified(row:dict, o:dict) -> str:
+
+def purified(row: dict, o: dict) -> str:
     "One comparison of feature spaces, of `score_rows`, in words."
     return f"{row['init']}, feature space of {row['dataset']}: {_scored(row)} of an image's {row['neighbours']} nearest neighbours have its class, against {percent(o['score'])} for {o['baseline']}: {_differs(o)}"
 
-def found_again(row:dict, o:dict) -> str:
+
+def found_again(row: dict, o: dict) -> str:
     "One comparison of matched places, of `score_rows`, in words."
-    alone = f", by the position in the view alone {100 * row['position']:.1f}" if 'position' in row else ''
+    alone = f", by the position in the view alone {100 * row['position']:.1f}" if "position" in row else ""
     return f"{row['init']}, places found again in another view of {row['images']} images: {_scored(row, alone)} are right, against {percent(o['score'])} for {o['baseline']}: {_differs(o)}"
 
 # %% ../nbs/49_report.ipynb #8d9e1f64
 def painted(
-    init:str, # whose reconstruction
-    o:Result, # of the reconstruct stage
+    init: str,  # whose reconstruction
+    o: Result,  # of the reconstruct stage
 ) -> str:
     "Whether a student paints better than the mean, in words."
-    skill, n = _pick(o, 'skill'), _pick(o, 'images')
-    if skill is None: return f"{init}, masked blocks of {n} images: they are flat, so that their mean is already exact."
-    said = f"{percent(skill, 0)} less error than filling them with the image's mean colour" if skill > .005 else "no better than filling them with the image's mean colour"
+    skill, n = _pick(o, "skill"), _pick(o, "images")
+    if skill is None:
+        return f"{init}, masked blocks of {n} images: they are flat, so that their mean is already exact."
+    said = (
+        f"{percent(skill, 0)} less error than filling them with the image's mean colour"
+        if skill > 0.005
+        else "no better than filling them with the image's mean colour"
+    )
     return f"{init}, masked blocks of {n} images of the pretraining set: {said} (skill {skill:.2f}; 1 is perfect)."
 
-def detected(row:dict, o:dict) -> str:
+
+def detected(row: dict, o: dict) -> str:
     "One comparison of segmentation, change or oriented detection, of `task_rows`, in words."
-    what, score = WORK[row['stage']]; head = f" by {HEADS[row['head']]}" if row['head'] else ''; on = 'the images that were learnt from' if row['on_training'] else f"{row['images']} images"
+    what, score = WORK[row["stage"]]
+    head = f" by {HEADS[row['head']]}" if row["head"] else ""
+    on = "the images that were learnt from" if row["on_training"] else f"{row['images']} images"
     return f"{row['init']}, {what} of {row['dataset']}{head}: {score} {percent(row['score'])} ({100 * row['low']:.1f} to {100 * row['high']:.1f}) on {on} against {percent(o['score'])} for {o['baseline']}: {_differs(o)}"
 
+
 def warned(
-    root, # the study's
-) -> list: # sentences
+    root,  # the study's
+) -> list:  # sentences
     "What was wrong with a pretraining run, in words: numbers of such a run are below what it could have come to."
-    return [f"Warning, pretraining of {init}: {o}." for (init,), r in results(root, 'pretrain').items() for o in r.metrics.get('warnings', [])]
+    return [
+        f"Warning, pretraining of {init}: {o}."
+        for (init,), r in results(root, "pretrain").items()
+        for o in r.metrics.get("warnings", [])
+    ]
+
 
 def headlines(
-    root, # the study's
-) -> list: # sentences
+    root,  # the study's
+) -> list:  # sentences
     "The study in a few sentences, from its numbers: what idled, accuracies with the most labels, neighbours, matched places, and what is painted."
-    said = [sentence(o, a) for stage in KINDS for o in most(accuracy_rows(root, stage)) for a in o['against']]
-    said += [detected(o, a) for stage in TASKS for o in task_rows(root, stage) for a in o['against']]
-    said += [words(o, a) for stage, words in (('features', purified), ('correspondence', found_again)) for o in score_rows(root, stage) for a in o['against']]
-    return warned(root) + said + [painted(k, o) for (k,), o in results(root, 'reconstruct').items()]
+    said = [sentence(o, a) for stage in KINDS for o in most(accuracy_rows(root, stage)) for a in o["against"]]
+    said += [detected(o, a) for stage in TASKS for o in task_rows(root, stage) for a in o["against"]]
+    said += [
+        words(o, a)
+        for stage, words in (("features", purified), ("correspondence", found_again))
+        for o in score_rows(root, stage)
+        for a in o["against"]
+    ]
+    return warned(root) + said + [painted(k, o) for (k,), o in results(root, "reconstruct").items()]
 
 # %% ../nbs/49_report.ipynb #c67674bb
 def summary(
-    root, # the study's
-) -> dict: # as JSON takes it
+    root,  # the study's
+) -> dict:  # as JSON takes it
     "The study's headline numbers: accuracies, purity and matched places with their differences, skill, how many warnings, how much is missing."
-    held = lambda o, k: {k: o[k]} | {f"minus {a['baseline']}": {k: a[k] for k in ('difference', 'low', 'high')} for a in o['against']}; out = dict(missing=sum(len(o) for o in missing(root).values()), warnings=len(warned(root)), probe={}, classify={}, features={})
-    for o in most(accuracy_rows(root, 'probe')): out['probe'].setdefault(o['dataset'], {}).setdefault(o['init'], {})[o['probe']] = held(o, 'accuracy')
-    for o in most(accuracy_rows(root, 'classify')): out['classify'].setdefault(o['dataset'], {})[o['init']] = held(o, 'accuracy')
+    held = lambda o, k: (
+        {k: o[k]} | {f"minus {a['baseline']}": {k: a[k] for k in ("difference", "low", "high")} for a in o["against"]}
+    )
+    out = dict(
+        missing=sum(len(o) for o in missing(root).values()),
+        warnings=len(warned(root)),
+        probe={},
+        classify={},
+        features={},
+    )
+    for o in most(accuracy_rows(root, "probe")):
+        out["probe"].setdefault(o["dataset"], {}).setdefault(o["init"], {})[o["probe"]] = held(o, "accuracy")
+    for o in most(accuracy_rows(root, "classify")):
+        out["classify"].setdefault(o["dataset"], {})[o["init"]] = held(o, "accuracy")
     for stage in TASKS:
-        for o in task_rows(root, stage): out.setdefault(stage, {}).setdefault(o['dataset'], {}).setdefault(o['init'], {}).update({o['head'] or TASKS[stage]: held(o, 'score')})
-    for o in score_rows(root, 'features'): out['features'].setdefault(o['dataset'], {})[o['init']] = held(o, 'purity') | dict(chance=o['chance'])
-    return out | dict(correspondence={o['init']: held(o, 'accuracy') | dict(chance=o['chance']) for o in score_rows(root, 'correspondence')}, reconstruct={k: _pick(o, 'skill') for (k,), o in results(root, 'reconstruct').items()})
+        for o in task_rows(root, stage):
+            out.setdefault(stage, {}).setdefault(o["dataset"], {}).setdefault(o["init"], {}).update(
+                {o["head"] or TASKS[stage]: held(o, "score")}
+            )
+    for o in score_rows(root, "features"):
+        out["features"].setdefault(o["dataset"], {})[o["init"]] = held(o, "purity") | dict(chance=o["chance"])
+    return out | dict(
+        correspondence={
+            o["init"]: held(o, "accuracy") | dict(chance=o["chance"]) for o in score_rows(root, "correspondence")
+        },
+        reconstruct={k: _pick(o, "skill") for (k,), o in results(root, "reconstruct").items()},
+    )
 
 # %% ../nbs/49_report.ipynb #a21095e9
-def number(x): "A number as people write it, anything else as text"; return f'{x:,}' if type(x) is int else f'{x:.4g}' if isinstance(x, float) else '' if x is None else str(x)
+def number(x):
+    "A number as people write it, anything else as text"
+    return f"{x:,}" if type(x) is int else f"{x:.4g}" if isinstance(x, float) else "" if x is None else str(x)
+
 
 JINJA = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-MARKS = {'is not explained by chance.': ('good', '▲'), 'the baseline is better.': ('bad', '▼'), 'the interval includes 0.': ('quiet', '≈')} # how a sentence ends -> class and mark
-def mark(x): "The mark of a comparison in words"; return next((Markup(f'<span class="{c}" aria-hidden="true">{m}</span> ') for end, (c, m) in MARKS.items() if x.endswith(end)), '')
-def soft(x): "A name that may break after _ or -"; return Markup(str(escape(x)).replace('_', '_<wbr>').replace('-', '-<wbr>'))
+MARKS = {
+    "is not explained by chance.": ("good", "▲"),
+    "the baseline is better.": ("bad", "▼"),
+    "the interval includes 0.": ("quiet", "≈"),
+}  # how a sentence ends -> class and mark
+
+
+def mark(x):
+    "The mark of a comparison in words"
+    return next(
+        (
+            Markup(f'<span class="{c}" aria-hidden="true">{m}</span> ')
+            for end, (c, m) in MARKS.items()
+            if x.endswith(end)
+        ),
+        "",
+    )
+
+
+def soft(x):
+    "A name that may break after _ or -"
+    return Markup(str(escape(x)).replace("_", "_<wbr>").replace("-", "-<wbr>"))
+
+
 JINJA.filters |= dict(percent=percent, points=points, share=share, number=number, soft=soft, mark=mark)
 
+
 def render(
-    template:str, # of jinja2
-    **values, # text among them is escaped
+    template: str,  # of jinja2
+    **values,  # text among them is escaped
 ) -> Markup:
     "HTML from a template; whatever is not HTML from here is escaped."
     return Markup(JINJA.from_string(template).render(values))
 
 # %% ../nbs/49_report.ipynb #e8c2c8ad
-INK = dict(light='#24292f', dark='#d5dae0')
+INK = dict(light="#24292f", dark="#d5dae0")
+
 
 def _png(draw, colour):
     "What `draw` draws in one colour on nothing, as a data URI"
     import matplotlib
-    ink = dict.fromkeys(('text.color', 'axes.edgecolor', 'axes.labelcolor', 'xtick.color', 'ytick.color'), colour) | dict.fromkeys(('figure.facecolor', 'axes.facecolor', 'savefig.facecolor'), 'none')
+
+    ink = dict.fromkeys(
+        ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), colour
+    ) | dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none")
     out = io.BytesIO()
-    with matplotlib.rc_context(ink): draw().savefig(out, format='png', dpi=150, metadata={'Software': None})
+    with matplotlib.rc_context(ink):
+        draw().savefig(out, format="png", dpi=150, metadata={"Software": None})
     return _uri(out.getvalue())
 
-def _uri(content, kind='png'):
-    "A picture inside the page"
-    return f'data:image/{kind};base64,' + base64.b64encode(content).decode()
 
-QUALITY = 85 # of JPEG; its colours are not thinned out, so that small text stays sharp
+def _uri(content, kind="png"):
+    "A picture inside the page"
+    return f"data:image/{kind};base64," + base64.b64encode(content).decode()
+
+
+QUALITY = 85  # of JPEG; its colours are not thinned out, so that small text stays sharp
+
 
 def _light(path):
     "A PNG as it is, or as JPEG where that is smaller, as of photographs"
     out = io.BytesIO()
-    with Image.open(path) as o: o.convert('RGB').save(out, 'jpeg', quality=QUALITY, subsampling=0, optimize=True)
-    plain = Path(path).read_bytes(); return _uri(plain) if len(plain) <= len(out.getvalue()) else _uri(out.getvalue(), 'jpeg')
+    with Image.open(path) as o:
+        o.convert("RGB").save(out, "jpeg", quality=QUALITY, subsampling=0, optimize=True)
+    plain = Path(path).read_bytes()
+    return _uri(plain) if len(plain) <= len(out.getvalue()) else _uri(out.getvalue(), "jpeg")
+
 
 def picture(
-    draw, # gives a Figure when called
-    alt:str, # what it shows
+    draw,  # gives a Figure when called
+    alt: str,  # what it shows
 ) -> Markup:
     "A figure for light and dark pages."
-    return render('<picture><source media="(prefers-color-scheme: dark)" srcset="{{ dark }}"><img src="{{ light }}" alt="{{ alt }}"></picture>', alt=alt, **{k: _png(draw, v) for k, v in INK.items()})
+    return render(
+        '<picture><source media="(prefers-color-scheme: dark)" srcset="{{ dark }}"><img src="{{ light }}" alt="{{ alt }}"></picture>',
+        alt=alt,
+        **{k: _png(draw, v) for k, v in INK.items()},
+    )
+
 
 def image(
-    path, # a PNG that a stage wrote
-    alt:str, # what it shows
+    path,  # a PNG that a stage wrote
+    alt: str,  # what it shows
 ) -> Markup:
     "A stage's figure; nothing where there is none."
-    return render('<img class="plate" src="{{ src }}" alt="{{ alt }}">', src=_light(path), alt=alt) if Path(path).exists() else Markup('')
+    return (
+        render('<img class="plate" src="{{ src }}" alt="{{ alt }}">', src=_light(path), alt=alt)
+        if Path(path).exists()
+        else Markup("")
+    )
 
 # %% ../nbs/49_report.ipynb #57eac340
-ROW = '''
+ROW = """
 {% macro row(o, value) %}
 <tr><th scope="row">{{ o.init | soft }}</th>
 <td><data value="{{ value }}"><b>{{ value | percent }}</b></data><br><small><data value="{{ o.low }}">{{ '%.1f' | format(100 * o.low) }}</data> to <data value="{{ o.high }}">{{ '%.1f' | format(100 * o.high) }}</data></small></td>
@@ -171,13 +275,15 @@ ROW = '''
 <td>{% for a in o.against %}<span class="{{ 'good' if a.low > 0 else 'bad' if a.high < 0 else 'quiet' }}">{{ '▲' if a.low > 0 else '▼' if a.high < 0 else '≈' }} <data value="{{ a.difference }}"><b>{{ a.difference | points }}</b></data> [<data value="{{ a.low }}">{{ a.low | points }}</data>, <data value="{{ a.high }}">{{ a.high | points }}</data>]</span><br><small>{{ a.baseline | soft }}</small>{{ '' if loop.last else Markup('<br>') }}{% else %}<small class="quiet">{{ 'baseline' if o.init in baselines else 'nothing to compare with' }}</small>{% endfor %}</td></tr>
 {% endmacro %}
 {% macro head(what) %}<thead><tr><th scope="col">backbone</th><th scope="col">{{ what }}</th><th scope="col" class="wide"><span class="unseen">interval</span></th><th scope="col">against</th></tr></thead>{% endmacro %}
-'''
+"""
+
 
 def table(template, root, **values):
     "HTML from a template that has rows of scores"
     return render(ROW + template, baselines=params_of(root).study.baselines, Markup=Markup, **values)
 
-ACCURACIES = '''
+
+ACCURACIES = """
 {% for d in datasets %}
 <h3>{{ d.name }}</h3>
 <p class="quiet">{{ d.classes }} classes, {{ d.test_images | number }} test images. Always naming the most frequent class scores {{ d.chance | percent }}.</p>
@@ -194,30 +300,55 @@ ACCURACIES = '''
 {{ d.more }}
 {% endfor %}
 <p class="quiet">{{ note }}</p>
-'''
+"""
 NOTE = "▲ ▼ not explained by chance; ≈ may be chance: the interval includes 0. Accuracies have Wilson's interval; differences have Newcombe's, which takes the two as scored on different images and is careful here, where they are the same. Both know the chance in the choice of test images, not that of another seed."
+
 
 def _shares(rows):
     "Rows by what they are of, and by share of the labels"
     shares = {}
-    for o in rows: shares.setdefault(o['probe'], {}).setdefault((o['fraction'], o['train_images']), []).append(o)
+    for o in rows:
+        shares.setdefault(o["probe"], {}).setdefault((o["fraction"], o["train_images"]), []).append(o)
     return shares
+
 
 def _accuracies(root, stage, note, more):
     "Tables of a stage's accuracies; below each dataset's what `more` makes of its results"
     rows, datasets = accuracy_rows(root, stage), []
-    for name in dict.fromkeys(o['dataset'] for o in rows):
-        mine, found = [o for o in rows if o['dataset'] == name], {i: o for (d, i), o in results(root, stage).items() if d == name}
-        datasets.append(dict(name=name, classes=next(iter(found.values())).metrics.get('classes'), test_images=mine[0]['test_images'], chance=mine[0]['chance'], probes=_shares(mine), more=more(name, found)))
+    for name in dict.fromkeys(o["dataset"] for o in rows):
+        mine, found = (
+            [o for o in rows if o["dataset"] == name],
+            {i: o for (d, i), o in results(root, stage).items() if d == name},
+        )
+        datasets.append(
+            dict(
+                name=name,
+                classes=next(iter(found.values())).metrics.get("classes"),
+                test_images=mine[0]["test_images"],
+                chance=mine[0]["chance"],
+                probes=_shares(mine),
+                more=more(name, found),
+            )
+        )
     return table(ACCURACIES, root, datasets=datasets, names=NAMES, note=note) if rows else None
+
 
 def probes(root):
     "Accuracy of frozen features, with intervals, against the baselines."
-    alt = lambda name, found: f"Accuracy on {name} against the share of the labels, for {', '.join(found)}; the same numbers are in the table."
-    return _accuracies(root, 'probe', NOTE, lambda name, found: picture(lambda: accuracy_figure({k: o.metrics for k, o in found.items()}), alt(name, found)))
+    alt = lambda name, found: (
+        f"Accuracy on {name} against the share of the labels, for {', '.join(found)}; the same numbers are in the table."
+    )
+    return _accuracies(
+        root,
+        "probe",
+        NOTE,
+        lambda name, found: picture(
+            lambda: accuracy_figure({k: o.metrics for k, o in found.items()}), alt(name, found)
+        ),
+    )
 
 # %% ../nbs/49_report.ipynb #cf53219d
-TUNED = '''
+TUNED = """
 <p class="quiet">{{ ended }}</p>
 <div class="pair">{% for k, o in found.items() %}{{ shown(k, image(o.folder/'confusion.png', confused(name, k, o.metrics))) }}{% endfor %}</div>
 {% for k, o in found.items() %}
@@ -227,30 +358,56 @@ TUNED = '''
 {{ image(o.folder/'curves.png', 'Loss and learning rate of fine-tuning ' + k + ' on ' + name + ', over its steps.') }}
 </details>
 {% endfor %}
-'''
+"""
 
-def shown(title, figure, words=''):
+
+def shown(title, figure, words=""):
     "A figure under its name, and what is to be said of it"
-    return render('<figure><figcaption><b>{{ title | soft }}</b>{{ words }}</figcaption>{{ figure }}</figure>', title=title, figure=figure, words=words and f': {words}')
+    return render(
+        "<figure><figcaption><b>{{ title | soft }}</b>{{ words }}</figcaption>{{ figure }}</figure>",
+        title=title,
+        figure=figure,
+        words=words and f": {words}",
+    )
+
 
 def _ended(found):
     "Which epochs were scored, once where all say the same"
-    said = {k: f"the last epoch, {m['epoch']}" if (m := o.metrics)['chosen_on'] == 'last' else f"epoch {m['epoch']}, chosen on {m['chosen_on']}" for k, o in found.items()}; same = set(said.values())
-    return 'Scored: ' + (same.pop() if len(same) == 1 else '; '.join(f'{v} ({k})' for k, v in said.items())) + '.'
+    said = {
+        k: f"the last epoch, {m['epoch']}"
+        if (m := o.metrics)["chosen_on"] == "last"
+        else f"epoch {m['epoch']}, chosen on {m['chosen_on']}"
+        for k, o in found.items()
+    }
+    same = set(said.values())
+    return "Scored: " + (same.pop() if len(same) == 1 else "; ".join(f"{v} ({k})" for k, v in said.items())) + "."
+
 
 def _confused(name, init, m):
     "A confusion matrix in words: how much is right, and the classes that are mixed up most"
-    n, names = np.array(m['confusion']), list(m['per_class']); off = n - np.diag(n.diagonal()); worst = [divmod(int(o), len(n)) for o in off.argsort(axis=None, kind='stable')[::-1][:3]]
-    mixed = '; '.join(f"{names[i]} taken for {names[j]} {off[i, j]} times" for i, j in worst if off[i, j])
-    return f"Confusion of {init} on {name}: {n.trace()} of {n.sum()} test images are right" + (f"; most often wrong: {mixed}." if mixed else '.')
+    n, names = np.array(m["confusion"]), list(m["per_class"])
+    off = n - np.diag(n.diagonal())
+    worst = [divmod(int(o), len(n)) for o in off.argsort(axis=None, kind="stable")[::-1][:3]]
+    mixed = "; ".join(f"{names[i]} taken for {names[j]} {off[i, j]} times" for i, j in worst if off[i, j])
+    return f"Confusion of {init} on {name}: {n.trace()} of {n.sum()} test images are right" + (
+        f"; most often wrong: {mixed}." if mixed else "."
+    )
+
 
 def fine_tuning(root):
     "Accuracy after fine-tuning, with intervals, against the baselines."
-    _need(results(root, 'classify').values(), 'per_class', 'confusion', 'epoch', 'chosen_on')
-    return _accuracies(root, 'classify', 'Marks and intervals as of frozen features.', lambda name, found: render(TUNED, name=name, found=found, image=image, shown=shown, ended=_ended(found), confused=_confused))
+    _need(results(root, "classify").values(), "per_class", "confusion", "epoch", "chosen_on")
+    return _accuracies(
+        root,
+        "classify",
+        "Marks and intervals as of frozen features.",
+        lambda name, found: render(
+            TUNED, name=name, found=found, image=image, shown=shown, ended=_ended(found), confused=_confused
+        ),
+    )
 
 # %% ../nbs/49_report.ipynb #81c5716d
-SPACES = '''
+SPACES = """
 {% for d in datasets %}
 <h3>{{ d.name }}</h3>
 {% if d.rows %}
@@ -266,66 +423,111 @@ SPACES = '''
 {% for c in d.rows[0].per_class %}<tr><th scope="row">{{ c | soft }}</th>{% for o in d.found.values() %}<td class="n">{{ '%.1f' | format(100 * o.metrics.per_class[c]) if c in o.metrics.per_class else '' }}</td>{% endfor %}</tr>{% endfor %}</tbody></table></div></details>{% endif %}
 {% endfor %}
 <p class="quiet">Intervals are by the standard error over images; differences are taken image for image, on the same images. In the strips, left: an image; then its nearest. A solid frame and a tick: of the same class; a broken frame and a cross: of another.</p>
-'''
+"""
+
 
 def _strips(name, init, m):
     "Strips in words"
-    s = m.get('strips') or {}; of = f"Images of {name}, each with its nearest by {init}"
-    return f"{of}: {s['right']} of {s['queries'] * s['nearest']} neighbours have the image's class." if s.get('right') is not None else f"{of}."
+    s = m.get("strips") or {}
+    of = f"Images of {name}, each with its nearest by {init}"
+    return (
+        f"{of}: {s['right']} of {s['queries'] * s['nearest']} neighbours have the image's class."
+        if s.get("right") is not None
+        else f"{of}."
+    )
+
 
 def _map(name, found, rows):
     "Maps beside each other; those whose map is missing are left out"
-    drawn = {k: read_json(p) for k, o in found.items() if (p := o.folder/'embedding.json').exists()}; said = ', '.join(f"{o['init']} (purity {percent(o['score'], 0)})" for o in rows) or ', '.join(drawn)
-    return picture(lambda: embeddings_figure(drawn), f"t-SNE maps of {name}, an image a point, coloured by class, for {said}" + (f"; chance is {percent(rows[0]['chance'], 0)}." if rows else '.')) if drawn else Markup('')
+    drawn = {k: read_json(p) for k, o in found.items() if (p := o.folder / "embedding.json").exists()}
+    said = ", ".join(f"{o['init']} (purity {percent(o['score'], 0)})" for o in rows) or ", ".join(drawn)
+    return (
+        picture(
+            lambda: embeddings_figure(drawn),
+            f"t-SNE maps of {name}, an image a point, coloured by class, for {said}"
+            + (f"; chance is {percent(rows[0]['chance'], 0)}." if rows else "."),
+        )
+        if drawn
+        else Markup("")
+    )
+
 
 def spaces(root):
     "Maps and purity of feature spaces."
-    rows, runs = score_rows(root, 'features'), results(root, 'features'); datasets = []; _need(runs.values(), 'neighbours', 'purity_2d', 'per_class', 'branch')
+    rows, runs = score_rows(root, "features"), results(root, "features")
+    datasets = []
+    _need(runs.values(), "neighbours", "purity_2d", "per_class", "branch")
     for name in dict.fromkeys(d for d, _ in runs):
-        found, mine = {i: o for (d, i), o in runs.items() if d == name}, [o for o in rows if o['dataset'] == name]
-        branches = {b: [k for k, o in found.items() if o.metrics['branch'] == b] for b in dict.fromkeys(o.metrics['branch'] for o in found.values())}
+        found, mine = {i: o for (d, i), o in runs.items() if d == name}, [o for o in rows if o["dataset"] == name]
+        branches = {
+            b: [k for k, o in found.items() if o.metrics["branch"] == b]
+            for b in dict.fromkeys(o.metrics["branch"] for o in found.values())
+        }
         datasets.append(dict(name=name, rows=mine, found=found, branches=branches, map=_map(name, found, mine)))
     return table(SPACES, root, datasets=datasets, image=image, shown=shown, strips=_strips) if runs else None
 
 # %% ../nbs/49_report.ipynb #3ce61ed2
-MATCHED = '''
+MATCHED = """
 <p>A place of one view of an image is matched, by its feature alone, to the most similar place of another view. Where each went is known, so matches can be counted: right is within one cell.</p>
 <div class="scroll" tabindex="0" role="region" aria-label="accuracy of matches"><table>
 <caption><b>matches</b>: share that is right, over {{ rows[0].images | number }} images, with its 95 % interval (bootstrap over images), differences in points</caption>
 {{ head('right') }}<tbody>{% for o in rows %}{{ row(o, o.score) }}{% endfor %}</tbody></table></div>
 <p class="quiet">Networks with cells of another size are asked another question: compare those of one grid. The two intervals make that of the difference as Newcombe's do, as if of different images: careful here, where they are the same.</p>
 <div class="pair">{% for o in rows %}{{ shown(o.init, image(folders[o.init]/'figure.png', alt(o)), words(o)) }}{% endfor %}</div>
-'''
+"""
+
 
 def correspondences(root):
     "How often a place is found again."
-    rows, found = score_rows(root, 'correspondence'), results(root, 'correspondence'); folders = {k: o.folder for (k,), o in found.items()}
-    _need(found.values(), 'position', 'moved', 'moved_chance', 'exact', 'exact_chance', 'error_px', 'error_px_chance')
-    alt = lambda o: f"Best matches of {o['init']}, as lines between two views of an image, right or wrong, and between two images of a class; over {o['images']} images {percent(o['score'])} are right, chance {percent(o['chance'])}."
-    moved = lambda o: '' if o['moved'] is None else f"of places that moved in the view {percent(o['moved'])} (chance {100 * o['moved_chance']:.1f}); "
-    words = lambda o: f"{o['places']} cells a view: chance {percent(o['chance'])}, by the position in the view alone {percent(o['position'])}; {moved(o)}the very cell {percent(o['exact'])} (chance {100 * o['exact_chance']:.1f}); off by {o['error_px']:.0f} px on average (at random {o['error_px_chance']:.0f}); {o['branch']}"
-    return table(MATCHED, root, rows=rows, folders=folders, image=image, shown=shown, alt=alt, words=words) if rows else None
+    rows, found = score_rows(root, "correspondence"), results(root, "correspondence")
+    folders = {k: o.folder for (k,), o in found.items()}
+    _need(found.values(), "position", "moved", "moved_chance", "exact", "exact_chance", "error_px", "error_px_chance")
+    alt = lambda o: (
+        f"Best matches of {o['init']}, as lines between two views of an image, right or wrong, and between two images of a class; over {o['images']} images {percent(o['score'])} are right, chance {percent(o['chance'])}."
+    )
+    moved = lambda o: (
+        ""
+        if o["moved"] is None
+        else f"of places that moved in the view {percent(o['moved'])} (chance {100 * o['moved_chance']:.1f}); "
+    )
+    words = lambda o: (
+        f"{o['places']} cells a view: chance {percent(o['chance'])}, by the position in the view alone {percent(o['position'])}; {moved(o)}the very cell {percent(o['exact'])} (chance {100 * o['exact_chance']:.1f}); off by {o['error_px']:.0f} px on average (at random {o['error_px_chance']:.0f}); {o['branch']}"
+    )
+    return (
+        table(MATCHED, root, rows=rows, folders=folders, image=image, shown=shown, alt=alt, words=words)
+        if rows
+        else None
+    )
 
-LOOKS = '''
+
+LOOKS = """
 <p>{{ kinds }}</p>
 <div class="pair">{% for k, o in found.items() %}{{ shown(k, image(o.folder/'figure.png', 'Images, with the map laid over them and the part that is kept, of ' + k + ': ' + looked(o)), looked(o)) }}{% endfor %}</div>
-'''
+"""
+
 
 def looked(
-    o:Result, # of the attention stage
+    o: Result,  # of the attention stage
 ) -> str:
     "How much of the area a backbone needs, in words."
-    k = {f: _pick(o, f) for f in ('kind', 'asking', 'branch', 'images', 'mass', 'mass_area', 'mass_area_even', 'entropy')}
+    k = {
+        f: _pick(o, f) for f in ("kind", "asking", "branch", "images", "mass", "mass_area", "mass_area_even", "entropy")
+    }
     return f"{k['kind']} ({k['branch']}): {percent(k['mass'], 0)} of it lies on {percent(k['mass_area'], 0)} of the area, where an even map would need {percent(k['mass_area_even'], 0)}; entropy {k['entropy']:.3f} of 1; over {k['images']} images."
+
 
 def attentions(root):
     "Where the backbones look."
-    found = {k: o for (k,), o in results(root, 'attention').items()}
-    kinds = 'Where a backbone looks, and how much of the image holds most of it. A CNN has no attention: shown is how much each place resembles the pooled feature.' if any('cosine' in _pick(o, 'kind') for o in found.values()) else 'Where a backbone looks, and how much of the image holds most of it.'
+    found = {k: o for (k,), o in results(root, "attention").items()}
+    kinds = (
+        "Where a backbone looks, and how much of the image holds most of it. A CNN has no attention: shown is how much each place resembles the pooled feature."
+        if any("cosine" in _pick(o, "kind") for o in found.values())
+        else "Where a backbone looks, and how much of the image holds most of it."
+    )
     return render(LOOKS, found=found, image=image, shown=shown, looked=looked, kinds=kinds) if found else None
 
 # %% ../nbs/49_report.ipynb #29ff9588
-TASK = '''
+TASK = """
 {% for d in datasets %}
 <h3>{{ d.name }}</h3>
 <p class="quiet">{{ d.said }}</p>
@@ -345,61 +547,141 @@ TASK = '''
 {% endfor %}
 {% endfor %}
 <p class="quiet">{{ note }}</p>
-'''
-DRAWN = 'Scores are counted over all test images together; intervals come from drawing these images anew two thousand times, the same draws for all backbones. They know the chance in the choice of images, not that of another seed, and over fewer than some twenty images they are too narrow'
-SHOWN = dict(segment=('predictions', True, ('IoU', 'F1', 'precision', 'recall', 'pixels')), change=('predictions', False, ('precision', 'recall', 'F1', 'IoU', 'all pixels', 'F1 as published')), detect=('detections', True, ('AP', 'objects', 'detections')))
+"""
+DRAWN = "Scores are counted over all test images together; intervals come from drawing these images anew two thousand times, the same draws for all backbones. They know the chance in the choice of images, not that of another seed, and over fewer than some twenty images they are too narrow"
+SHOWN = dict(
+    segment=("predictions", True, ("IoU", "F1", "precision", "recall", "pixels")),
+    change=("predictions", False, ("precision", "recall", "F1", "IoU", "all pixels", "F1 as published")),
+    detect=("detections", True, ("AP", "objects", "detections")),
+)
+
 
 def _details(stage, m):
     "Rows of numbers of a result: a class each, or a head"
-    if stage == 'change': return [(HEADS[k], [o[f] for f in ('precision', 'recall', 'f1', 'iou', 'oa')] + [o['published_protocol']['f1']]) for k, o in m['heads'].items()]
-    keys = ('iou', 'f1', 'precision', 'recall', 'pixels') if stage == 'segment' else ('ap', 'objects', 'detections'); return [(k, [o[f] for f in keys]) for k, o in m['per_class'].items()]
+    if stage == "change":
+        return [
+            (HEADS[k], [o[f] for f in ("precision", "recall", "f1", "iou", "oa")] + [o["published_protocol"]["f1"]])
+            for k, o in m["heads"].items()
+        ]
+    keys = ("iou", "f1", "precision", "recall", "pixels") if stage == "segment" else ("ap", "objects", "detections")
+    return [(k, [o[f] for f in keys]) for k, o in m["per_class"].items()]
+
 
 def trivial(
-    stage:str, # segment | change | detect
-    m:dict, # metrics.json of the stage
+    stage: str,  # segment | change | detect
+    m: dict,  # metrics.json of the stage
 ) -> str:
     "What an answer scores that looks at no image: the most frequent class everywhere, or change everywhere."
-    if stage == 'segment': n = np.array(m['confusion']).sum(1); return f" Calling every pixel {m['classes'][n.argmax()]} scores {percent(n.max() / n.sum() / (n > 0).sum())}."
-    if stage == 'change': tp, fp, fn, tn = np.sum(next(iter(m['heads'].values()))['per_image'], 0); return f" Calling every pixel changed scores {percent(2 * (tp + fn) / (2 * (tp + fn) + fp + tn))}."
-    return ''
+    if stage == "segment":
+        n = np.array(m["confusion"]).sum(1)
+        return f" Calling every pixel {m['classes'][n.argmax()]} scores {percent(n.max() / n.sum() / (n > 0).sum())}."
+    if stage == "change":
+        tp, fp, fn, tn = np.sum(next(iter(m["heads"].values()))["per_image"], 0)
+        return f" Calling every pixel changed scores {percent(2 * (tp + fn) / (2 * (tp + fn) + fp + tn))}."
+    return ""
+
 
 def _of(stage, rows, found):
     "How much was learnt from and scored, in words"
-    m = next(iter(found.values())).metrics; o = rows[0]; on = 'the same images are scored' if o['on_training'] else f"{o['images']:,} other images are scored, whole"
+    m = next(iter(found.values())).metrics
+    o = rows[0]
+    on = "the same images are scored" if o["on_training"] else f"{o['images']:,} other images are scored, whole"
     said = f"{o['train_images']:,} images are learnt from, {on}."
-    return said + trivial(stage, m) + (f" Over {m['objects']:,} objects; average precision by {dict(voc07='eleven points', area='the area under the curve')[m['metric']]}, at a rotated IoU of one half." if stage == 'detect' else ' F1 as published is the mean over batches; it is no figure to compare.' if stage == 'change' else '')
+    return (
+        said
+        + trivial(stage, m)
+        + (
+            f" Over {m['objects']:,} objects; average precision by {dict(voc07='eleven points', area='the area under the curve')[m['metric']]}, at a rotated IoU of one half."
+            if stage == "detect"
+            else " F1 as published is the mean over batches; it is no figure to compare."
+            if stage == "change"
+            else ""
+        )
+    )
+
 
 def why(
-    root, # the study's
-    rows, # of `task_rows`
+    root,  # the study's
+    rows,  # of `task_rows`
 ) -> str:
     "Why a pretrained backbone does not win, as far as the study can tell; nothing where each does."
-    lost = dict.fromkeys(o['init'] for o in rows for a in o['against'] if a['low'] <= 0); runs = {k: o for (k,), o in results(root, 'pretrain').items()}
-    seen = {k: r.run['images'] * r.run['parameters']['epochs'] for k in lost if (r := runs.get(k)) and 'images' in r.run and 'epochs' in r.run.get('parameters', {})}
-    said = ''.join(f" {k} was pretrained on {v:,} images (each as often as it was seen), one for {round(SEEN / v):,} of the published {SEEN:,}." for k, v in seen.items())
-    return f"{' and '.join(lost)} {'does' if len(lost) == 1 else 'do'} not win every comparison here.{said} {rows[0]['images']} test images tell only large differences." if lost else ''
+    lost = dict.fromkeys(o["init"] for o in rows for a in o["against"] if a["low"] <= 0)
+    runs = {k: o for (k,), o in results(root, "pretrain").items()}
+    seen = {
+        k: r.run["images"] * r.run["parameters"]["epochs"]
+        for k in lost
+        if (r := runs.get(k)) and "images" in r.run and "epochs" in r.run.get("parameters", {})
+    }
+    said = "".join(
+        f" {k} was pretrained on {v:,} images (each as often as it was seen), one for {round(SEEN / v):,} of the published {SEEN:,}."
+        for k, v in seen.items()
+    )
+    return (
+        f"{' and '.join(lost)} {'does' if len(lost) == 1 else 'do'} not win every comparison here.{said} {rows[0]['images']} test images tell only large differences."
+        if lost
+        else ""
+    )
 
-SEEN = 990848 * 200 # images x epochs of the published pretraining on MillionAID (section IV-A)
+
+SEEN = 990848 * 200  # images x epochs of the published pretraining on MillionAID (section IV-A)
+
 
 def _task(root, stage):
     "The section of one task"
     rows, runs, datasets = task_rows(root, stage), results(root, stage), []
-    if not runs: return None
+    if not runs:
+        return None
     figure, scene, columns = SHOWN[stage]
     for name in dict.fromkeys(d for d, _ in runs):
-        mine, found, tables = [o for o in rows if o['dataset'] == name], {i: o for (d, i), o in runs.items() if d == name}, {}
-        for o in mine: tables.setdefault(WORK[stage][1] + (f" of {HEADS[o['head']]}" if o['head'] else ''), []).append(o)
-        datasets.append(dict(name=name, found=found, tables=tables, said=_of(stage, mine, found) if mine else 'Nothing could be scored: there is nothing in the test images that counts.'))
-    note = f"{DRAWN}. {why(root, rows)}" if rows else ''
-    return table(TASK, root, datasets=datasets, stage_figure=figure, score=WORK[stage][1], scene=scene, columns=columns, details=lambda m: _details(stage, m), image=image, shown=shown, note=note)
+        mine, found, tables = (
+            [o for o in rows if o["dataset"] == name],
+            {i: o for (d, i), o in runs.items() if d == name},
+            {},
+        )
+        for o in mine:
+            tables.setdefault(WORK[stage][1] + (f" of {HEADS[o['head']]}" if o["head"] else ""), []).append(o)
+        datasets.append(
+            dict(
+                name=name,
+                found=found,
+                tables=tables,
+                said=_of(stage, mine, found)
+                if mine
+                else "Nothing could be scored: there is nothing in the test images that counts.",
+            )
+        )
+    note = f"{DRAWN}. {why(root, rows)}" if rows else ""
+    return table(
+        TASK,
+        root,
+        datasets=datasets,
+        stage_figure=figure,
+        score=WORK[stage][1],
+        scene=scene,
+        columns=columns,
+        details=lambda m: _details(stage, m),
+        image=image,
+        shown=shown,
+        note=note,
+    )
 
 # %% ../nbs/49_report.ipynb #7242acca
-def segmentations(root): "Segmentation: mIoU, each class, predictions."; return _task(root, 'segment')
-def changes(root): "Change detection: F1 of each head, predictions."; return _task(root, 'change')
-def detections(root): "Oriented detection: mAP, each class, boxes."; return _task(root, 'detect')
+def segmentations(root):
+    "Segmentation: mIoU, each class, predictions."
+    return _task(root, "segment")
+
+
+def changes(root):
+    "Change detection: F1 of each head, predictions."
+    return _task(root, "change")
+
+
+def detections(root):
+    "Oriented detection: mAP, each class, boxes."
+    return _task(root, "detect")
 
 # %% ../nbs/49_report.ipynb #aace95a8
-PRETRAINED = '''
+PRETRAINED = """
 {% for o in runs %}
 <h3>{{ o.init }}</h3>
 <p>{{ o.said }}</p>
@@ -407,33 +689,66 @@ PRETRAINED = '''
 <div class="pair">{{ o.curves }}{{ o.health }}</div>
 {{ o.views }}
 {% endfor %}
-'''
+"""
+
 
 def _told(lines):
     "Curves in words, for those who do not see them"
-    return '; '.join(f"{title} from {o[0][2][0]:.3g} to {o[0][2][-1]:.3g}" for title, o in lines.items())
+    return "; ".join(f"{title} from {o[0][2][0]:.3g} to {o[0][2][-1]:.3g}" for title, o in lines.items())
+
 
 def _pretrained(init, o):
     "One run: what it came to, its curves, what it saw"
-    curve, epochs = (read_json(p) if (p := o.folder/f'{k}.json').exists() else [] for k in ('curve', 'epochs'))
-    said = f"{len(epochs)} epochs, {epochs[-1]['step']:,} steps, {epochs[-1]['images_per_s']:.0f} images a second at the end." if epochs else 'Its curves are missing.'
-    return dict(init=init, said=said, warnings=o.metrics.get('warnings', []), curves=picture(lambda: curves_figure(curve, epochs), f'Curves of {init}: {_told(lines_of(CURVES, curve))}.') if curve else '',
-                health=picture(lambda: health_figure(epochs), f'Health of {init}: {_told(lines_of(HEALTH, epochs))}.') if lines_of(HEALTH, epochs) else '',
-                views=image(o.folder/'views.png', f'Views and masks that {init} was trained with.'))
+    curve, epochs = (read_json(p) if (p := o.folder / f"{k}.json").exists() else [] for k in ("curve", "epochs"))
+    said = (
+        f"{len(epochs)} epochs, {epochs[-1]['step']:,} steps, {epochs[-1]['images_per_s']:.0f} images a second at the end."
+        if epochs
+        else "Its curves are missing."
+    )
+    return dict(
+        init=init,
+        said=said,
+        warnings=o.metrics.get("warnings", []),
+        curves=picture(lambda: curves_figure(curve, epochs), f"Curves of {init}: {_told(lines_of(CURVES, curve))}.")
+        if curve
+        else "",
+        health=picture(lambda: health_figure(epochs), f"Health of {init}: {_told(lines_of(HEALTH, epochs))}.")
+        if lines_of(HEALTH, epochs)
+        else "",
+        views=image(o.folder / "views.png", f"Views and masks that {init} was trained with."),
+    )
+
 
 def pretraining(root):
     "Curves and health of every pretraining run."
-    found = results(root, 'pretrain')
+    found = results(root, "pretrain")
     return render(PRETRAINED, runs=[_pretrained(k, o) for (k,), o in found.items()]) if found else None
 
 # %% ../nbs/49_report.ipynb #ba0a14b2
 def reconstructions(root):
     "What the students paint where they cannot see."
-    found = {k: o for (k,), o in results(root, 'reconstruct').items()}
-    return render('{% for k, said, figure in runs %}<h3>{{ k }}</h3><p>{{ said }}</p>{{ figure }}{% endfor %}',
-                  runs=[(k, painted(k, o), image(o.folder/'figure.png', f"Rows: image, masked input, prediction, prediction in the masked blocks, error. {painted(k, o)}")) for k, o in found.items()]) if found else None
+    found = {k: o for (k,), o in results(root, "reconstruct").items()}
+    return (
+        render(
+            "{% for k, said, figure in runs %}<h3>{{ k }}</h3><p>{{ said }}</p>{{ figure }}{% endfor %}",
+            runs=[
+                (
+                    k,
+                    painted(k, o),
+                    image(
+                        o.folder / "figure.png",
+                        f"Rows: image, masked input, prediction, prediction in the masked blocks, error. {painted(k, o)}",
+                    ),
+                )
+                for k, o in found.items()
+            ],
+        )
+        if found
+        else None
+    )
 
-DATASETS = '''
+
+DATASETS = """
 <div class="scroll" tabindex="0" role="region" aria-label="datasets"><table>
 <thead><tr><th scope="col">dataset</th>{% for k in keys %}<th scope="col">{{ k }}</th>{% endfor %}</tr></thead>
 <tbody>{% for name, o in found.items() %}<tr><th scope="row">{{ name }}</th>{% for k in keys %}<td>{{ o.metrics.get(k) | number }}</td>{% endfor %}</tr>{% endfor %}</tbody>
@@ -443,56 +758,81 @@ DATASETS = '''
 {% if o.metrics.findings %}<p>The audit found:</p><ul>{% for f in o.metrics.findings %}<li>{{ f }}</li>{% endfor %}</ul>{% else %}<p>The audit found nothing to report.</p>{% endif %}
 {{ image(o.folder/'images.png', 'A few images of ' + name + '.') }}
 {% endfor %}
-'''
+"""
+
 
 def datasets(root):
     "What was prepared, and what its audit found."
-    found = {k: o for (k,), o in results(root, 'prepare').items()}
-    return render(DATASETS, found=found, keys=('images', 'skipped', 'bands', 'side', 'classes'), image=image) if found else None
+    found = {k: o for (k,), o in results(root, "prepare").items()}
+    return (
+        render(DATASETS, found=found, keys=("images", "skipped", "bands", "side", "classes"), image=image)
+        if found
+        else None
+    )
 
-ANNOTATED = '''
+
+ANNOTATED = """
 {% for name, o in found.items() %}
 <h3>{{ name }}</h3>
 <p class="quiet">For {{ o.metrics.task }}: {% for k, n in o.metrics.images.items() %}{{ k }} {{ n | number }}{{ ', ' if not loop.last }}{% endfor %} images of {{ o.metrics.bands }} bands, {{ o.metrics.sizes.min | join(' x ') }} to {{ o.metrics.sizes.max | join(' x ') }} px.</p>
 {% if o.metrics.findings %}<p>The audit found:</p><ul>{% for f in o.metrics.findings %}<li>{{ f.level }}: {{ f.text }}: {{ f.count | number }}{{ ' (' + f.examples[:3] | join(', ') + ')' if f.examples }}</li>{% endfor %}</ul>{% else %}<p>The audit found nothing to report.</p>{% endif %}
 <div class="pair">{{ image(o.folder/'images.png', 'A few images of ' + name + ' with their labels.') }}{{ image(o.folder/'classes.png', 'How much there is of each class of ' + name + ', by split.') }}</div>
 {% endfor %}
-'''
+"""
+
 
 def annotations(root):
     "Images with masks, pairs or boxes: what was read, and what its audit found."
-    found = {k: checked('labels', o) for (k,), o in results(root, 'labels').items()}
+    found = {k: checked("labels", o) for (k,), o in results(root, "labels").items()}
     return render(ANNOTATED, found=found, image=image) if found else None
 
 # %% ../nbs/49_report.ipynb #d90b1b8c
-def _flat(value, at=''):
+def _flat(value, at=""):
     "Nested dictionaries as (dotted key, value)"
-    return [x for k, v in value.items() for x in _flat(v, f'{at}{k}.')] if isinstance(value, dict) else [(at[:-1], value)]
+    return (
+        [x for k, v in value.items() for x in _flat(v, f"{at}{k}.")] if isinstance(value, dict) else [(at[:-1], value)]
+    )
+
 
 TABLE = '<details><summary>{{ title }}</summary><div class="scroll" tabindex="0" role="region" aria-label="{{ title }}"><table><tbody>{% for k, v in rows %}<tr><th scope="row">{{ k }}</th><td>{{ v }}</td></tr>{% endfor %}</tbody></table></div></details>'
 
+
 def folded(
-    title:str, # of the fold
-    value:dict, # nested
+    title: str,  # of the fold
+    value: dict,  # nested
 ) -> Markup:
     "A table of settings that opens on demand."
     return render(TABLE, title=title, rows=_flat(value))
 
+
 def parameters(root):
     "Every parameter of the study, its profile laid over."
-    p = params_of(root); said = {'run': p.run.model_dump(), 'datasets': p.values.get('datasets') or {}, 'tasks': p.values.get('tasks') or {}} | {k: getattr(p, k).model_dump() for k in PARAMETERS}
-    return render('<p>Profile <b>{{ profile }}</b>, seed {{ seed }}.</p>', profile=p.run.profile, seed=p.run.seed) + Markup('').join(folded(k, v) for k, v in said.items())
+    p = params_of(root)
+    said = {
+        "run": p.run.model_dump(),
+        "datasets": p.values.get("datasets") or {},
+        "tasks": p.values.get("tasks") or {},
+    } | {k: getattr(p, k).model_dump() for k in PARAMETERS}
+    return render(
+        "<p>Profile <b>{{ profile }}</b>, seed {{ seed }}.</p>", profile=p.run.profile, seed=p.run.seed
+    ) + Markup("").join(folded(k, v) for k, v in said.items())
 
 # %% ../nbs/49_report.ipynb #231d6fc2
-RECORD = 'commit', 'changed', 'device', 'seconds', 'peak_memory_mb', 'data'
+RECORD = "commit", "changed", "device", "seconds", "peak_memory_mb", "data"
+
 
 def record_rows(
-    root, # the study's
-) -> list: # dicts: stage, which, commit, changed, device, seconds, peak_memory_mb, data, versions, parameters
+    root,  # the study's
+) -> list:  # dicts: stage, which, commit, changed, device, seconds, peak_memory_mb, data, versions, parameters
     "How every number came about, a run a row; None where a run does not say."
-    return [dict(stage=stage, which=' '.join(k)) | {f: o.run.get(f) for f in (*RECORD, 'versions', 'parameters')} for stage in cells(root) for k, o in results(root, stage).items()]
+    return [
+        dict(stage=stage, which=" ".join(k)) | {f: o.run.get(f) for f in (*RECORD, "versions", "parameters")}
+        for stage in cells(root)
+        for k, o in results(root, stage).items()
+    ]
 
-RECORDS = '''
+
+RECORDS = """
 <div class="scroll" tabindex="0" role="region" aria-label="how each number came about"><table>
 <thead><tr><th scope="col">stage</th><th scope="col" class="n">seconds</th><th scope="col" class="n">peak, MB</th><th scope="col">commit</th><th scope="col" class="wide">data</th><th scope="col" class="wide">device</th></tr></thead>
 <tbody>{% for o in rows %}<tr><th scope="row">{{ o.stage }} <span class="quiet">{{ o.which }}</span></th><td class="n">{{ o.seconds | number }}</td><td class="n">{{ o.peak_memory_mb | number }}</td>
@@ -500,31 +840,43 @@ RECORDS = '''
 </table></div>
 <p class="quiet">"changed": the code differed from that commit when the stage ran.</p>
 <details><summary>Versions and parameters of each run</summary>{% for o in told %}{{ o }}{% endfor %}</details>
-'''
+"""
+
 
 def provenance_table(root):
     "Commit, data, device, time and memory of every run; versions and parameters on demand."
-    rows = record_rows(root); told = [folded(f"{o['stage']} {o['which']}", {k: o[k] or {} if k in ('versions', 'parameters') else number(o[k]) for k in ('data', 'device', 'versions', 'parameters')}) for o in rows]
+    rows = record_rows(root)
+    told = [
+        folded(
+            f"{o['stage']} {o['which']}",
+            {
+                k: o[k] or {} if k in ("versions", "parameters") else number(o[k])
+                for k in ("data", "device", "versions", "parameters")
+            },
+        )
+        for o in rows
+    ]
     return render(RECORDS, rows=rows, told=told) if rows else None
 
 # %% ../nbs/49_report.ipynb #fb2fe076
-PAGES = [ # title, stages that it needs, function of the root
-    ('Frozen features', ('probe',), probes),
-    ('Fine-tuning', ('classify',), fine_tuning),
-    ('Segmentation', ('segment',), segmentations),
-    ('Change detection', ('change',), changes),
-    ('Oriented detection', ('detect',), detections),
-    ('Feature space', ('features',), spaces),
-    ('Correspondence', ('correspondence',), correspondences),
-    ('Attention', ('attention',), attentions),
-    ('Reconstructions', ('reconstruct',), reconstructions),
-    ('Pretraining', ('pretrain',), pretraining),
-    ('Images', ('prepare',), datasets),
-    ('Labels', ('labels',), annotations),
-    ('Parameters', (), parameters),
-    ('Provenance', ('baselines',), provenance_table)]
+PAGES = [  # title, stages that it needs, function of the root
+    ("Frozen features", ("probe",), probes),
+    ("Fine-tuning", ("classify",), fine_tuning),
+    ("Segmentation", ("segment",), segmentations),
+    ("Change detection", ("change",), changes),
+    ("Oriented detection", ("detect",), detections),
+    ("Feature space", ("features",), spaces),
+    ("Correspondence", ("correspondence",), correspondences),
+    ("Attention", ("attention",), attentions),
+    ("Reconstructions", ("reconstruct",), reconstructions),
+    ("Pretraining", ("pretrain",), pretraining),
+    ("Images", ("prepare",), datasets),
+    ("Labels", ("labels",), annotations),
+    ("Parameters", (), parameters),
+    ("Provenance", ("baselines",), provenance_table),
+]
 
-STYLE = '''
+STYLE = """
 :root { color-scheme: light dark; --ink: #24292f; --quiet: #57606a; --page: #fff; --panel: #f5f7f9; --line: #d5dbe1; --blue: #0072b2; --good: #116329; --bad: #a40e26; --plate: #fff }
 @media (prefers-color-scheme: dark) { :root { --ink: #d5dae0; --quiet: #98a2ad; --page: #14181d; --panel: #1d232a; --line: #38414b; --blue: #56b4e9; --good: #5cc87a; --bad: #ff8b80; --plate: #e9ecef } .plate { filter: brightness(.9) } }
 * { box-sizing: border-box }
@@ -548,11 +900,11 @@ details { border-bottom: 1px solid var(--line); padding: .3rem 0 } summary { cur
 figure { margin: .9rem 0 0 } figcaption { font-size: .85rem; color: var(--quiet); max-width: 30rem } figcaption b { color: var(--ink); font-size: .95rem } details details { margin-left: 1rem }
 .unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%) }
 @media (max-width: 34rem) { .wide { display: none } .short { font-size: .93rem; line-height: 1.45 } th, td { padding-right: .45rem } tbody th { overflow-wrap: break-word; min-width: 5.6rem } table { font-size: .86rem } }
-'''
+"""
 
-FIRST = 8 # findings that stand open; the others are folded
+FIRST = 8  # findings that stand open; the others are folded
 
-PAGE = '''<!doctype html>
+PAGE = """<!doctype html>
 <html lang="en-GB">
 <head>
 <meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">
@@ -579,24 +931,55 @@ PAGE = '''<!doctype html>
 </main>
 </body>
 </html>
-'''
+"""
 
 # %% ../nbs/49_report.ipynb #86f16c97
 def _safely(f, root):
     "A section, or one line on what is wrong with its results"
-    try: return f(root) or Markup('')
-    except Exception as e: return render('<p class="note">This cannot be shown: {{ e }}</p>', e=_near(e, root))   # one damaged file costs its section, not the page
+    try:
+        return f(root) or Markup("")
+    except Exception as e:
+        return render(
+            '<p class="note">This cannot be shown: {{ e }}</p>', e=_near(e, root)
+        )  # one damaged file costs its section, not the page
+
 
 def _near(e, root):
     "An error's line, its files named from the root; of another error than ours, its kind"
-    return str(e).removeprefix(f'{root}/') if isinstance(e, CmidError) else f'its results are damaged ({type(e).__name__}: {e}); run its stages again'
+    return (
+        str(e).removeprefix(f"{root}/")
+        if isinstance(e, CmidError)
+        else f"its results are damaged ({type(e).__name__}: {e}); run its stages again"
+    )
+
 
 def html(
-    root, # the study's
-) -> str: # a whole page
+    root,  # the study's
+) -> str:  # a whole page
     "The study as one HTML file that needs nothing else; raises `CmidError` where params.yaml is wrong."
     gone = missing(root)
-    parts = [dict(id=title.lower().replace(' ', '-'), title=title, body=_safely(f, Path(root)), missing=[f'{s} {o}' for s in stages for o in gone[s]]) for title, stages, f in PAGES]
-    try: said = headlines(root)
-    except Exception as e: said = [f'This cannot be summed up: {_near(e, Path(root))}']
-    return str(render(PAGE, profile=params_of(root).run.profile, style=Markup(STYLE), parts=[o for o in parts if o['body'] or o['missing']], said=said, first=FIRST, Markup=Markup, left=leftovers(root)))
+    parts = [
+        dict(
+            id=title.lower().replace(" ", "-"),
+            title=title,
+            body=_safely(f, Path(root)),
+            missing=[f"{s} {o}" for s in stages for o in gone[s]],
+        )
+        for title, stages, f in PAGES
+    ]
+    try:
+        said = headlines(root)
+    except Exception as e:
+        said = [f"This cannot be summed up: {_near(e, Path(root))}"]
+    return str(
+        render(
+            PAGE,
+            profile=params_of(root).run.profile,
+            style=Markup(STYLE),
+            parts=[o for o in parts if o["body"] or o["missing"]],
+            said=said,
+            first=FIRST,
+            Markup=Markup,
+            left=leftovers(root),
+        )
+    )

@@ -17,375 +17,865 @@ from .params import CmidError, Count, Natural, Params, write_json
 from .scores import average_precision, difference, mean_interval, mean_iou, wilson
 
 # %% ../nbs/47_results.ipynb #9ed18d96
-TASKS = dict(segment='miou', change='f1', detect='map') # stages of the dense tasks: the score of each
+TASKS = dict(segment="miou", change="f1", detect="map")  # stages of the dense tasks: the score of each
+
 
 def _stamp(path):
     "What changes when a file does; None where there is none"
-    try: s = Path(path).stat()
-    except OSError: return None
+    try:
+        s = Path(path).stat()
+    except OSError:
+        return None
     return s.st_mtime_ns, s.st_size, s.st_ino
 
+
 @functools.lru_cache(16)
-def _read(root, stamp): return Params(root)
+def _read(root, stamp):
+    return Params(root)
+
 
 def params_of(
-    root, # the study's
-) -> Params: # to be read only
+    root,  # the study's
+) -> Params:  # to be read only
     "The study's parameters, read once for as long as the file stays as it is."
-    return _read(root, s) if (s := _stamp(Path(root)/'params.yaml')) else Params(root)
+    return _read(root, s) if (s := _stamp(Path(root) / "params.yaml")) else Params(root)
+
 
 def cells(
-    root, # the study's
-) -> dict: # stage -> identities (tuples), in the study's order
+    root,  # the study's
+) -> dict:  # stage -> identities (tuples), in the study's order
     "Every run that the study is made of."
-    p = params_of(root); s = p.study; one = lambda names: [(o,) for o in names]; scored = [(d, i) for d in s.probes for i in s.inits]
-    made = one(f'{m}-{b}' for m in s.methods for b in s.backbones)
+    p = params_of(root)
+    s = p.study
+    one = lambda names: [(o,) for o in names]
+    scored = [(d, i) for d in s.probes for i in s.inits]
+    made = one(f"{m}-{b}" for m in s.methods for b in s.backbones)
     tasks = {k: [(d, i) for d in getattr(s, k) for i in s.inits] for k in TASKS}
-    return dict(prepare=one(p.values.get('datasets') or {}), labels=one(p.values.get('tasks') or {}), pretrain=made, baselines=one(s.baselines), probe=scored, classify=scored, **tasks, features=scored,
-                correspondence=one(s.inits), attention=one(s.inits), reconstruct=made)
+    return dict(
+        prepare=one(p.values.get("datasets") or {}),
+        labels=one(p.values.get("tasks") or {}),
+        pretrain=made,
+        baselines=one(s.baselines),
+        probe=scored,
+        classify=scored,
+        **tasks,
+        features=scored,
+        correspondence=one(s.inits),
+        attention=one(s.inits),
+        reconstruct=made,
+    )
 
 # %% ../nbs/47_results.ipynb #16d9e39e
 class Result(NamedTuple):
     "What one run of one stage left behind."
-    metrics: dict # numbers that repeat
-    run: dict # how they came about; empty where run.json is missing
-    folder: Path # with its figures
+
+    metrics: dict  # numbers that repeat
+    run: dict  # how they came about; empty where run.json is missing
+    folder: Path  # with its figures
+
 
 def read_json(
-    path, # a file
+    path,  # a file
 ):
     "JSON; raises `CmidError` naming a file that cannot be read."
-    try: return json.loads(Path(path).read_text('utf8'))
-    except (OSError, ValueError, RecursionError): raise CmidError(f"{path}: is no readable JSON; run its stage again") from None
+    try:
+        return json.loads(Path(path).read_text("utf8"))
+    except (OSError, ValueError, RecursionError):
+        raise CmidError(f"{path}: is no readable JSON; run its stage again") from None
+
 
 def _object(path):
     "JSON that must be an object"
-    if not isinstance(o := read_json(path), dict): raise CmidError(f"{path}: is damaged; run its stage again")
+    if not isinstance(o := read_json(path), dict):
+        raise CmidError(f"{path}: is damaged; run its stage again")
     return o
 
+
 def results(
-    root, # the study's
-    stage:str, # its name
-) -> dict: # identity -> Result, of what has run
+    root,  # the study's
+    stage: str,  # its name
+) -> dict:  # identity -> Result, of what has run
     "The study's results of one stage."
-    folders = {o: Path(root)/'results'/stage/Path(*o) for o in cells(root)[stage]}
-    return {k: Result(_object(o/'metrics.json'), _object(o/'run.json') if (o/'run.json').exists() else {}, o) for k, o in folders.items() if (o/'metrics.json').exists()}
+    folders = {o: Path(root) / "results" / stage / Path(*o) for o in cells(root)[stage]}
+    return {
+        k: Result(_object(o / "metrics.json"), _object(o / "run.json") if (o / "run.json").exists() else {}, o)
+        for k, o in folders.items()
+        if (o / "metrics.json").exists()
+    }
 
 # %% ../nbs/47_results.ipynb #b8904c62
 def missing(
-    root, # the study's
-) -> dict: # stage -> names of runs
+    root,  # the study's
+) -> dict:  # stage -> names of runs
     "What the study should have and has not."
-    return {stage: [' '.join(o) for o in due if not (Path(root)/'results'/stage/Path(*o)/'metrics.json').exists()] for stage, due in cells(root).items()}
+    return {
+        stage: [" ".join(o) for o in due if not (Path(root) / "results" / stage / Path(*o) / "metrics.json").exists()]
+        for stage, due in cells(root).items()
+    }
+
 
 def leftovers(
-    root, # the study's
-) -> list: # folders, relative to the root
+    root,  # the study's
+) -> list:  # folders, relative to the root
     "Results of runs that the study does not have."
-    due = {Path('results', stage, *o) for stage, all_ in cells(root).items() for o in all_}
-    found = {o.parent.relative_to(root) for stage in cells(root) for o in (Path(root)/'results'/stage).rglob('run.json')}
+    due = {Path("results", stage, *o) for stage, all_ in cells(root).items() for o in all_}
+    found = {
+        o.parent.relative_to(root) for stage in cells(root) for o in (Path(root) / "results" / stage).rglob("run.json")
+    }
     return sorted(o.as_posix() for o in found - due)
 
 # %% ../nbs/47_results.ipynb #6544da61
 DRAWS = 2000
 
+
 def draws(
-    images:int, # in the split
-    n:int=DRAWS, # draws; the first one takes every image once
-    seed:int=0,
-) -> np.ndarray: # int (n, images): how often each image is in each draw
+    images: int,  # in the split
+    n: int = DRAWS,  # draws; the first one takes every image once
+    seed: int = 0,
+) -> np.ndarray:  # int (n, images): how often each image is in each draw
     "Drawing images with replacement (the bootstrap): the same draws for everything that is scored on as many images."
-    g = np.random.default_rng(seed); return np.vstack([np.ones((1, images), int), g.multinomial(images, [1 / images] * images, n - 1)])
+    g = np.random.default_rng(seed)
+    return np.vstack([np.ones((1, images), int), g.multinomial(images, [1 / images] * images, n - 1)])
+
 
 def change_f1(
-    counts, # (..., 4): hits, false alarms, missed, rightly unchanged
-) -> np.ndarray: # (...,); NaN where there is no change
+    counts,  # (..., 4): hits, false alarms, missed, rightly unchanged
+) -> np.ndarray:  # (...,); NaN where there is no change
     "F1 of change."
-    tp, fp, fn, _ = np.moveaxis(np.asarray(counts, float), -1, 0); below = 2 * tp + fp + fn
+    tp, fp, fn, _ = np.moveaxis(np.asarray(counts, float), -1, 0)
+    below = 2 * tp + fp + fn
     return np.divide(2 * tp, below, out=np.full(below.shape, np.nan), where=below > 0)
 
 # %% ../nbs/47_results.ipynb #54231bad
-RISE = {'random': (.30, .36, .41), 'imagenet': (.38, .50, .58)} # accuracy at few, some and all labels; anything else: .35, .49, .612
+RISE = {
+    "random": (0.30, 0.36, 0.41),
+    "imagenet": (0.38, 0.50, 0.58),
+}  # accuracy at few, some and all labels; anything else: .35, .49, .612
+
 
 def _accuracy(share, n, **more):
     "An accuracy as the probe stage writes it."
-    correct = round(share * n); low, high = wilson(correct, n)
+    correct = round(share * n)
+    low, high = wilson(correct, n)
     return dict(accuracy=correct / n, low=low, high=high, correct=correct) | more
+
 
 def _example_probe(init, n):
     "Metrics as the probe stage writes them."
-    rise = dict(zip(('0.01', '0.1', '1.0'), RISE.get(init.split('-')[0], (.35, .49, .612)))); images = {'0.01': 20, '0.1': 200, '1.0': 2000}
+    rise = dict(zip(("0.01", "0.1", "1.0"), RISE.get(init.split("-")[0], (0.35, 0.49, 0.612))))
+    images = {"0.01": 20, "0.1": 200, "1.0": 2000}
     scored = lambda less, **more: {f: _accuracy(a - less, n, train_images=images[f]) | more for f, a in rise.items()}
-    return dict(classes=6, test_images=n, chance=1 / 6, knn=scored(.03, k=20), linear=scored(0, C=1.))
+    return dict(classes=6, test_images=n, chance=1 / 6, knn=scored(0.03, k=20), linear=scored(0, C=1.0))
+
 
 def _example_classify(init, n, classes=6):
     "Metrics as fine-tuning writes them."
-    scored = _accuracy(dict(random=.6, imagenet=.82).get(init.split('-')[0], .78), n, train_images=2000, held_out=0, epoch=12)
-    right = np.bincount(np.arange(scored['correct']) % classes, minlength=classes); held = np.bincount(np.arange(n) % classes, minlength=classes); table = np.diag(right)
+    scored = _accuracy(
+        dict(random=0.6, imagenet=0.82).get(init.split("-")[0], 0.78), n, train_images=2000, held_out=0, epoch=12
+    )
+    right = np.bincount(np.arange(scored["correct"]) % classes, minlength=classes)
+    held = np.bincount(np.arange(n) % classes, minlength=classes)
+    table = np.diag(right)
     table[np.arange(classes), (np.arange(classes) + 1) % classes] += held - right
-    each = {f'class {c}': dict(images=int(held[c]), precision=float(right[c] / table[:, c].sum()), recall=float(right[c] / held[c]), f1=float(2 * right[c] / (table[:, c].sum() + held[c]))) for c in range(classes)}
-    return dict(classes=classes, test_images=n, chance=1 / classes, epoch=12, chosen_on='last', finetune={'1.0': scored}, mean_recall=float((right / held).mean()), per_class=each, confusion=table.tolist())
+    each = {
+        f"class {c}": dict(
+            images=int(held[c]),
+            precision=float(right[c] / table[:, c].sum()),
+            recall=float(right[c] / held[c]),
+            f1=float(2 * right[c] / (table[:, c].sum() + held[c])),
+        )
+        for c in range(classes)
+    }
+    return dict(
+        classes=classes,
+        test_images=n,
+        chance=1 / classes,
+        epoch=12,
+        chosen_on="last",
+        finetune={"1.0": scored},
+        mean_recall=float((right / held).mean()),
+        per_class=each,
+        confusion=table.tolist(),
+    )
+
 
 def _example_features(init, n=120, classes=6, k=10):
     "Metrics and embedding as the features stage writes them: classes on a ring, closer for what was trained."
-    y, i = np.arange(n) % classes, np.arange(n); near = dict(random=.5, imagenet=.8).get(init.split('-')[0], .7); p = np.clip(near + .2 * np.sin(2.4 * i + 20 * near), 0, 1).round(1)
-    turn, away = 2 * np.pi * y / classes + (1.3 - near) * np.sin(7.7 * i), 10 + 5 * (1.3 - near) * np.cos(5.1 * i); mean, low, high = mean_interval(p); chance = (n / classes - 1) / (n - 1)
-    metrics = dict(images=n, classes=classes, neighbours=k, purity=float(mean), low=float(low), high=float(high), chance=chance, purity_2d=float(mean) - .04, per_class={f'class {c}': float(p[y == c].mean()) for c in range(classes)}, perplexity=30., strips=dict(queries=5, nearest=6, right=21), branch='student')
-    return metrics, dict(classes=list(metrics['per_class']), label=y.tolist(), purity=p.tolist(), chance=chance, x=(away * np.cos(turn)).round(2).tolist(), y=(away * np.sin(turn)).round(2).tolist())
+    y, i = np.arange(n) % classes, np.arange(n)
+    near = dict(random=0.5, imagenet=0.8).get(init.split("-")[0], 0.7)
+    p = np.clip(near + 0.2 * np.sin(2.4 * i + 20 * near), 0, 1).round(1)
+    turn, away = 2 * np.pi * y / classes + (1.3 - near) * np.sin(7.7 * i), 10 + 5 * (1.3 - near) * np.cos(5.1 * i)
+    mean, low, high = mean_interval(p)
+    chance = (n / classes - 1) / (n - 1)
+    metrics = dict(
+        images=n,
+        classes=classes,
+        neighbours=k,
+        purity=float(mean),
+        low=float(low),
+        high=float(high),
+        chance=chance,
+        purity_2d=float(mean) - 0.04,
+        per_class={f"class {c}": float(p[y == c].mean()) for c in range(classes)},
+        perplexity=30.0,
+        strips=dict(queries=5, nearest=6, right=21),
+        branch="student",
+    )
+    return metrics, dict(
+        classes=list(metrics["per_class"]),
+        label=y.tolist(),
+        purity=p.tolist(),
+        chance=chance,
+        x=(away * np.cos(turn)).round(2).tolist(),
+        y=(away * np.sin(turn)).round(2).tolist(),
+    )
+
 
 def _example_correspondence(init):
     "Metrics as the correspondence stage writes them."
-    a = dict(random=.31, imagenet=.38).get(init.split('-')[0], .52)
-    return dict(images=64, places=16, cells=610, accuracy=a, low=a - .05, high=a + .05, chance=.22, position=.35, moved=a - .06, moved_chance=.2, exact=a / 3, exact_chance=1 / 16, error_px=30., error_px_chance=52., branch='student')
+    a = dict(random=0.31, imagenet=0.38).get(init.split("-")[0], 0.52)
+    return dict(
+        images=64,
+        places=16,
+        cells=610,
+        accuracy=a,
+        low=a - 0.05,
+        high=a + 0.05,
+        chance=0.22,
+        position=0.35,
+        moved=a - 0.06,
+        moved_chance=0.2,
+        exact=a / 3,
+        exact_chance=1 / 16,
+        error_px=30.0,
+        error_px_chance=52.0,
+        branch="student",
+    )
+
 
 def _example_attention(init):
     "Metrics as the attention stage writes them."
-    return dict(branch='student', kind='cosine with the pooled feature', asking='the pooled feature', where='last map', images=64, heads=1, places=16, mass=.6, entropy=.97, entropy_heads=.97, mass_area=.48, mass_area_even=.625)
+    return dict(
+        branch="student",
+        kind="cosine with the pooled feature",
+        asking="the pooled feature",
+        where="last map",
+        images=64,
+        heads=1,
+        places=16,
+        mass=0.6,
+        entropy=0.97,
+        entropy_heads=0.97,
+        mass_area=0.48,
+        mass_area_even=0.625,
+    )
+
 
 def _example_labels():
     "Metrics as the labels stage writes them."
-    return dict(task='segment', images=dict(train=16, test=8), classes={k: {'class 0': 9000, 'class 1': 800} for k in ('train', 'test')}, ignored=dict(train=90, test=0), bands=3, sizes=dict(min=[256, 256], max=[256, 256]), findings=[dict(kind='split_overlap', level='warning', count=1, text='images that are in train and in test', examples=['a.png'])])
+    return dict(
+        task="segment",
+        images=dict(train=16, test=8),
+        classes={k: {"class 0": 9000, "class 1": 800} for k in ("train", "test")},
+        ignored=dict(train=90, test=0),
+        bands=3,
+        sizes=dict(min=[256, 256], max=[256, 256]),
+        findings=[
+            dict(
+                kind="split_overlap",
+                level="warning",
+                count=1,
+                text="images that are in train and in test",
+                examples=["a.png"],
+            )
+        ],
+    )
+
 
 def _example_segment(init, images=8):
     "Metrics as segmentation writes them: two classes, each image a little different."
-    wrong = [round(1000 * (dict(random=.3, imagenet=.12).get(init.split('-')[0], .2) + .01 * k)) for k in range(images)]; rows = [[5000 - o, o, 2 * o, 5000 - 2 * o] for o in wrong]; n = np.sum(rows, 0)
-    iou, f1 = ([float(o) for o in 100 * f / 100] for f in (np.array([n[0], n[3]]) / (n[0] + n[1] + n[2], n[1] + n[2] + n[3]), 2 * np.array([n[0], n[3]]) / (2 * n[0] + n[1] + n[2], 2 * n[3] + n[1] + n[2])))
-    each = {f'class {c}': dict(iou=iou[c], f1=f1[c], precision=f1[c], recall=f1[c], pixels=5000 * images) for c in range(2)}
-    return dict(images=images, classes=list(each), miou=sum(iou) / 2, mf1=sum(f1) / 2, oa=float((n[0] + n[3]) / n.sum()), per_class=each, confusion=n.reshape(2, 2).tolist(), per_image=rows, epoch=8, train_images=16)
+    wrong = [
+        round(1000 * (dict(random=0.3, imagenet=0.12).get(init.split("-")[0], 0.2) + 0.01 * k)) for k in range(images)
+    ]
+    rows = [[5000 - o, o, 2 * o, 5000 - 2 * o] for o in wrong]
+    n = np.sum(rows, 0)
+    iou, f1 = (
+        [float(o) for o in 100 * f / 100]
+        for f in (
+            np.array([n[0], n[3]]) / (n[0] + n[1] + n[2], n[1] + n[2] + n[3]),
+            2 * np.array([n[0], n[3]]) / (2 * n[0] + n[1] + n[2], 2 * n[3] + n[1] + n[2]),
+        )
+    )
+    each = {
+        f"class {c}": dict(iou=iou[c], f1=f1[c], precision=f1[c], recall=f1[c], pixels=5000 * images) for c in range(2)
+    }
+    return dict(
+        images=images,
+        classes=list(each),
+        miou=sum(iou) / 2,
+        mf1=sum(f1) / 2,
+        oa=float((n[0] + n[3]) / n.sum()),
+        per_class=each,
+        confusion=n.reshape(2, 2).tolist(),
+        per_image=rows,
+        epoch=8,
+        train_images=16,
+    )
+
 
 def _example_change(init, images=8):
     "Metrics as change detection writes them."
-    less = dict(random=300, imagenet=100).get(init.split('-')[0], 200)
+    less = dict(random=300, imagenet=100).get(init.split("-")[0], 200)
+
     def head(more):
-        rows = [[1000 - less - more - 10 * k, less, less + more + 10 * k, 9000] for k in range(images)]; tp, fp, fn, tn = np.sum(rows, 0).tolist()
-        return dict(precision=tp / (tp + fp), recall=tp / (tp + fn), f1=2 * tp / (2 * tp + fp + fn), iou=tp / (tp + fp + fn), oa=(tp + tn) / (tp + fp + fn + tn), published_protocol=dict(f1=2 * tp / (2 * tp + fp + fn) + .01), per_image=rows)
+        rows = [[1000 - less - more - 10 * k, less, less + more + 10 * k, 9000] for k in range(images)]
+        tp, fp, fn, tn = np.sum(rows, 0).tolist()
+        return dict(
+            precision=tp / (tp + fp),
+            recall=tp / (tp + fn),
+            f1=2 * tp / (2 * tp + fp + fn),
+            iou=tp / (tp + fp + fn),
+            oa=(tp + tn) / (tp + fp + fn + tn),
+            published_protocol=dict(f1=2 * tp / (2 * tp + fp + fn) + 0.01),
+            per_image=rows,
+        )
+
     return dict(images=images, heads=dict(bit=head(0), difference=head(50)), train_images=24, epoch=8)
+
 
 def _example_detect(init, images=8):
     "Metrics as detection writes them: of ten objects an image, some are hit, by scores that fall."
-    hit = dict(random=4, imagenet=8).get(init.split('-')[0], 6); rows = {c: [[k, 1 - .01 * k - .05 * o, int(o < hit - k % 2)] for k in range(images) for o in range(12)] for c in ('ship', 'car')}
-    truths = {c: [10] * images for c in rows}; of = {c: average_precision(rows[c], truths[c]) for c in rows}
-    return dict(images=images, objects=20 * images, metric='voc07', map=float(np.mean([*of.values()])), map50_voc07=float(np.mean([*of.values()])), map50_area=.5, per_class={c: dict(ap=float(of[c]), objects=10 * images, detections=12 * images) for c in rows}, matches=rows, truths=truths, train_images=24, epoch=8)
+    hit = dict(random=4, imagenet=8).get(init.split("-")[0], 6)
+    rows = {
+        c: [[k, 1 - 0.01 * k - 0.05 * o, int(o < hit - k % 2)] for k in range(images) for o in range(12)]
+        for c in ("ship", "car")
+    }
+    truths = {c: [10] * images for c in rows}
+    of = {c: average_precision(rows[c], truths[c]) for c in rows}
+    return dict(
+        images=images,
+        objects=20 * images,
+        metric="voc07",
+        map=float(np.mean([*of.values()])),
+        map50_voc07=float(np.mean([*of.values()])),
+        map50_area=0.5,
+        per_class={c: dict(ap=float(of[c]), objects=10 * images, detections=12 * images) for c in rows},
+        matches=rows,
+        truths=truths,
+        train_images=24,
+        epoch=8,
+    )
+
 
 def _example_curves(epochs=20, each=5):
     "Curve and epochs as pretraining writes them."
     fall = lambda a, b, t: b + (a - b) * math.exp(-4 * t)
-    parts = lambda t: dict(reconstruction=fall(.5, .2, t), contrast=fall(5.6, 3.9, t) + .05 * math.sin(40 * t), distillation=fall(6.2, 4.8, t) + .05 * math.cos(33 * t))
+    parts = lambda t: dict(
+        reconstruction=fall(0.5, 0.2, t),
+        contrast=fall(5.6, 3.9, t) + 0.05 * math.sin(40 * t),
+        distillation=fall(6.2, 4.8, t) + 0.05 * math.cos(33 * t),
+    )
     point = lambda t: (o := parts(t)) and dict(total=sum(o.values())) | o
-    schedule = lambda t: dict(lr=.003 * min(10 * t, .5 + .5 * math.cos(math.pi * t)), momentum=1 - .004 * (.5 + .5 * math.cos(math.pi * t)), teacher_temperature=.04 + .03 * min(1, 2 * t))
-    health = lambda t: {f'{w}_{k}': v for w, d in (('student', 0), ('teacher', .1)) for k, v in dict(std=.044 - fall(.03, .004, t - d), cosine=fall(.8, .2, t - d), rank=120 - fall(100, 20, t - d)).items()}
-    curve = [dict(step=10 * (k + 1)) | point((k + 1) / epochs / each) | schedule((k + 1) / epochs / each) for k in range(epochs * each)]
-    return curve, [dict(epoch=k + 1, step=10 * each * (k + 1), images_per_s=50 + 3 * math.sin(k)) | point((k + 1) / epochs) | health((k + 1) / epochs) | dict(prototypes_used=1 - fall(.9, .3, k / epochs), prototypes_perplexity=300 - fall(280, 60, k / epochs)) for k in range(epochs)]
+    schedule = lambda t: dict(
+        lr=0.003 * min(10 * t, 0.5 + 0.5 * math.cos(math.pi * t)),
+        momentum=1 - 0.004 * (0.5 + 0.5 * math.cos(math.pi * t)),
+        teacher_temperature=0.04 + 0.03 * min(1, 2 * t),
+    )
+    health = lambda t: {
+        f"{w}_{k}": v
+        for w, d in (("student", 0), ("teacher", 0.1))
+        for k, v in dict(
+            std=0.044 - fall(0.03, 0.004, t - d), cosine=fall(0.8, 0.2, t - d), rank=120 - fall(100, 20, t - d)
+        ).items()
+    }
+    curve = [
+        dict(step=10 * (k + 1)) | point((k + 1) / epochs / each) | schedule((k + 1) / epochs / each)
+        for k in range(epochs * each)
+    ]
+    return curve, [
+        dict(epoch=k + 1, step=10 * each * (k + 1), images_per_s=50 + 3 * math.sin(k))
+        | point((k + 1) / epochs)
+        | health((k + 1) / epochs)
+        | dict(prototypes_used=1 - fall(0.9, 0.3, k / epochs), prototypes_perplexity=300 - fall(280, 60, k / epochs))
+        for k in range(epochs)
+    ]
 
 # %% ../nbs/47_results.ipynb #70054282
 @functools.cache
 def _example_picture():
     "A small picture, for where a stage would have drawn one."
     from matplotlib.figure import Figure
-    fig, out = Figure(figsize=(4, 1.6), dpi=60), io.BytesIO(); ax = fig.subplots(); ax.imshow([[math.sin(x / 9) * math.cos(y / 7) for x in range(80)] for y in range(30)], cmap='terrain'); ax.axis('off'); ax.set_title('made up', fontsize=9)
-    fig.savefig(out, metadata={'Software': None}); return out.getvalue()
 
-PICTURES = dict(prepare=['images'], labels=['images', 'classes'], segment=['curves', 'predictions', 'scene'], change=['curves', 'predictions'], detect=['curves', 'detections', 'scene'], classify=['curves', 'confusion'], features=['figure', 'neighbours'], correspondence=['figure'], attention=['figure'], reconstruct=['figure'])
+    fig, out = Figure(figsize=(4, 1.6), dpi=60), io.BytesIO()
+    ax = fig.subplots()
+    ax.imshow([[math.sin(x / 9) * math.cos(y / 7) for x in range(80)] for y in range(30)], cmap="terrain")
+    ax.axis("off")
+    ax.set_title("made up", fontsize=9)
+    fig.savefig(out, metadata={"Software": None})
+    return out.getvalue()
+
+
+PICTURES = dict(
+    prepare=["images"],
+    labels=["images", "classes"],
+    segment=["curves", "predictions", "scene"],
+    change=["curves", "predictions"],
+    detect=["curves", "detections", "scene"],
+    classify=["curves", "confusion"],
+    features=["figure", "neighbours"],
+    correspondence=["figure"],
+    attention=["figure"],
+    reconstruct=["figure"],
+)
+
 
 def _example_run(stage, o, n):
     "What a run leaves behind, by file."
-    init = o[-1]; curve, epochs = _example_curves()
-    if stage == 'pretrain': return dict(metrics=epochs[-1] | dict(warnings=[]), curve=curve, epochs=epochs)
-    if stage == 'features': return dict(zip(('metrics', 'embedding'), _example_features(init)))
-    made = dict(segment=lambda: _example_segment(init), change=lambda: _example_change(init), detect=lambda: _example_detect(init), labels=_example_labels, prepare=lambda: dict(images=24, skipped=1, bands=3, side=64, classes=0, findings=['warning: unreadable or truncated: 1']), baselines=lambda: dict(parameters=11176512), probe=lambda: _example_probe(init, n),
-                classify=lambda: _example_classify(init, n), correspondence=lambda: _example_correspondence(init), attention=lambda: _example_attention(init), reconstruct=lambda: dict(images=3, mae=.6, mae_mean=.8, skill=.25, each=[.2, .25, .3]))
+    init = o[-1]
+    curve, epochs = _example_curves()
+    if stage == "pretrain":
+        return dict(metrics=epochs[-1] | dict(warnings=[]), curve=curve, epochs=epochs)
+    if stage == "features":
+        return dict(zip(("metrics", "embedding"), _example_features(init)))
+    made = dict(
+        segment=lambda: _example_segment(init),
+        change=lambda: _example_change(init),
+        detect=lambda: _example_detect(init),
+        labels=_example_labels,
+        prepare=lambda: dict(
+            images=24, skipped=1, bands=3, side=64, classes=0, findings=["warning: unreadable or truncated: 1"]
+        ),
+        baselines=lambda: dict(parameters=11176512),
+        probe=lambda: _example_probe(init, n),
+        classify=lambda: _example_classify(init, n),
+        correspondence=lambda: _example_correspondence(init),
+        attention=lambda: _example_attention(init),
+        reconstruct=lambda: dict(images=3, mae=0.6, mae_mean=0.8, skill=0.25, each=[0.2, 0.25, 0.3]),
+    )
     return dict(metrics=made[stage]())
 
+
 def example_results(
-    root, # of a study: a folder with params.yaml and without results
-    test_images:int=500, # that the made-up accuracies are of
+    root,  # of a study: a folder with params.yaml and without results
+    test_images: int = 500,  # that the made-up accuracies are of
 ):
     "Made-up results for every cell of a study, to try a report with; raises `CmidError` where there are results."
-    if any((Path(root)/'results').rglob('*.json')): raise CmidError(f"{Path(root)/'results'}: there are results already, which examples would replace")
+    if any((Path(root) / "results").rglob("*.json")):
+        raise CmidError(f"{Path(root) / 'results'}: there are results already, which examples would replace")
     profile = Params(root).run.model_dump()
     for stage, due in cells(root).items():
         for o in due:
-            at = Path(root)/'results'/stage/Path(*o)
-            for name, value in _example_run(stage, o, test_images).items(): write_json(at/f'{name}.json', value)
-            write_json(at/'run.json', dict(stage=stage, seconds=12.5, peak_memory_mb=900, data='0123456789abcdef', commit='0' * 40, changed=False, device='made up', versions=dict(python='3.11', torch='2.8'), run=profile, parameters={}))
-            for name in PICTURES.get(stage, []): (at/f'{name}.png').write_bytes(_example_picture())
+            at = Path(root) / "results" / stage / Path(*o)
+            for name, value in _example_run(stage, o, test_images).items():
+                write_json(at / f"{name}.json", value)
+            write_json(
+                at / "run.json",
+                dict(
+                    stage=stage,
+                    seconds=12.5,
+                    peak_memory_mb=900,
+                    data="0123456789abcdef",
+                    commit="0" * 40,
+                    changed=False,
+                    device="made up",
+                    versions=dict(python="3.11", torch="2.8"),
+                    run=profile,
+                    parameters={},
+                ),
+            )
+            for name in PICTURES.get(stage, []):
+                (at / f"{name}.png").write_bytes(_example_picture())
 
 # %% ../nbs/47_results.ipynb #3c760d93
 def _pick(result, *keys):
     "A value of metrics.json; raises `CmidError` where it is not there"
     value = result.metrics
     for k in keys:
-        try: value = value[k]
-        except (KeyError, TypeError, IndexError): raise CmidError(f"{result.folder/'metrics.json'}: has no {'.'.join(map(str, keys))}; run its stage again") from None
+        try:
+            value = value[k]
+        except (KeyError, TypeError, IndexError):
+            raise CmidError(
+                f"{result.folder / 'metrics.json'}: has no {'.'.join(map(str, keys))}; run its stage again"
+            ) from None
     return value
+
 
 def _rivals(init, baselines):
     "Baselines of the same architecture; none for a baseline"
-    return [] if init in baselines else [o for o in baselines if o.split('-', 1)[1] == init.split('-', 1)[1]]
+    return [] if init in baselines else [o for o in baselines if o.split("-", 1)[1] == init.split("-", 1)[1]]
+
 
 def _need(found, *keys):
     "Raises `CmidError` where one of the results lacks a number"
-    for o in found: [_pick(o, k) for k in keys]
+    for o in found:
+        [_pick(o, k) for k in keys]
+
 
 def _against(row, rows, baselines):
     "Differences of one accuracy to those of the baselines"
-    same = [o for o in rows if o['init'] in _rivals(row['init'], baselines) and all(o[k] == row[k] for k in ('dataset', 'probe', 'fraction'))]
-    return [dict(baseline=o['init'], accuracy=o['accuracy'], difference=row['accuracy'] - o['accuracy'], **dict(zip(('low', 'high'), difference(row['correct'], row['test_images'], o['correct'], o['test_images'])))) for o in same]
+    same = [
+        o
+        for o in rows
+        if o["init"] in _rivals(row["init"], baselines)
+        and all(o[k] == row[k] for k in ("dataset", "probe", "fraction"))
+    ]
+    return [
+        dict(
+            baseline=o["init"],
+            accuracy=o["accuracy"],
+            difference=row["accuracy"] - o["accuracy"],
+            **dict(
+                zip(("low", "high"), difference(row["correct"], row["test_images"], o["correct"], o["test_images"]))
+            ),
+        )
+        for o in same
+    ]
 
 # %% ../nbs/47_results.ipynb #fce1adaa
-KINDS = dict(probe=('linear', 'knn'), classify=('finetune',)) # stage -> what its accuracies are of
-SCORED = 'accuracy', 'low', 'high', 'correct', 'train_images'
+KINDS = dict(probe=("linear", "knn"), classify=("finetune",))  # stage -> what its accuracies are of
+SCORED = "accuracy", "low", "high", "correct", "train_images"
+
 
 def accuracy_rows(
-    root, # the study's
-    stage:str, # probe | classify
-) -> list: # dicts: dataset, probe (linear, knn, finetune), fraction, init, accuracy, low, high, correct, train_images, test_images, chance, against
+    root,  # the study's
+    stage: str,  # probe | classify
+) -> list:  # dicts: dataset, probe (linear, knn, finetune), fraction, init, accuracy, low, high, correct, train_images, test_images, chance, against
     "The result table of a stage: an accuracy with its 95 % interval a row, and its differences to the baselines."
-    rows = [dict(dataset=d, probe=kind, fraction=float(f), init=init) | {k: _pick(o, k) for k in ('test_images', 'chance')} | {k: _pick(o, kind, f, k) for k in SCORED}
-            for (d, init), o in results(root, stage).items() for kind in KINDS[stage] for f in _pick(o, kind)]
-    rows.sort(key=lambda o: (o['dataset'], o['probe'] == 'knn', o['fraction']))
+    rows = [
+        dict(dataset=d, probe=kind, fraction=float(f), init=init)
+        | {k: _pick(o, k) for k in ("test_images", "chance")}
+        | {k: _pick(o, kind, f, k) for k in SCORED}
+        for (d, init), o in results(root, stage).items()
+        for kind in KINDS[stage]
+        for f in _pick(o, kind)
+    ]
+    rows.sort(key=lambda o: (o["dataset"], o["probe"] == "knn", o["fraction"]))
     baselines = params_of(root).study.baselines
     return [o | dict(against=_against(o, rows, baselines)) for o in rows]
 
-def probe_rows(root): "`accuracy_rows` of frozen features"; return accuracy_rows(root, 'probe')
+
+def probe_rows(root):
+    "`accuracy_rows` of frozen features"
+    return accuracy_rows(root, "probe")
 
 # %% ../nbs/47_results.ipynb #99356a1a
 def _paired(a, b):
     "Difference in purity and its interval, of two results; None where they are not of the same images"
-    x, y = (read_json(o.folder/'embedding.json') for o in (a, b))
+    x, y = (read_json(o.folder / "embedding.json") for o in (a, b))
     for o, at in ((x, a), (y, b)):
-        if not isinstance(o, dict) or not {'label', 'purity'} <= o.keys(): raise CmidError(f"{at.folder/'embedding.json'}: is damaged; run its stage again")
-    if x['label'] is None or x['label'] != y['label']: return None
-    return dict(zip(('difference', 'low', 'high'), map(float, mean_interval(np.subtract(x['purity'], y['purity'])))))
+        if not isinstance(o, dict) or not {"label", "purity"} <= o.keys():
+            raise CmidError(f"{at.folder / 'embedding.json'}: is damaged; run its stage again")
+    if x["label"] is None or x["label"] != y["label"]:
+        return None
+    return dict(zip(("difference", "low", "high"), map(float, mean_interval(np.subtract(x["purity"], y["purity"])))))
+
 
 def _apart(a, b):
     "Difference in accuracy and its interval, of two results with intervals"
-    (p, l, u), (q, m, v) = ([_pick(o, k) for k in ('accuracy', 'low', 'high')] for o in (a, b))
+    (p, l, u), (q, m, v) = ([_pick(o, k) for k in ("accuracy", "low", "high")] for o in (a, b))
     return dict(difference=p - q, low=p - q - math.hypot(p - l, v - q), high=p - q + math.hypot(u - p, q - m))
 
+
 def score_rows(
-    root, # the study's
-    stage:str, # features | correspondence
-) -> list: # dicts: dataset (features), init, images, score, low, high, chance, branch and the stage's own numbers, against
+    root,  # the study's
+    stage: str,  # features | correspondence
+) -> (
+    list
+):  # dicts: dataset (features), init, images, score, low, high, chance, branch and the stage's own numbers, against
     "Scores that are means over images, with their intervals and differences to the baselines; those without a score are left out."
-    (key, apart), baselines = dict(features=('purity', _paired), correspondence=('accuracy', _apart))[stage], params_of(root).study.baselines; found = {k: o for k, o in results(root, stage).items() if _pick(o, key) is not None}
-    against = lambda k, o: [dict(baseline=b, score=_pick(found[at], key), **d) for b in _rivals(k[-1], baselines) if (at := (*k[:-1], b)) in found and (d := apart(o, found[at]))]
-    return [o.metrics | dict(dataset=k[0] if len(k) > 1 else None, init=k[-1], score=_pick(o, key), **{f: _pick(o, f) for f in ('images', 'low', 'high', 'chance', 'branch')}, against=against(k, o)) for k, o in found.items()]
+    (key, apart), baselines = (
+        dict(features=("purity", _paired), correspondence=("accuracy", _apart))[stage],
+        params_of(root).study.baselines,
+    )
+    found = {k: o for k, o in results(root, stage).items() if _pick(o, key) is not None}
+    against = lambda k, o: [
+        dict(baseline=b, score=_pick(found[at], key), **d)
+        for b in _rivals(k[-1], baselines)
+        if (at := (*k[:-1], b)) in found and (d := apart(o, found[at]))
+    ]
+    return [
+        o.metrics
+        | dict(
+            dataset=k[0] if len(k) > 1 else None,
+            init=k[-1],
+            score=_pick(o, key),
+            **{f: _pick(o, f) for f in ("images", "low", "high", "chance", "branch")},
+            against=against(k, o),
+        )
+        for k, o in found.items()
+    ]
 
 # %% ../nbs/47_results.ipynb #2dedf88d
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
-class _Shape(BaseModel): model_config = ConfigDict(strict=True)
-class _Class(_Shape): iou: Number|None; f1: Number|None; precision: Number|None; recall: Number|None; pixels: Natural
-class _Objects(_Shape): ap: Number|None; objects: Natural; detections: Natural
-class _Published(_Shape): f1: Number|None
-class _Head(_Shape): precision: Number|None; recall: Number|None; f1: Number|None; iou: Number|None; oa: Number|None; published_protocol: _Published; per_image: list[Annotated[list[Natural], Field(min_length=4, max_length=4)]]
-class _Scored(_Shape): images: Count; train_images: Count
+
+class _Shape(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class _Class(_Shape):
+    iou: Number | None
+    f1: Number | None
+    precision: Number | None
+    recall: Number | None
+    pixels: Natural
+
+
+class _Objects(_Shape):
+    ap: Number | None
+    objects: Natural
+    detections: Natural
+
+
+class _Published(_Shape):
+    f1: Number | None
+
+
+class _Head(_Shape):
+    precision: Number | None
+    recall: Number | None
+    f1: Number | None
+    iou: Number | None
+    oa: Number | None
+    published_protocol: _Published
+    per_image: list[Annotated[list[Natural], Field(min_length=4, max_length=4)]]
+
+
+class _Scored(_Shape):
+    images: Count
+    train_images: Count
+
 
 def _held(right, said):
     "Raise what a file should have said"
-    if not right: raise ValueError(said)
+    if not right:
+        raise ValueError(said)
+
 
 class _Segment(_Scored):
-    classes: Annotated[list[str], Field(min_length=1)]; per_class: dict[str, _Class]; per_image: list[list[Natural]]
-    @model_validator(mode='after')
+    classes: Annotated[list[str], Field(min_length=1)]
+    per_class: dict[str, _Class]
+    per_image: list[list[Natural]]
+
+    @model_validator(mode="after")
     def _fits(self):
-        _held(list(self.per_class) == self.classes, 'per_class is not of its classes'); _held(len(self.per_image) == self.images, 'per_image is not of its images')
-        _held({len(o) for o in self.per_image} == {len(self.classes)**2}, 'per_image is not of its classes'); return self
+        _held(list(self.per_class) == self.classes, "per_class is not of its classes")
+        _held(len(self.per_image) == self.images, "per_image is not of its images")
+        _held({len(o) for o in self.per_image} == {len(self.classes) ** 2}, "per_image is not of its classes")
+        return self
+
 
 class _Change(_Scored):
-    heads: dict[Literal['bit', 'difference'], _Head]
-    @model_validator(mode='after')
-    def _fits(self): _held(all(len(o.per_image) == self.images for o in self.heads.values()), 'per_image is not of its images'); return self
+    heads: dict[Literal["bit", "difference"], _Head]
+
+    @model_validator(mode="after")
+    def _fits(self):
+        _held(all(len(o.per_image) == self.images for o in self.heads.values()), "per_image is not of its images")
+        return self
+
 
 class _Detect(_Scored):
-    objects: Natural; metric: Literal['voc07', 'area']; per_class: dict[str, _Objects]; truths: dict[str, list[Natural]]; matches: dict[str, list[Annotated[list[Number|None], Field(min_length=3, max_length=3)]]]
-    @model_validator(mode='after')
-    def _fits(self):
-        _held(self.per_class.keys() == self.truths.keys() == self.matches.keys(), 'per_class, truths and matches are not of the same classes'); _held(all(len(o) == self.images for o in self.truths.values()), 'truths are not of its images')
-        _held(all(i in range(self.images) and s is not None and hit in (0, 1, None) for o in self.matches.values() for i, s, hit in o), 'matches are not of its images'); return self
+    objects: Natural
+    metric: Literal["voc07", "area"]
+    per_class: dict[str, _Objects]
+    truths: dict[str, list[Natural]]
+    matches: dict[str, list[Annotated[list[Number | None], Field(min_length=3, max_length=3)]]]
 
-class _Finding(_Shape): level: str; text: str; count: Natural; examples: list[str]
-class _Sizes(_Shape): min: list[Count]; max: list[Count]
-class _Labels(_Shape): task: str; images: dict[str, Natural]; bands: Count; sizes: _Sizes; findings: list[_Finding]
+    @model_validator(mode="after")
+    def _fits(self):
+        _held(
+            self.per_class.keys() == self.truths.keys() == self.matches.keys(),
+            "per_class, truths and matches are not of the same classes",
+        )
+        _held(all(len(o) == self.images for o in self.truths.values()), "truths are not of its images")
+        _held(
+            all(
+                i in range(self.images) and s is not None and hit in (0, 1, None)
+                for o in self.matches.values()
+                for i, s, hit in o
+            ),
+            "matches are not of its images",
+        )
+        return self
+
+
+class _Finding(_Shape):
+    level: str
+    text: str
+    count: Natural
+    examples: list[str]
+
+
+class _Sizes(_Shape):
+    min: list[Count]
+    max: list[Count]
+
+
+class _Labels(_Shape):
+    task: str
+    images: dict[str, Natural]
+    bands: Count
+    sizes: _Sizes
+    findings: list[_Finding]
+
+
 SHAPES = dict(segment=_Segment, change=_Change, detect=_Detect, labels=_Labels)
 
+
 def checked(
-    stage:str, # segment | change | detect | labels
-    result:Result,
-) -> Result: # the same
+    stage: str,  # segment | change | detect | labels
+    result: Result,
+) -> Result:  # the same
     "A result whose metrics.json has the shape that its stage gives it; raises `CmidError` naming the file and what is wrong with it."
-    try: SHAPES[stage].model_validate(result.metrics); return result
-    except ValidationError as e: o = e.errors()[0]
-    at = result.folder/'metrics.json'; where = '.'.join(str(k) for k in o['loc'])
-    if o['type'] == 'missing': raise CmidError(f"{at}: has no {where}; run its stage again")
-    raise CmidError(f"{at}: is damaged ({where + ': ' if where else ''}{o['msg'].removeprefix('Value error, ')}); run its stage again")
+    try:
+        SHAPES[stage].model_validate(result.metrics)
+        return result
+    except ValidationError as e:
+        o = e.errors()[0]
+    at = result.folder / "metrics.json"
+    where = ".".join(str(k) for k in o["loc"])
+    if o["type"] == "missing":
+        raise CmidError(f"{at}: has no {where}; run its stage again")
+    raise CmidError(
+        f"{at}: is damaged ({where + ': ' if where else ''}{o['msg'].removeprefix('Value error, ')}); run its stage again"
+    )
 
 # %% ../nbs/47_results.ipynb #769276be
 def _drawn(stage, o, head):
     "Score of a result in every draw"
-    if stage == 'detect':
-        t = draws(_pick(o, 'images')); ap = [average_precision(_pick(o, 'matches', c), n, t, _pick(o, 'metric')) for c, n in _pick(o, 'truths').items() if any(n)]
+    if stage == "detect":
+        t = draws(_pick(o, "images"))
+        ap = [
+            average_precision(_pick(o, "matches", c), n, t, _pick(o, "metric"))
+            for c, n in _pick(o, "truths").items()
+            if any(n)
+        ]
         return _nanmean(np.array(ap)) if ap else np.full(len(t), np.nan)
-    rows = np.array(_pick(o, 'heads', head, 'per_image') if stage == 'change' else _pick(o, 'per_image')); n = draws(len(rows)) @ rows
-    return change_f1(n) if stage == 'change' else mean_iou(n.reshape(len(n), (k := len(_pick(o, 'classes'))), k))
+    rows = np.array(_pick(o, "heads", head, "per_image") if stage == "change" else _pick(o, "per_image"))
+    n = draws(len(rows)) @ rows
+    return change_f1(n) if stage == "change" else mean_iou(n.reshape(len(n), (k := len(_pick(o, "classes"))), k))
+
 
 def _nanmean(x):
     "Mean over the classes that are there"
-    there = ~np.isnan(x); return np.divide(np.where(there, x, 0).sum(0), there.sum(0), out=np.full(x.shape[1], np.nan), where=there.any(0))
+    there = ~np.isnan(x)
+    return np.divide(np.where(there, x, 0).sum(0), there.sum(0), out=np.full(x.shape[1], np.nan), where=there.any(0))
+
 
 def _span(x):
     "First draw, and the percentiles that hold 95 % of the draws that have a score"
-    x = x[:1].tolist() + x[1:][~np.isnan(x[1:])].tolist(); return (x[0], *(float(o) for o in np.percentile(x, [2.5, 97.5]))) if x[0] == x[0] else (None, None, None)
+    x = x[:1].tolist() + x[1:][~np.isnan(x[1:])].tolist()
+    return (x[0], *(float(o) for o in np.percentile(x, [2.5, 97.5]))) if x[0] == x[0] else (None, None, None)
+
 
 def task_rows(
-    root, # the study's
-    stage:str, # segment | change | detect
-) -> list: # dicts: stage, dataset, init, head, score, low, high, images, train_images, on_training, against (baseline, score, difference, low, high)
+    root,  # the study's
+    stage: str,  # segment | change | detect
+) -> list:  # dicts: stage, dataset, init, head, score, low, high, images, train_images, on_training, against (baseline, score, difference, low, high)
     "mIoU, F1 or mAP of each backbone with its interval over images, and paired differences to the baselines; those without a score are left out. Raises `CmidError` naming a damaged file."
-    stamps = tuple(_stamp(Path(root)/'results'/stage/Path(*o)/f'{name}.json') for o in cells(root)[stage] for name in ('metrics', 'run'))
-    return copy.deepcopy(_task_rows(root, stage, (_stamp(Path(root)/'params.yaml'), stamps)))
+    stamps = tuple(
+        _stamp(Path(root) / "results" / stage / Path(*o) / f"{name}.json")
+        for o in cells(root)[stage]
+        for name in ("metrics", "run")
+    )
+    return copy.deepcopy(_task_rows(root, stage, (_stamp(Path(root) / "params.yaml"), stamps)))
+
 
 @functools.lru_cache(16)
 def _task_rows(root, stage, stamps):
     "Counted once for as long as the files stay as they are: thousands of draws take their time"
-    found, baselines, rows = {k: checked(stage, o) for k, o in results(root, stage).items()}, params_of(root).study.baselines, []
-    drawn = {(k, h): _drawn(stage, o, h) for k, o in found.items() for h in (_pick(o, 'heads') if stage == 'change' else [None])}
+    found, baselines, rows = (
+        {k: checked(stage, o) for k, o in results(root, stage).items()},
+        params_of(root).study.baselines,
+        [],
+    )
+    drawn = {
+        (k, h): _drawn(stage, o, h)
+        for k, o in found.items()
+        for h in (_pick(o, "heads") if stage == "change" else [None])
+    }
     for (k, h), x in drawn.items():
-        against = [dict(baseline=b, score=float(y[0])) | dict(zip(('difference', 'low', 'high'), _span(x - y))) for b in _rivals(k[-1], baselines) if (y := drawn.get(((*k[:-1], b), h))) is not None and len(y) == len(x) and _same(found[k], found[(*k[:-1], b)])]
-        rows.append(dict(stage=stage, dataset=k[0], init=k[1], head=h, **dict(zip(('score', 'low', 'high'), _span(x))), images=_pick(found[k], 'images'), train_images=_pick(found[k], 'train_images'), on_training=bool(found[k].metrics.get('scored_on_training')), against=[o for o in against if o['difference'] is not None]))
-    return [o for o in rows if o['score'] is not None]
+        against = [
+            dict(baseline=b, score=float(y[0])) | dict(zip(("difference", "low", "high"), _span(x - y)))
+            for b in _rivals(k[-1], baselines)
+            if (y := drawn.get(((*k[:-1], b), h))) is not None
+            and len(y) == len(x)
+            and _same(found[k], found[(*k[:-1], b)])
+        ]
+        rows.append(
+            dict(
+                stage=stage,
+                dataset=k[0],
+                init=k[1],
+                head=h,
+                **dict(zip(("score", "low", "high"), _span(x))),
+                images=_pick(found[k], "images"),
+                train_images=_pick(found[k], "train_images"),
+                on_training=bool(found[k].metrics.get("scored_on_training")),
+                against=[o for o in against if o["difference"] is not None],
+            )
+        )
+    return [o for o in rows if o["score"] is not None]
+
 
 def _same(a, b):
     "Were two results scored on as many images of the same data?"
-    return _pick(a, 'images') == _pick(b, 'images') and a.run.get('data') == b.run.get('data')
+    return _pick(a, "images") == _pick(b, "images") and a.run.get("data") == b.run.get("data")
 
 # %% ../nbs/47_results.ipynb #04c71bc0
 def every_score(
-    root, # of one run of a study
-) -> dict: # (task, dataset) -> {init: score}
+    root,  # of one run of a study
+) -> dict:  # (task, dataset) -> {init: score}
     "The scores of all tasks, those of classification with the most labels."
     out = {}
-    for stage, names in dict(probe=dict(linear='linear probe, accuracy', knn='kNN, accuracy'), classify=dict(finetune='classification, accuracy')).items():
-        for o in most(accuracy_rows(root, stage)): out.setdefault((names[o['probe']], o['dataset']), {})[o['init']] = o['accuracy']
-    heads = dict(bit='change, BIT, F1', difference='change, differences, F1')
-    for stage, name in dict(segment='segmentation, mIoU', change='', detect='oriented detection, mAP').items():
-        for o in task_rows(root, stage): out.setdefault((heads.get(o['head'], name), o['dataset']), {})[o['init']] = o['score']
+    for stage, names in dict(
+        probe=dict(linear="linear probe, accuracy", knn="kNN, accuracy"),
+        classify=dict(finetune="classification, accuracy"),
+    ).items():
+        for o in most(accuracy_rows(root, stage)):
+            out.setdefault((names[o["probe"]], o["dataset"]), {})[o["init"]] = o["accuracy"]
+    heads = dict(bit="change, BIT, F1", difference="change, differences, F1")
+    for stage, name in dict(segment="segmentation, mIoU", change="", detect="oriented detection, mAP").items():
+        for o in task_rows(root, stage):
+            out.setdefault((heads.get(o["head"], name), o["dataset"]), {})[o["init"]] = o["score"]
     return out
 
-def most(rows): "Those with the most labels, of each dataset"; m = {o['dataset']: o['fraction'] for o in rows}; return [o for o in rows if o['fraction'] == m[o['dataset']]]
+
+def most(rows):
+    "Those with the most labels, of each dataset"
+    m = {o["dataset"]: o["fraction"] for o in rows}
+    return [o for o in rows if o["fraction"] == m[o["dataset"]]]
+
 
 def seed_rows(
-    roots, # of the runs of a study, a seed each
-) -> list: # dicts: task, dataset, init, scores, mean, std, against (baseline, mean, low, high)
+    roots,  # of the runs of a study, a seed each
+) -> list:  # dicts: task, dataset, init, scores, mean, std, against (baseline, mean, low, high)
     "Mean and standard deviation over seeds, and differences seed by seed with Student's 95 % interval."
     from scipy.stats import t
-    runs = [every_score(o) for o in roots]; baselines = params_of(roots[0]).study.baselines; rows = []
+
+    runs = [every_score(o) for o in roots]
+    baselines = params_of(roots[0]).study.baselines
+    rows = []
     for key in dict.fromkeys(k for o in runs for k in o):
         for init in dict.fromkeys(i for o in runs for i in o.get(key, ())):
-            x = [o[key][init] for o in runs if init in o.get(key, ())]; against = []
+            x = [o[key][init] for o in runs if init in o.get(key, ())]
+            against = []
             for b in _rivals(init, baselines):
-                d = np.array([o[key][init] - o[key][b] for o in runs if {init, b} <= o.get(key, {}).keys()]); half = t.ppf(.975, len(d) - 1) * d.std(ddof=1) / len(d)**.5 if len(d) > 1 else np.nan
-                if len(d) > 1: against.append(dict(baseline=b, mean=float(d.mean()), low=float(d.mean() - half), high=float(d.mean() + half)))
-            rows.append(dict(task=key[0], dataset=key[1], init=init, scores=x, mean=float(np.mean(x)), std=float(np.std(x, ddof=1)) if len(x) > 1 else None, against=against))
+                d = np.array([o[key][init] - o[key][b] for o in runs if {init, b} <= o.get(key, {}).keys()])
+                half = t.ppf(0.975, len(d) - 1) * d.std(ddof=1) / len(d) ** 0.5 if len(d) > 1 else np.nan
+                if len(d) > 1:
+                    against.append(
+                        dict(baseline=b, mean=float(d.mean()), low=float(d.mean() - half), high=float(d.mean() + half))
+                    )
+            rows.append(
+                dict(
+                    task=key[0],
+                    dataset=key[1],
+                    init=init,
+                    scores=x,
+                    mean=float(np.mean(x)),
+                    std=float(np.std(x, ddof=1)) if len(x) > 1 else None,
+                    against=against,
+                )
+            )
     return rows

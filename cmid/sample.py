@@ -29,142 +29,226 @@ from .params import CmidError, cli
 
 # %% ../nbs/01_sample.ipynb #719ec03e
 def turn(
-    t:float, # tangent of half the angle
-) -> tuple[float, float]: # cosine and sine of the angle
+    t: float,  # tangent of half the angle
+) -> tuple[float, float]:  # cosine and sine of the angle
     "A rotation without `cos` and `sin`."
     return (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)
 
 # %% ../nbs/01_sample.ipynb #75dd3294
 class Dice:
     "Random numbers with the same bits on every machine, from a key of names and integers."
-    def __init__(self, *key): self.bits = np.random.PCG64(np.random.SeedSequence([zlib.crc32(str(k).encode()) for k in key]))
-    def word(self): return int(self.bits.random_raw()) >> 32
-    def __call__(self, low=0., high=1.): return low + (high - low) * self.word() / 2**32
-    def whole(self, low, high): return low + self.word() * (high - low) // 2**32
-    def pick(self, options): return options[self.whole(0, len(options))]
-    def chance(self, p): return self() < p
-    def angle(self, t=1.): return turn(self(-t, t))
-    def raw(self, n): return np.asarray(self.bits.random_raw(n), np.uint64)
+
+    def __init__(self, *key):
+        self.bits = np.random.PCG64(np.random.SeedSequence([zlib.crc32(str(k).encode()) for k in key]))
+
+    def word(self):
+        return int(self.bits.random_raw()) >> 32
+
+    def __call__(self, low=0.0, high=1.0):
+        return low + (high - low) * self.word() / 2**32
+
+    def whole(self, low, high):
+        return low + self.word() * (high - low) // 2**32
+
+    def pick(self, options):
+        return options[self.whole(0, len(options))]
+
+    def chance(self, p):
+        return self() < p
+
+    def angle(self, t=1.0):
+        return turn(self(-t, t))
+
+    def raw(self, n):
+        return np.asarray(self.bits.random_raw(n), np.uint64)
+
     def grid(self, *shape):
         "Uniform float32 in [0, 1)."
         return (self.raw(int(np.prod(shape))) >> np.uint64(40)).astype(np.float32).reshape(shape) * np.float32(2**-24)
+
     def bell(self, *shape):
         "Nearly normal float32, mean 0 and variance 1: the sum of four bytes."
-        n = int(np.prod(shape)); byte = self.raw(n // 2 + 1).astype('<u8').view(np.uint8)[:4 * n].astype(np.int32)
-        return (byte[0::4] + byte[1::4] + byte[2::4] + byte[3::4] - 510).astype(np.float32).reshape(shape) / np.float32(147.8)
+        n = int(np.prod(shape))
+        byte = self.raw(n // 2 + 1).astype("<u8").view(np.uint8)[: 4 * n].astype(np.int32)
+        return (byte[0::4] + byte[1::4] + byte[2::4] + byte[3::4] - 510).astype(np.float32).reshape(shape) / np.float32(
+            147.8
+        )
 
 # %% ../nbs/01_sample.ipynb #7ef8aa20
 def noise(
-    d:Dice, # where the lattice comes from
-    size:int, # pixels along a side
-    cell:int, # pixels between lattice points
-) -> np.ndarray: # (size, size) float32 in [-1, 1]
+    d: Dice,  # where the lattice comes from
+    size: int,  # pixels along a side
+    cell: int,  # pixels between lattice points
+) -> np.ndarray:  # (size, size) float32 in [-1, 1]
     "Random values on a lattice, smoothly interpolated."
     grid = d.grid(size // cell + 2, size // cell + 2) * 2 - 1
     at = np.arange(size, dtype=np.float32) / np.float32(cell)
-    i = at.astype(np.int64); f = at - i.astype(np.float32); f = f * f * (3 - 2 * f)
+    i = at.astype(np.int64)
+    f = at - i.astype(np.float32)
+    f = f * f * (3 - 2 * f)
     rows = grid[i] + f[:, None] * (grid[i + 1] - grid[i])
     return rows[:, i] + f * (rows[:, i + 1] - rows[:, i])
 
 # %% ../nbs/01_sample.ipynb #bb4003cd
-Thing = namedtuple('Thing', 'kind x y u v length width height look', defaults=(0., 0))
-QUARTER = (0., 1.)
+Thing = namedtuple("Thing", "kind x y u v length width height look", defaults=(0.0, 0))
+QUARTER = (0.0, 1.0)
+
 
 def inside(
-    p:Thing, # whose axes are used
-    kind:str, # what is put there
-    a:float, b:float, # its centre along and across `p` (m)
-    length:float, width:float, # its sides (m)
-    height:float=0., # above the ground (m)
-    look:int=0, # seed of its colours
-    angle:tuple=(1., 0.), # cosine and sine of its angle to `p`
+    p: Thing,  # whose axes are used
+    kind: str,  # what is put there
+    a: float,
+    b: float,  # its centre along and across `p` (m)
+    length: float,
+    width: float,  # its sides (m)
+    height: float = 0.0,  # above the ground (m)
+    look: int = 0,  # seed of its colours
+    angle: tuple = (1.0, 0.0),  # cosine and sine of its angle to `p`
 ) -> Thing:
     "A thing given in the axes of another."
     c, s = angle
-    return Thing(kind, p.x + a * p.u - b * p.v, p.y + a * p.v + b * p.u, p.u * c - p.v * s, p.v * c + p.u * s, length, width, height, look)
+    return Thing(
+        kind,
+        p.x + a * p.u - b * p.v,
+        p.y + a * p.v + b * p.u,
+        p.u * c - p.v * s,
+        p.v * c + p.u * s,
+        length,
+        width,
+        height,
+        look,
+    )
 
 # %% ../nbs/01_sample.ipynb #744826d9
 def corners(
-    t:Thing,
-) -> list: # 4 of (x, y) in metres, clockwise as seen in the image
+    t: Thing,
+) -> list:  # 4 of (x, y) in metres, clockwise as seen in the image
     "The corners of a thing, from its front left."
-    c = [inside(t, '', a * t.length / 2, b * t.width / 2, 0, 0) for a, b in ((1, -1), (1, 1), (-1, 1), (-1, -1))]
+    c = [inside(t, "", a * t.length / 2, b * t.width / 2, 0, 0) for a, b in ((1, -1), (1, 1), (-1, 1), (-1, -1))]
     return [(o.x, o.y) for o in c]
 
+
 def covers(
-    t:Thing, # an oriented rectangle
-    x:float, y:float, # a point (m)
+    t: Thing,  # an oriented rectangle
+    x: float,
+    y: float,  # a point (m)
 ) -> bool:
     "Is the point on the thing?"
     dx, dy = x - t.x, y - t.y
     return abs(dx * t.u + dy * t.v) <= t.length / 2 and abs(dy * t.u - dx * t.v) <= t.width / 2
 
+
 def apart(
-    s:Thing, t:Thing, # two oriented rectangles
-    gap:float=0., # metres that must lie between them
+    s: Thing,
+    t: Thing,  # two oriented rectangles
+    gap: float = 0.0,  # metres that must lie between them
 ) -> bool:
     "Can a line along a side of one of them part the two? (separating axis theorem)"
     for p, q in ((s, t), (t, s)):
         dx, dy, c, n = q.x - p.x, q.y - p.y, abs(p.u * q.u + p.v * q.v), abs(p.u * q.v - p.v * q.u)
-        if abs(dx * p.u + dy * p.v) >= (p.length + c * q.length + n * q.width) / 2 + gap: return True
-        if abs(dy * p.u - dx * p.v) >= (p.width + n * q.length + c * q.width) / 2 + gap: return True
+        if abs(dx * p.u + dy * p.v) >= (p.length + c * q.length + n * q.width) / 2 + gap:
+            return True
+        if abs(dy * p.u - dx * p.v) >= (p.width + n * q.length + c * q.width) / 2 + gap:
+            return True
     return False
 
 # %% ../nbs/01_sample.ipynb #8ebeb304
 def split(
-    d:Dice, # where to cut
-    p:Thing, # the plot
-    size:float, # no part is longer (m)
-    gap:float, # width of the strip between two parts (m)
-) -> tuple[list, list]: # parts, strips
+    d: Dice,  # where to cut
+    p: Thing,  # the plot
+    size: float,  # no part is longer (m)
+    gap: float,  # width of the strip between two parts (m)
+) -> tuple[list, list]:  # parts, strips
     "Cut a plot across its longer side, and its parts again."
-    if max(p.length, p.width) <= size: return [p], []
-    long = p.length >= p.width; n, m = (p.length, p.width) if long else (p.width, p.length)
-    cut = n * d(.35, .65); parts, strips = [], []
+    if max(p.length, p.width) <= size:
+        return [p], []
+    long = p.length >= p.width
+    n, m = (p.length, p.width) if long else (p.width, p.length)
+    cut = n * d(0.35, 0.65)
+    parts, strips = [], []
     for at, l in (((cut - n) / 2, cut), (cut / 2, n - cut)):
-        more = split(d, inside(p, 'plot', *((at, 0., l - gap, m) if long else (0., at, m, l - gap))), size, gap)
-        parts += more[0]; strips += more[1]
-    return parts, strips + [inside(p, 'strip', *((cut - n / 2, 0., m, gap, 0., 0, QUARTER) if long else (0., cut - n / 2, m, gap)))]
+        more = split(d, inside(p, "plot", *((at, 0.0, l - gap, m) if long else (0.0, at, m, l - gap))), size, gap)
+        parts += more[0]
+        strips += more[1]
+    return parts, strips + [
+        inside(p, "strip", *((cut - n / 2, 0.0, m, gap, 0.0, 0, QUARTER) if long else (0.0, cut - n / 2, m, gap)))
+    ]
 
 # %% ../nbs/01_sample.ipynb #c16285c2
 def farmland(d, p):
     "Parcels with rows of their own; a hedge or a track between some."
-    plots, strips = split(d, p, d(22, 60), d(.6, 1.4)); out = []
-    for q in plots: out.append(inside(q, 'field', 0, 0, q.length, q.width, 0., d.word()) if d.chance(.5) else inside(q, 'field', 0, 0, q.width, q.length, 0., d.word(), QUARTER))
+    plots, strips = split(d, p, d(22, 60), d(0.6, 1.4))
+    out = []
+    for q in plots:
+        out.append(
+            inside(q, "field", 0, 0, q.length, q.width, 0.0, d.word())
+            if d.chance(0.5)
+            else inside(q, "field", 0, 0, q.width, q.length, 0.0, d.word(), QUARTER)
+        )
     for s in strips:
-        if d.chance(.3): out.append(s._replace(kind='wood', width=d(2.5, 5), height=d(3, 8), look=d.word()))
-        elif d.chance(.3): out.append(s._replace(kind='track', width=d(2.5, 3.5), look=d.word()))
+        if d.chance(0.3):
+            out.append(s._replace(kind="wood", width=d(2.5, 5), height=d(3, 8), look=d.word()))
+        elif d.chance(0.3):
+            out.append(s._replace(kind="track", width=d(2.5, 3.5), look=d.word()))
     return out
+
 
 def forest(d, p):
     "Trees as they seeded themselves, perhaps with a clearing and a track."
-    out = [p._replace(kind='wood', height=d(8, 20), look=d.word())]
-    if d.chance(.6): out.append(inside(p, 'glade', d(-.2, .2) * p.length, d(-.2, .2) * p.width, d(12, 30), d(10, 24), 0., d.word(), d.angle()))
-    if d.chance(.5): out.append(inside(p, 'track', 0, d(-.15, .15) * p.width, p.length, d(2.5, 4), 0., d.word(), d.angle(.3)))
+    out = [p._replace(kind="wood", height=d(8, 20), look=d.word())]
+    if d.chance(0.6):
+        out.append(
+            inside(
+                p,
+                "glade",
+                d(-0.2, 0.2) * p.length,
+                d(-0.2, 0.2) * p.width,
+                d(12, 30),
+                d(10, 24),
+                0.0,
+                d.word(),
+                d.angle(),
+            )
+        )
+    if d.chance(0.5):
+        out.append(inside(p, "track", 0, d(-0.15, 0.15) * p.width, p.length, d(2.5, 4), 0.0, d.word(), d.angle(0.3)))
     return out
+
 
 def orchard(d, p):
     "Trees as they were planted: a forest's crowns, in rows."
     plots, strips = split(d, p, d(40, 90), d(3, 5))
-    trees = [q._replace(kind=k, height=d(2.5, 5), look=d.word()) for q in plots for k in ('meadow', 'rows')]
-    return trees + [s._replace(kind='track', look=d.word()) for s in strips if d.chance(.5)]
+    trees = [q._replace(kind=k, height=d(2.5, 5), look=d.word()) for q in plots for k in ("meadow", "rows")]
+    return trees + [s._replace(kind="track", look=d.word()) for s in strips if d.chance(0.5)]
+
 
 def backdrop(d, p):
     "What lies around: grass, fields, wood, orchard or scattered trees."
-    return d.pick((lambda: [], lambda: farmland(d, p), lambda: forest(d, p)[:2], lambda: orchard(d, p), lambda: [p._replace(kind='trees', height=d(4, 9), look=d.word())]))()
+    return d.pick(
+        (
+            lambda: [],
+            lambda: farmland(d, p),
+            lambda: forest(d, p)[:2],
+            lambda: orchard(d, p),
+            lambda: [p._replace(kind="trees", height=d(4, 9), look=d.word())],
+        )
+    )()
 
 # %% ../nbs/01_sample.ipynb #38bdb0e5
-def vehicle(d, p, a, b, angle=(1., 0.), large=False):
+def vehicle(d, p, a, b, angle=(1.0, 0.0), large=False):
     "A car, or a truck if `large`, at (a, b) of a plot."
-    size = ('truck', a, b, d(8, 14), d(2.4, 2.6), 3.5) if large else ('car', a, b, d(3.9, 4.9), d(1.75, 2.), 1.5)
+    size = ("truck", a, b, d(8, 14), d(2.4, 2.6), 3.5) if large else ("car", a, b, d(3.9, 4.9), d(1.75, 2.0), 1.5)
     return inside(p, *size, d.word(), angle)
 
-def street(d, p, b, width, angle=(1., 0.), a=0., cars=.5):
+
+def street(d, p, b, width, angle=(1.0, 0.0), a=0.0, cars=0.5):
     "A road through a plot, its markings, and `cars` per 12 m."
-    road = inside(p, 'road', a, b, p.length, width, 0., d.word(), angle); out, at = [road, road._replace(kind='lines')], -p.length / 2
+    road = inside(p, "road", a, b, p.length, width, 0.0, d.word(), angle)
+    out, at = [road, road._replace(kind="lines")], -p.length / 2
     while at < p.length / 2:
         side = d.pick((-1, 1))
-        if d.chance(cars): out.append(vehicle(d, road, at, width / 4 * side, (-float(side), d(-.03, .03)), d.chance(.12)))
+        if d.chance(cars):
+            out.append(vehicle(d, road, at, width / 4 * side, (-float(side), d(-0.03, 0.03)), d.chance(0.12)))
         at += d(8, 16)
     return out
 
@@ -172,16 +256,27 @@ def street(d, p, b, width, angle=(1., 0.), a=0., cars=.5):
 def lot(d, p, a, off, side, front, roof, slot):
     "A house, its drive, perhaps a car and a pool; the street is `front` m from the house's centre."
     l, w = d(9, 15), d(7, 10.5)
-    house = inside(p, 'house', a, off, l, w, d(4, 8), d.word() // 4 * 4 + (roof if d.chance(.7) else d.whole(0, 4)), d.angle(.06))
-    out, at = [house if d.chance(.6) or slot < l + 3 else house._replace(u=-house.v, v=house.u)], a + l / 2 + 2
-    if d.chance(.7): out.append(inside(p, 'pave', at, off - side * front / 2, 3, front, 0., d.word()))
-    if d.chance(.45): out.append(vehicle(d, p, at, off - side * front * .45, (0., float(side))))
-    if d.chance(.15): out.append(inside(p, 'pool', a + d(-3, 3), off + side * (w / 2 + 5), d(5, 9), d(3, 4.5), 0., d.word()))
+    house = inside(
+        p, "house", a, off, l, w, d(4, 8), d.word() // 4 * 4 + (roof if d.chance(0.7) else d.whole(0, 4)), d.angle(0.06)
+    )
+    out, at = [house if d.chance(0.6) or slot < l + 3 else house._replace(u=-house.v, v=house.u)], a + l / 2 + 2
+    if d.chance(0.7):
+        out.append(inside(p, "pave", at, off - side * front / 2, 3, front, 0.0, d.word()))
+    if d.chance(0.45):
+        out.append(vehicle(d, p, at, off - side * front * 0.45, (0.0, float(side))))
+    if d.chance(0.15):
+        out.append(inside(p, "pool", a + d(-3, 3), off + side * (w / 2 + 5), d(5, 9), d(3, 4.5), 0.0, d.word()))
     return out
+
 
 def residential(d, p):
     "Streets, a row of houses on either side, gardens with trees behind."
-    out, pitch, wide, roof = [p._replace(kind='trees', height=d(4, 9), look=d.word())], d(34, 44), d(5, 7), d.whole(0, 4)
+    out, pitch, wide, roof = (
+        [p._replace(kind="trees", height=d(4, 9), look=d.word())],
+        d(34, 44),
+        d(5, 7),
+        d.whole(0, 4),
+    )
     b = -p.width / 2 + d(8, 20)
     while b < p.width / 2:
         out += street(d, p, b, wide)
@@ -189,7 +284,8 @@ def residential(d, p):
             a, front = -p.length / 2 + d(6, 14), d(8, 12)
             while a < p.length / 2 - 6:
                 slot, off = d(14, 21), b + side * (wide / 2 + front)
-                if d.chance(.92) and abs(off) < p.width / 2 - 4: out += lot(d, p, a, off, side, front, roof, slot)
+                if d.chance(0.92) and abs(off) < p.width / 2 - 4:
+                    out += lot(d, p, a, off, side, front, roof, slot)
                 a += slot
         b += pitch
     return out
@@ -197,435 +293,769 @@ def residential(d, p):
 # %% ../nbs/01_sample.ipynb #56e3b91c
 def industrial(d, p):
     "Halls, yards, trucks, containers."
-    plots, strips = split(d, p, d(38, 70), d(6, 9)); out = [p._replace(kind='pave', look=d.word())] if d.chance(.7) else []
-    way = lambda: d.pick(((1., 0.), QUARTER))
-    for s in strips: out += street(d, s, 0., s.width - 1) if s.length > 20 else []
+    plots, strips = split(d, p, d(38, 70), d(6, 9))
+    out = [p._replace(kind="pave", look=d.word())] if d.chance(0.7) else []
+    way = lambda: d.pick(((1.0, 0.0), QUARTER))
+    for s in strips:
+        out += street(d, s, 0.0, s.width - 1) if s.length > 20 else []
     for q in plots:
-        out += [q._replace(kind='pave', look=d.word()), inside(q, 'hall', d(-.08, .08) * q.length, d(-.08, .08) * q.width, q.length * d(.45, .85), q.width * d(.45, .8), d(5, 12), d.word())]
-        out += [vehicle(d, q, d(-.45, .45) * q.length, d.pick((-.44, .44)) * q.width, way(), d.chance(.5)) for _ in range(d.whole(0, 6))]
-        out += [inside(q, 'crate', d.pick((-.45, .45)) * q.length, d(-.4, .4) * q.width, d.pick((6., 12.)), 2.4, 2.6, d.word(), way()) for _ in range(d.whole(0, 5))]
+        out += [
+            q._replace(kind="pave", look=d.word()),
+            inside(
+                q,
+                "hall",
+                d(-0.08, 0.08) * q.length,
+                d(-0.08, 0.08) * q.width,
+                q.length * d(0.45, 0.85),
+                q.width * d(0.45, 0.8),
+                d(5, 12),
+                d.word(),
+            ),
+        ]
+        out += [
+            vehicle(d, q, d(-0.45, 0.45) * q.length, d.pick((-0.44, 0.44)) * q.width, way(), d.chance(0.5))
+            for _ in range(d.whole(0, 6))
+        ]
+        out += [
+            inside(
+                q,
+                "crate",
+                d.pick((-0.45, 0.45)) * q.length,
+                d(-0.4, 0.4) * q.width,
+                d.pick((6.0, 12.0)),
+                2.4,
+                2.6,
+                d.word(),
+                way(),
+            )
+            for _ in range(d.whole(0, 5))
+        ]
     return out
+
 
 def parking(d, p):
     "Rows of bays with aisles between, a share of them taken."
-    out, b, full, bay, l = [p._replace(kind='pave', look=d.word())], -p.width / 2 + 3, d(.2, .95), d(2.5, 2.8), p.length - 4
+    out, b, full, bay, l = (
+        [p._replace(kind="pave", look=d.word())],
+        -p.width / 2 + 3,
+        d(0.2, 0.95),
+        d(2.5, 2.8),
+        p.length - 4,
+    )
     while b < p.width / 2 - 10:
         rows = b + 2.5, b + 7.6
-        out += [inside(p, 'bays', 0, row, l, 5, 0., int(bay * 100)) for row in rows]
-        if d.chance(.3): out += [inside(p, 'island', 0, b + 5, l - 2, 2.5, 0., d.word()), inside(p, 'trees', 0, b + 5, l - 2, 3, d(3, 6), d.word())]
-        out += [vehicle(d, p, (i + .5) * bay - l / 2 + d(-.15, .15), row + d(-.3, .3), (0., d.pick((-1., 1.)))) for row in rows for i in range(int(l / bay)) if d.chance(full)]
+        out += [inside(p, "bays", 0, row, l, 5, 0.0, int(bay * 100)) for row in rows]
+        if d.chance(0.3):
+            out += [
+                inside(p, "island", 0, b + 5, l - 2, 2.5, 0.0, d.word()),
+                inside(p, "trees", 0, b + 5, l - 2, 3, d(3, 6), d.word()),
+            ]
+        out += [
+            vehicle(d, p, (i + 0.5) * bay - l / 2 + d(-0.15, 0.15), row + d(-0.3, 0.3), (0.0, d.pick((-1.0, 1.0))))
+            for row in rows
+            for i in range(int(l / bay))
+            if d.chance(full)
+        ]
         b += 10.1 + d(5.5, 7)
-    return out + ([inside(p, 'hall', d(-.3, .3) * p.length, d.pick((-.3, .3)) * p.width, d(16, 32), d(12, 20), d(5, 9), d.word())] if d.chance(.4) else [])
+    return out + (
+        [
+            inside(
+                p,
+                "hall",
+                d(-0.3, 0.3) * p.length,
+                d.pick((-0.3, 0.3)) * p.width,
+                d(16, 32),
+                d(12, 20),
+                d(5, 9),
+                d.word(),
+            )
+        ]
+        if d.chance(0.4)
+        else []
+    )
 
 # %% ../nbs/01_sample.ipynb #9fb51052
 def junction(d, p):
     "Two or three roads that meet, in any surroundings, perhaps in a roundabout."
     out, wide = backdrop(d, p), d(7, 13)
     out += street(d, p, d(-8, 8), wide)
-    for _ in range(d.whole(1, 3)): out += street(d, p, d(-4, 4), d(6, wide), turn(d.pick((-1, 1)) * d(.45, 1.)), d(-8, 8))
+    for _ in range(d.whole(1, 3)):
+        out += street(d, p, d(-4, 4), d(6, wide), turn(d.pick((-1, 1)) * d(0.45, 1.0)), d(-8, 8))
     ring = d(26, 40)
-    return out + ([inside(p, 'ring', 0, 0, ring, ring, 0., d.word())] if d.chance(.3) else [])
+    return out + ([inside(p, "ring", 0, 0, ring, ring, 0.0, d.word())] if d.chance(0.3) else [])
+
 
 def river(d, p):
     "Water that bends between any banks, perhaps under a bridge."
     out, wide = backdrop(d, p), d(9, 32)
-    if d.chance(.6): out.append(inside(p, 'trees', 0, 0, p.length, wide + d(14, 40), d(4, 9), d.word()))
-    out.append(inside(p, 'river', 0, d(-10, 10), p.length, wide, -1., d.word()))
-    return out + (street(d, p, 0, d(5, 9), turn(d(.7, 1.)), d(-12, 12)) if d.chance(.35) else [])
+    if d.chance(0.6):
+        out.append(inside(p, "trees", 0, 0, p.length, wide + d(14, 40), d(4, 9), d.word()))
+    out.append(inside(p, "river", 0, d(-10, 10), p.length, wide, -1.0, d.word()))
+    return out + (street(d, p, 0, d(5, 9), turn(d(0.7, 1.0)), d(-12, 12)) if d.chance(0.35) else [])
+
 
 def pier(d, p, a, quay):
     "A pier and the boats along it."
-    reach, size = d(18, 42), d(5, 9); out, step = [inside(p, 'pave', a, quay + reach / 2, 2.2, reach, .5, d.word())], size * .42
-    berths = [(side, i) for i in range(int(reach / step)) for side in (-1., 1.) if d.chance(.6)]
-    return out + [inside(p, 'boat', a + side * (1.6 + size / 2), quay + 3 + i * step, size * d(.75, 1.), size * .29, 1.5, d.word(), (side, 0.)) for side, i in berths]
+    reach, size = d(18, 42), d(5, 9)
+    out, step = [inside(p, "pave", a, quay + reach / 2, 2.2, reach, 0.5, d.word())], size * 0.42
+    berths = [(side, i) for i in range(int(reach / step)) for side in (-1.0, 1.0) if d.chance(0.6)]
+    return out + [
+        inside(
+            p,
+            "boat",
+            a + side * (1.6 + size / 2),
+            quay + 3 + i * step,
+            size * d(0.75, 1.0),
+            size * 0.29,
+            1.5,
+            d.word(),
+            (side, 0.0),
+        )
+        for side, i in berths
+    ]
+
 
 def harbour(d, p):
     "A straight quay: piers and boats on one side, sheds and containers on the other."
     quay, dock, out, a = d(-10, 14), d(8, 18), backdrop(d, p), -p.length / 2 + d(0, 12)
-    out += [inside(p, 'water', 0, quay + p.width / 2, p.length, p.width, -1., d.word()), inside(p, 'pave', 0, quay - dock / 2, p.length, dock, 0., d.word())]
+    out += [
+        inside(p, "water", 0, quay + p.width / 2, p.length, p.width, -1.0, d.word()),
+        inside(p, "pave", 0, quay - dock / 2, p.length, dock, 0.0, d.word()),
+    ]
     while a < p.length / 2:
         out += pier(d, p, a, quay)
-        if d.chance(.5): out.append(inside(p, 'hall', a + d(0, 10), quay - dock - d(2, 8), d(12, 24), d(8, 12), d(4, 8), d.word()))
+        if d.chance(0.5):
+            out.append(inside(p, "hall", a + d(0, 10), quay - dock - d(2, 8), d(12, 24), d(8, 12), d(4, 8), d.word()))
         for _ in range(3):
             at = a + d(0, 18), quay - d(3, dock)
-            out.append(vehicle(d, p, *at, d.angle(.1), d.chance(.2)) if d.chance(.6) else inside(p, 'crate', *at, 12., 2.4, 2.6, d.word()))
+            out.append(
+                vehicle(d, p, *at, d.angle(0.1), d.chance(0.2))
+                if d.chance(0.6)
+                else inside(p, "crate", *at, 12.0, 2.4, 2.6, d.word())
+            )
         a += d(20, 32)
     return out
 
 # %% ../nbs/01_sample.ipynb #57d80238
-CLASSES = {o.__name__: o for o in (farmland, forest, harbour, industrial, junction, orchard, parking, residential, river)}
+CLASSES = {
+    o.__name__: o for o in (farmland, forest, harbour, industrial, junction, orchard, parking, residential, river)
+}
+
 
 def town(d, p):
     "Blocks of everything between roads."
-    wide = d(7, 10); plots, strips = split(d, p, d(60, 90), wide); out = []
-    for s in strips: out += street(d, s._replace(length=s.length + wide), 0., wide - 1)
+    wide = d(7, 10)
+    plots, strips = split(d, p, d(60, 90), wide)
+    out = []
+    for s in strips:
+        out += street(d, s._replace(length=s.length + wide), 0.0, wide - 1)
     fill = residential, residential, industrial, parking, farmland, forest, orchard, backdrop
     return out + [t for q in plots for t in d.pick(fill)(d, q._replace(length=q.length - 3, width=q.width - 3))]
 
 # %% ../nbs/01_sample.ipynb #78c67527
 def tone(
-    table, # colours of spring, summer, autumn, winter
-    season:float, # 0 spring to 3 winter
-) -> np.ndarray: # (3,) float32
+    table,  # colours of spring, summer, autumn, winter
+    season: float,  # 0 spring to 3 winter
+) -> np.ndarray:  # (3,) float32
     "A colour between those of two seasons."
-    i = min(int(season), 2); f = season - i
+    i = min(int(season), 2)
+    f = season - i
     return np.array([x + f * (y - x) for x, y in zip(table[i], table[i + 1])], np.float32)
+
 
 def rgb(*c):
     "A colour."
     return np.array(c, np.float32)
 
+
 def shade(c, m):
     "A colour made lighter and darker by a map: (3,) or (H, W, 3) and (H, W) -> (H, W, 3)."
     return np.asarray(c, np.float32) * (1 + m[..., None])
 
-GRASS = (.36, .47, .20), (.41, .46, .24), (.47, .44, .27), (.42, .40, .29)
-LEAF = (.29, .40, .19), (.22, .32, .15), (.41, .34, .18), (.35, .32, .26)
-PINE = (.20, .30, .19), (.18, .28, .17), (.19, .28, .18), (.20, .27, .20)
-SOIL = (.47, .37, .27), (.36, .27, .20), (.58, .50, .38), (.50, .33, .22)
+
+GRASS = (0.36, 0.47, 0.20), (0.41, 0.46, 0.24), (0.47, 0.44, 0.27), (0.42, 0.40, 0.29)
+LEAF = (0.29, 0.40, 0.19), (0.22, 0.32, 0.15), (0.41, 0.34, 0.18), (0.35, 0.32, 0.26)
+PINE = (0.20, 0.30, 0.19), (0.18, 0.28, 0.17), (0.19, 0.28, 0.18), (0.20, 0.27, 0.20)
+SOIL = (0.47, 0.37, 0.27), (0.36, 0.27, 0.20), (0.58, 0.50, 0.38), (0.50, 0.33, 0.22)
 
 # %% ../nbs/01_sample.ipynb #33032afb
-LABELS = 'boundary', 'impervious', 'building', 'low vegetation', 'tree', 'vehicle', 'clutter' # the codes of Potsdam
+LABELS = "boundary", "impervious", "building", "low vegetation", "tree", "vehicle", "clutter"  # the codes of Potsdam
+
 
 class Land:
     "A piece of ground, pixel by pixel: `rgb`, `label`, `height` and `relief` (m), `free` for trees, `roads` that cross."
+
     def __init__(self, size, gsd, season, *key):
-        d = Dice('ground', *key); self.size, self.gsd, self.season = size, gsd, season
-        x = (np.arange(size, dtype=np.float32) + (.5 - size / 2)) * gsd
+        d = Dice("ground", *key)
+        self.size, self.gsd, self.season = size, gsd, season
+        x = (np.arange(size, dtype=np.float32) + (0.5 - size / 2)) * gsd
         self.x, self.y, self.soil = x[None], x[:, None], rgb(*d.pick(SOIL))
         self.grain, self.patch = d.bell(size, size), (noise(d, size, 5) + noise(d, size, 11)) / 2
         self.hill = (noise(d, size, 23) + 2 * noise(d, size, 57)) / 3
-        dry = np.clip(d(0., .6) + self.hill * .6 + self.patch * .3, 0, 1)[..., None]
-        self.rgb = tone(GRASS, season) * (1 - dry) + self.soil * dry + (self.patch * .03 + self.grain * .018)[..., None]
+        dry = np.clip(d(0.0, 0.6) + self.hill * 0.6 + self.patch * 0.3, 0, 1)[..., None]
+        self.rgb = (
+            tone(GRASS, season) * (1 - dry) + self.soil * dry + (self.patch * 0.03 + self.grain * 0.018)[..., None]
+        )
         self.label, self.roads = np.full((size, size), 3, np.uint8), np.zeros((size, size), np.uint8)
         self.free, self.height = np.ones((size, size), bool), np.zeros((size, size), np.float32)
-        self.relief = self.hill * np.float32(1.5) + self.patch * np.float32(.25)
-    def pixel(self, m): return min(max(int(m / self.gsd + self.size / 2), 0), self.size)
-    def cover(self, d): return np.clip(.5 - d * (1 / self.gsd), 0, 1)
-    def local(self, t, pad=1.):
+        self.relief = self.hill * np.float32(1.5) + self.patch * np.float32(0.25)
+
+    def pixel(self, m):
+        return min(max(int(m / self.gsd + self.size / 2), 0), self.size)
+
+    def cover(self, d):
+        return np.clip(0.5 - d * (1 / self.gsd), 0, 1)
+
+    def local(self, t, pad=1.0):
         "The window around `t`, and in it: metres along, metres across, metres to the edge (negative inside)."
         h, k = ((abs(t.u) * m + abs(t.v) * n) / 2 + pad for m, n in ((t.length, t.width), (t.width, t.length)))
         w = slice(self.pixel(t.y - k), self.pixel(t.y + k) + 1), slice(self.pixel(t.x - h), self.pixel(t.x + h) + 1)
         dx, dy = self.x[:, w[1]] - t.x, self.y[w[0]] - t.y
         a, b = dx * t.u + dy * t.v, dy * t.u - dx * t.v
         return w, a, b, np.maximum(np.abs(a) - t.length / 2, np.abs(b) - t.width / 2)
+
     def put(self, w, cover, colour, label=None, height=None, relief=None):
         "Blend a colour in; where it covers more than half of a pixel, set the other layers."
-        below = self.rgb[w]; below += cover[..., None] * (colour - below); solid = cover > .5
+        below = self.rgb[w]
+        below += cover[..., None] * (colour - below)
+        solid = cover > 0.5
         for layer, value in ((self.label, label), (self.height, height), (self.relief, relief)):
-            if value is not None: layer[w] = np.where(solid, value, layer[w])
+            if value is not None:
+                layer[w] = np.where(solid, value, layer[w])
 
 # %% ../nbs/01_sample.ipynb #0ce57933
 PAINTERS, CLEAR = {}, {}
 
+
 def layer(
-    clear:float|None=None, # metres around it where no tree grows; None: trees may
+    clear: float | None = None,  # metres around it where no tree grows; None: trees may
 ):
     "Register `paint_<kind>`; later ones lie above earlier ones."
+
     def register(f):
-        kind = f.__name__.removeprefix('paint_'); PAINTERS[kind] = f
-        if clear is not None: CLEAR[kind] = clear
+        kind = f.__name__.removeprefix("paint_")
+        PAINTERS[kind] = f
+        if clear is not None:
+            CLEAR[kind] = clear
         return f
+
     return register
 
+
 def wave(
-    x:np.ndarray, # metres
-    period:float, # metres
-) -> np.ndarray: # in [-1, 1]: 1 at multiples of the period
+    x: np.ndarray,  # metres
+    period: float,  # metres
+) -> np.ndarray:  # in [-1, 1]: 1 at multiples of the period
     "A triangle wave: rows of crops, ribs of roofs, dashes of roads."
-    x = x * (1 / period); return np.abs(2 * (x - np.floor(x)) - 1) * 2 - 1
+    x = x * (1 / period)
+    return np.abs(2 * (x - np.floor(x)) - 1) * 2 - 1
 
 # %% ../nbs/01_sample.ipynb #810b2095
 @layer()
 def paint_field(land, t):
     "A parcel: a crop at some stage, its rows, the tramlines of the sprayer."
-    w, a, b, d = land.local(t); dice = Dice(t.look); at = (dice(0, 4) + land.season * .8) % 4; i = int(at)
-    green, ripe = rgb(dice(.28, .42), dice(.40, .50), dice(.16, .26)), rgb(dice(.55, .68), dice(.50, .58), dice(.28, .38))
-    steps = land.soil, (land.soil + green) / 2, green, ripe; base = steps[i] + (at - i) * (steps[(i + 1) % 4] - steps[i])
-    rows = wave(b, dice(1.6, 4.)) * dice(.02, .12) + land.patch[w] * .07 + land.hill[w] * .12 + land.grain[w] * .035
-    lane, sprayed = dice(14, 24), dice.chance(.6); tram = (np.abs(np.abs(wave(b, lane)) * lane / 4 - .9) < .25) & sprayed
-    land.put(w, land.cover(d), shade(base, rows - tram * .12), 3, 0., rows * 1.2)
+    w, a, b, d = land.local(t)
+    dice = Dice(t.look)
+    at = (dice(0, 4) + land.season * 0.8) % 4
+    i = int(at)
+    green, ripe = (
+        rgb(dice(0.28, 0.42), dice(0.40, 0.50), dice(0.16, 0.26)),
+        rgb(dice(0.55, 0.68), dice(0.50, 0.58), dice(0.28, 0.38)),
+    )
+    steps = land.soil, (land.soil + green) / 2, green, ripe
+    base = steps[i] + (at - i) * (steps[(i + 1) % 4] - steps[i])
+    rows = (
+        wave(b, dice(1.6, 4.0)) * dice(0.02, 0.12) + land.patch[w] * 0.07 + land.hill[w] * 0.12 + land.grain[w] * 0.035
+    )
+    lane, sprayed = dice(14, 24), dice.chance(0.6)
+    tram = (np.abs(np.abs(wave(b, lane)) * lane / 4 - 0.9) < 0.25) & sprayed
+    land.put(w, land.cover(d), shade(base, rows - tram * 0.12), 3, 0.0, rows * 1.2)
+
 
 @layer()
-def paint_meadow(land, t, edge=3.):
+def paint_meadow(land, t, edge=3.0):
     "Grass of its own green, with an edge that wanders by `edge` m."
-    w, a, b, d = land.local(t, 4.); dice = Dice(t.look); base = tone(GRASS, land.season) * rgb(*(dice(.9, 1.15) for _ in range(3)))
-    land.put(w, land.cover(d + (land.patch[w] + land.hill[w]) * edge), shade(base, land.patch[w] * .12 + land.grain[w] * .05), 3, 0., land.patch[w] * .2)
+    w, a, b, d = land.local(t, 4.0)
+    dice = Dice(t.look)
+    base = tone(GRASS, land.season) * rgb(*(dice(0.9, 1.15) for _ in range(3)))
+    land.put(
+        w,
+        land.cover(d + (land.patch[w] + land.hill[w]) * edge),
+        shade(base, land.patch[w] * 0.12 + land.grain[w] * 0.05),
+        3,
+        0.0,
+        land.patch[w] * 0.2,
+    )
 
-@layer(0.)
+
+@layer(0.0)
 def paint_glade(land, t):
     "A clearing."
     paint_meadow(land, t)
 
-@layer(.5)
+
+@layer(0.5)
 def paint_track(land, t):
     "Two ruts in bare soil."
-    w, a, b, d = land.local(t, 2.)
-    land.put(w, land.cover(d + land.patch[w] * .5), shade(land.soil * 1.18, land.grain[w] * .05 - land.cover(np.abs(b) - .4) * .12), 3, 0.)
+    w, a, b, d = land.local(t, 2.0)
+    land.put(
+        w,
+        land.cover(d + land.patch[w] * 0.5),
+        shade(land.soil * 1.18, land.grain[w] * 0.05 - land.cover(np.abs(b) - 0.4) * 0.12),
+        3,
+        0.0,
+    )
 
 # %% ../nbs/01_sample.ipynb #c698133a
-WATER = (.13, .20, .22), (.20, .25, .20), (.16, .24, .30), (.27, .27, .21), (.10, .14, .15)
+WATER = (0.13, 0.20, 0.22), (0.20, 0.25, 0.20), (0.16, 0.24, 0.30), (0.27, 0.27, 0.21), (0.10, 0.14, 0.15)
+
 
 def flood(land, t, w, d):
     "Water where `d` < 0, lighter where it is shallow."
-    deep = rgb(*Dice(t.look).pick(WATER)); shore = np.clip(1 + d * .16, 0, 1)[..., None]
-    ripple = (land.patch[w] * .012 + land.grain[w] * .008)[..., None]
-    land.put(w, land.cover(d), deep + shore * shore * (land.soil * .9 - deep) * .5 + ripple, 6, -1., land.patch[w] * .03)
+    deep = rgb(*Dice(t.look).pick(WATER))
+    shore = np.clip(1 + d * 0.16, 0, 1)[..., None]
+    ripple = (land.patch[w] * 0.012 + land.grain[w] * 0.008)[..., None]
+    land.put(
+        w, land.cover(d), deep + shore * shore * (land.soil * 0.9 - deep) * 0.5 + ripple, 6, -1.0, land.patch[w] * 0.03
+    )
 
-@layer(.5)
+
+@layer(0.5)
 def paint_water(land, t):
     "A basin."
-    w, a, b, d = land.local(t); flood(land, t, w, d)
+    w, a, b, d = land.local(t)
+    flood(land, t, w, d)
 
-@layer(.5)
+
+@layer(0.5)
 def paint_river(land, t):
     "A river whose middle line is noise along its length, with sand on its banks."
-    w, a, b, d = land.local(t, 14.); dice = Dice('bend', t.look); n = dice.grid(64) * 2 - 1
-    s = np.clip(a * (1 / dice(16, 30)) + 32, 0, 62); i = s.astype(np.int64); f = s - i; f = f * f * (3 - 2 * f)
-    bank = np.abs(b + (n[i] + f * (n[i + 1] - n[i])) * dice(3, 9)) - t.width / 2 + land.patch[w] * .8
-    land.put(w, land.cover(bank - dice(.4, 2.)), shade(land.soil * 1.15, land.grain[w] * .06), 3); flood(land, t, w, bank)
-    land.free[w] &= bank > .5
+    w, a, b, d = land.local(t, 14.0)
+    dice = Dice("bend", t.look)
+    n = dice.grid(64) * 2 - 1
+    s = np.clip(a * (1 / dice(16, 30)) + 32, 0, 62)
+    i = s.astype(np.int64)
+    f = s - i
+    f = f * f * (3 - 2 * f)
+    bank = np.abs(b + (n[i] + f * (n[i + 1] - n[i])) * dice(3, 9)) - t.width / 2 + land.patch[w] * 0.8
+    land.put(w, land.cover(bank - dice(0.4, 2.0)), shade(land.soil * 1.15, land.grain[w] * 0.06), 3)
+    flood(land, t, w, bank)
+    land.free[w] &= bank > 0.5
 
 # %% ../nbs/01_sample.ipynb #8773a98f
-ASPHALT, KERB, WHITE = (.36, .36, .38), (.56, .55, .53), (.86, .86, .84)
-PAVING = (.38, .38, .39), (.50, .49, .47), (.60, .58, .54), (.44, .41, .38)
+ASPHALT, KERB, WHITE = (0.36, 0.36, 0.38), (0.56, 0.55, 0.53), (0.86, 0.86, 0.84)
+PAVING = (0.38, 0.38, 0.39), (0.50, 0.49, 0.47), (0.60, 0.58, 0.54), (0.44, 0.41, 0.38)
 
-def surface(land, w, d, base, label=1, height=0.):
+
+def surface(land, w, d, base, label=1, height=0.0):
     "Something flat and hard where `d` < 0."
-    land.put(w, land.cover(d), shade(base, land.patch[w] * .06 + land.grain[w] * .03), label, height, land.grain[w] * .02)
+    land.put(
+        w, land.cover(d), shade(base, land.patch[w] * 0.06 + land.grain[w] * 0.03), label, height, land.grain[w] * 0.02
+    )
+
 
 @layer(1.2)
 def paint_pave(land, t):
     "Asphalt or concrete with seams."
-    w, a, b, d = land.local(t); dice = Dice(t.look); base = rgb(*dice.pick(PAVING)) * dice(.9, 1.1)
-    surface(land, w, d, shade(base, land.cover((1 - wave(a, dice(8, 16))) * 4) * -dice(.0, .06)), height=t.height)
+    w, a, b, d = land.local(t)
+    dice = Dice(t.look)
+    base = rgb(*dice.pick(PAVING)) * dice(0.9, 1.1)
+    surface(land, w, d, shade(base, land.cover((1 - wave(a, dice(8, 16))) * 4) * -dice(0.0, 0.06)), height=t.height)
+
 
 @layer(1.2)
 def paint_road(land, t):
     "A carriageway, darker where wheels run, perhaps between kerbs."
-    w, a, b, d = land.local(t, 3.); dice = Dice(t.look); base = rgb(*ASPHALT) * dice(.85, 1.35)
-    if dice.chance(.5): surface(land, w, d - 1.4, rgb(*KERB))
-    surface(land, w, d, shade(base, land.cover(np.abs(np.abs(b) - t.width / 4) - .7) * -.05)); land.roads[w] += d < 1.
+    w, a, b, d = land.local(t, 3.0)
+    dice = Dice(t.look)
+    base = rgb(*ASPHALT) * dice(0.85, 1.35)
+    if dice.chance(0.5):
+        surface(land, w, d - 1.4, rgb(*KERB))
+    surface(land, w, d, shade(base, land.cover(np.abs(np.abs(b) - t.width / 4) - 0.7) * -0.05))
+    land.roads[w] += d < 1.0
+
 
 @layer(1.2)
 def paint_ring(land, t):
     "A roundabout with a green island."
-    w, a, b, _ = land.local(t, 3.); r = np.sqrt(a * a + b * b); d = r - t.width / 2; isle = d + 8
-    surface(land, w, d - 1.4, rgb(*KERB)); surface(land, w, d, rgb(*ASPHALT) * Dice(t.look)(.85, 1.35))
-    land.roads[w] += (d < 1.) * np.uint8(2); land.put(w, land.cover(np.abs(isle) - .25), rgb(*WHITE), 1)
-    land.put(w, land.cover(isle), shade(tone(GRASS, land.season), land.patch[w] * .1), 3, 0., isle * -.1)
+    w, a, b, _ = land.local(t, 3.0)
+    r = np.sqrt(a * a + b * b)
+    d = r - t.width / 2
+    isle = d + 8
+    surface(land, w, d - 1.4, rgb(*KERB))
+    surface(land, w, d, rgb(*ASPHALT) * Dice(t.look)(0.85, 1.35))
+    land.roads[w] += (d < 1.0) * np.uint8(2)
+    land.put(w, land.cover(np.abs(isle) - 0.25), rgb(*WHITE), 1)
+    land.put(w, land.cover(isle), shade(tone(GRASS, land.season), land.patch[w] * 0.1), 3, 0.0, isle * -0.1)
+
 
 @layer()
 def paint_lines(land, t):
     "Edge lines, and dashes in the middle: 3.6 m every 9 m."
-    w, a, b, d = land.local(t); m = np.abs(b); dash = np.where(wave(a, 9.) > -.2, np.float32(9), m - .12)
-    paint = np.minimum(dash, np.abs(m - t.width / 2 + .4) - .1)
-    land.put(w, land.cover(paint) * (d < -.1) * (land.roads[w] < 2) * np.float32(.75), rgb(*WHITE))
+    w, a, b, d = land.local(t)
+    m = np.abs(b)
+    dash = np.where(wave(a, 9.0) > -0.2, np.float32(9), m - 0.12)
+    paint = np.minimum(dash, np.abs(m - t.width / 2 + 0.4) - 0.1)
+    land.put(w, land.cover(paint) * (d < -0.1) * (land.roads[w] < 2) * np.float32(0.75), rgb(*WHITE))
+
 
 @layer()
 def paint_bays(land, t):
     "Lines between parked cars, `look` cm apart."
-    w, a, b, d = land.local(t); bay = t.look / 100; at = (a + t.length / 2) * (1 / bay)
-    land.put(w, land.cover(np.abs(at - np.floor(at + .5)) * bay - .08) * (d < 0) * np.float32(.7), rgb(*WHITE))
+    w, a, b, d = land.local(t)
+    bay = t.look / 100
+    at = (a + t.length / 2) * (1 / bay)
+    land.put(w, land.cover(np.abs(at - np.floor(at + 0.5)) * bay - 0.08) * (d < 0) * np.float32(0.7), rgb(*WHITE))
+
 
 @layer()
 def paint_island(land, t):
     "A strip of grass in a car park; trees may grow there again."
-    paint_meadow(land, t, 0.)
+    paint_meadow(land, t, 0.0)
 
-@layer(1.)
+
+@layer(1.0)
 def paint_pool(land, t):
     "A swimming pool and its terrace."
-    w, a, b, d = land.local(t, 2.); surface(land, w, d - .9, rgb(.72, .69, .64)); land.put(w, land.cover(d), shade(rgb(.30, .62, .70), land.patch[w] * .06), 6, 0., 0.)
+    w, a, b, d = land.local(t, 2.0)
+    surface(land, w, d - 0.9, rgb(0.72, 0.69, 0.64))
+    land.put(w, land.cover(d), shade(rgb(0.30, 0.62, 0.70), land.patch[w] * 0.06), 6, 0.0, 0.0)
 
 # %% ../nbs/01_sample.ipynb #ff3bb263
 def lattice(land, t, low, shape, spacing, jitter, wide, keep, allow, dice):
     "Crowns: centres along and across (m), radius (m; 0.001 where nothing grows), brightness, is it a conifer."
-    pa, pb = (((np.arange(n) + o).astype(np.float32) * spacing)[s] + (dice.grid(*shape) - .5) * (2 * jitter * spacing) for n, o, s in zip(shape, low, ((slice(None), None), (None,))))
-    r = (dice.grid(*shape) * .38 + .62) * (spacing * (.95 - jitter) * wide)
-    px, py = (np.clip(m * (1 / land.gsd) + land.size / 2, 0, land.size - 1).astype(np.int64) for m in (pa * t.u - pb * t.v + t.x, pa * t.v + pb * t.u + t.y))
+    pa, pb = (
+        ((np.arange(n) + o).astype(np.float32) * spacing)[s] + (dice.grid(*shape) - 0.5) * (2 * jitter * spacing)
+        for n, o, s in zip(shape, low, ((slice(None), None), (None,)))
+    )
+    r = (dice.grid(*shape) * 0.38 + 0.62) * (spacing * (0.95 - jitter) * wide)
+    px, py = (
+        np.clip(m * (1 / land.gsd) + land.size / 2, 0, land.size - 1).astype(np.int64)
+        for m in (pa * t.u - pb * t.v + t.x, pa * t.v + pb * t.u + t.y)
+    )
     r = np.where(allow[py, px] & (dice.grid(*shape) < keep), r, np.float32(1e-3))
-    return [x.ravel() for x in (pa, pb, r, dice.grid(*shape), dice.grid(*shape) < dice.pick((0., .1, .5, .95)))]
+    return [x.ravel() for x in (pa, pb, r, dice.grid(*shape), dice.grid(*shape) < dice.pick((0.0, 0.1, 0.5, 0.95)))]
 
-def crowns(land, t, w, a, b, allow, spacing, jitter, keep, wide=1.):
+
+def crowns(land, t, w, a, b, allow, spacing, jitter, keep, wide=1.0):
     "Paint trees `spacing` m apart where `allow` (over the whole land), a share `keep` of them."
-    if not a.size: return
-    dice = Dice('crowns', t.look); i, j = (np.floor(x * (1 / spacing)).astype(np.int64) for x in (a, b))
-    low = int(i.min()), int(j.min()); shape = int(i.max()) - low[0] + 2, int(j.max()) - low[1] + 2
+    if not a.size:
+        return
+    dice = Dice("crowns", t.look)
+    i, j = (np.floor(x * (1 / spacing)).astype(np.int64) for x in (a, b))
+    low = int(i.min()), int(j.min())
+    shape = int(i.max()) - low[0] + 2, int(j.max()) - low[1] + 2
     pa, pb, r, bright, pine = lattice(land, t, low, shape, spacing, jitter, wide, keep, allow, dice)
-    dome, who, ragged = np.full(a.shape, -9, np.float32), np.zeros(a.shape, np.int64), 1 + land.patch[w] * .25 + land.grain[w] * .06
+    dome, who, ragged = (
+        np.full(a.shape, -9, np.float32),
+        np.zeros(a.shape, np.int64),
+        1 + land.patch[w] * 0.25 + land.grain[w] * 0.06,
+    )
     for k in ((i - low[0] + m) * shape[1] + j - low[1] + n for m in (0, 1) for n in (0, 1)):
-        da, db = a - pa[k], b - pb[k]; q = 1 - (da * da + db * db) * ragged / (r[k] * r[k])
-        who = np.where(q > dome, k, who); dome = np.maximum(dome, q)
-    leaf = np.where(pine[who][..., None], tone(PINE, land.season), tone(LEAF, land.season)) * (.8 + .45 * bright[who])[..., None]
-    bare = np.where(pine[who] | (land.season < 2.4), np.float32(1), np.float32(.62)); cover = np.clip(dome * 5, 0, 1) * bare
+        da, db = a - pa[k], b - pb[k]
+        q = 1 - (da * da + db * db) * ragged / (r[k] * r[k])
+        who = np.where(q > dome, k, who)
+        dome = np.maximum(dome, q)
+    leaf = (
+        np.where(pine[who][..., None], tone(PINE, land.season), tone(LEAF, land.season))
+        * (0.8 + 0.45 * bright[who])[..., None]
+    )
+    bare = np.where(pine[who] | (land.season < 2.4), np.float32(1), np.float32(0.62))
+    cover = np.clip(dome * 5, 0, 1) * bare
     dome = np.clip(dome, 0, 1)
-    land.put(w, cover, shade(leaf, dome * .35 - .2 + land.grain[w] * .09), 4, t.height * (.45 + .55 * dome), dome * r[who] * .55 + land.patch[w] * .4)
+    land.put(
+        w,
+        cover,
+        shade(leaf, dome * 0.35 - 0.2 + land.grain[w] * 0.09),
+        4,
+        t.height * (0.45 + 0.55 * dome),
+        dome * r[who] * 0.55 + land.patch[w] * 0.4,
+    )
+
 
 def within(land, w, m):
     "Where trees may grow, if only where `m` in the window `w`."
-    allow = np.zeros_like(land.free); allow[w] = land.free[w] & m; return allow
+    allow = np.zeros_like(land.free)
+    allow[w] = land.free[w] & m
+    return allow
 
 # %% ../nbs/01_sample.ipynb #3538e8c2
 @layer()
 def paint_trees(land, t):
     "Scattered trees."
-    w, a, b, d = land.local(t); crowns(land, t, w, a, b, within(land, w, d < 0), 3. + t.height * .45, .3, .2 + Dice(t.look)() * .5)
+    w, a, b, d = land.local(t)
+    crowns(land, t, w, a, b, within(land, w, d < 0), 3.0 + t.height * 0.45, 0.3, 0.2 + Dice(t.look)() * 0.5)
+
 
 @layer()
 def paint_rows(land, t):
     "Trees in rows."
-    w, a, b, d = land.local(t); dice = Dice('rows', t.look)
-    crowns(land, t, w, a, b, within(land, w, d < -1), dice(3.4, 6.2), .05, dice(.85, 1.), dice(.42, .58))
+    w, a, b, d = land.local(t)
+    dice = Dice("rows", t.look)
+    crowns(land, t, w, a, b, within(land, w, d < -1), dice(3.4, 6.2), 0.05, dice(0.85, 1.0), dice(0.42, 0.58))
+
 
 @layer()
 def paint_wood(land, t):
     "Understory, shrubs, and crowns that touch."
-    w, a, b, d = land.local(t, 5.); d = d + (land.patch[w] + land.hill[w]) * (2.5 if t.width > 8 else .6); allow = within(land, w, d < 0)
-    land.put(w, land.cover(d) * land.free[w] * np.float32(.8), shade(rgb(.24, .25, .15), land.grain[w] * .1 + land.patch[w] * .2))
-    crowns(land, t._replace(height=1.5, look=t.look + 1), w, a, b, allow, 2.1, .3, .8)
-    crowns(land, t, w, a, b, allow, min(2.4 + t.height * .22, max(t.width, 2.8)), .33, .97, 1.05)
+    w, a, b, d = land.local(t, 5.0)
+    d = d + (land.patch[w] + land.hill[w]) * (2.5 if t.width > 8 else 0.6)
+    allow = within(land, w, d < 0)
+    land.put(
+        w,
+        land.cover(d) * land.free[w] * np.float32(0.8),
+        shade(rgb(0.24, 0.25, 0.15), land.grain[w] * 0.1 + land.patch[w] * 0.2),
+    )
+    crowns(land, t._replace(height=1.5, look=t.look + 1), w, a, b, allow, 2.1, 0.3, 0.8)
+    crowns(land, t, w, a, b, allow, min(2.4 + t.height * 0.22, max(t.width, 2.8)), 0.33, 0.97, 1.05)
 
 # %% ../nbs/01_sample.ipynb #3de654e7
-ROOFS = (.60, .33, .24), (.36, .34, .35), (.52, .42, .35), (.66, .64, .61)
-METAL = (.72, .72, .71), (.55, .57, .60), (.46, .53, .58), (.60, .52, .46), (.40, .40, .41), (.62, .40, .33)
+ROOFS = (0.60, 0.33, 0.24), (0.36, 0.34, 0.35), (0.52, 0.42, 0.35), (0.66, 0.64, 0.61)
+METAL = (
+    (0.72, 0.72, 0.71),
+    (0.55, 0.57, 0.60),
+    (0.46, 0.53, 0.58),
+    (0.60, 0.52, 0.46),
+    (0.40, 0.40, 0.41),
+    (0.62, 0.40, 0.33),
+)
+
 
 def block(land, w, a, b, d, at, side, colour, height):
     "A chimney or an air conditioner: a small box on a roof."
     land.put(w, land.cover(np.maximum(np.maximum(np.abs(a - at[0]), np.abs(b - at[1])) - side, d)), colour, 2, height)
 
-@layer(1.)
+
+@layer(1.0)
 def paint_hall(land, t):
     "A large flat roof with ribs, skylights, a parapet and machines."
-    w, a, b, d = land.local(t, 2.); dice = Dice(t.look); base = rgb(*dice.pick(METAL)) * dice(.85, 1.1)
-    sky = land.cover(np.maximum(np.abs(wave(a, dice(9, 14))) * 3 - .8, np.abs(np.abs(b) - t.width / 4) - t.width / 7)) * dice.pick((0., .3))
-    ribs = wave(a, dice(1.6, 3.)) * dice(.01, .05) + land.hill[w] * .06 + land.patch[w] * .04 + land.grain[w] * .015
-    ridge = (t.width / 2 - np.abs(b)) * dice.pick((0., .06, .15))
-    land.put(w, land.cover(d), shade(base, ribs + sky), 2, t.height + ridge, ridge); land.put(w, land.cover(np.abs(d + .5) - .25), base * .8, 2, t.height + .6)
-    for _ in range(dice.whole(0, 7)): block(land, w, a, b, d, (t.length * dice(-.4, .4), t.width * dice(-.4, .4)), dice(.6, 1.6), rgb(.7, .7, .7) * dice(.7, 1.2), t.height + 1.8)
+    w, a, b, d = land.local(t, 2.0)
+    dice = Dice(t.look)
+    base = rgb(*dice.pick(METAL)) * dice(0.85, 1.1)
+    sky = land.cover(
+        np.maximum(np.abs(wave(a, dice(9, 14))) * 3 - 0.8, np.abs(np.abs(b) - t.width / 4) - t.width / 7)
+    ) * dice.pick((0.0, 0.3))
+    ribs = (
+        wave(a, dice(1.6, 3.0)) * dice(0.01, 0.05) + land.hill[w] * 0.06 + land.patch[w] * 0.04 + land.grain[w] * 0.015
+    )
+    ridge = (t.width / 2 - np.abs(b)) * dice.pick((0.0, 0.06, 0.15))
+    land.put(w, land.cover(d), shade(base, ribs + sky), 2, t.height + ridge, ridge)
+    land.put(w, land.cover(np.abs(d + 0.5) - 0.25), base * 0.8, 2, t.height + 0.6)
+    for _ in range(dice.whole(0, 7)):
+        block(
+            land,
+            w,
+            a,
+            b,
+            d,
+            (t.length * dice(-0.4, 0.4), t.width * dice(-0.4, 0.4)),
+            dice(0.6, 1.6),
+            rgb(0.7, 0.7, 0.7) * dice(0.7, 1.2),
+            t.height + 1.8,
+        )
 
-@layer(1.)
+
+@layer(1.0)
 def paint_house(land, t):
     "A gabled or hipped roof of tiles, with a chimney."
-    w, a, b, d = land.local(t, 2.); dice = Dice(t.look); base = rgb(*ROOFS[t.look % 4]) * dice(.85, 1.15); gable = dice.chance(.65)
+    w, a, b, d = land.local(t, 2.0)
+    dice = Dice(t.look)
+    base = rgb(*ROOFS[t.look % 4]) * dice(0.85, 1.15)
+    gable = dice.chance(0.65)
     ridge = t.width / 2 - np.abs(b) + np.zeros_like(a)
-    ridge = (ridge if gable else np.minimum(ridge, t.length / 2 - np.abs(a))) * dice(.45, .8)
-    land.put(w, land.cover(d), shade(base, wave(ridge, .9) * .03 + land.patch[w] * .05 + land.grain[w] * .03), 2, t.height + ridge * .7, ridge)
-    block(land, w, a, b, d, (t.length * dice(-.3, .3), t.width * dice(.05, .2)), .5, rgb(.45, .33, .29), t.height + t.width * .3)
+    ridge = (ridge if gable else np.minimum(ridge, t.length / 2 - np.abs(a))) * dice(0.45, 0.8)
+    land.put(
+        w,
+        land.cover(d),
+        shade(base, wave(ridge, 0.9) * 0.03 + land.patch[w] * 0.05 + land.grain[w] * 0.03),
+        2,
+        t.height + ridge * 0.7,
+        ridge,
+    )
+    block(
+        land,
+        w,
+        a,
+        b,
+        d,
+        (t.length * dice(-0.3, 0.3), t.width * dice(0.05, 0.2)),
+        0.5,
+        rgb(0.45, 0.33, 0.29),
+        t.height + t.width * 0.3,
+    )
 
 # %% ../nbs/01_sample.ipynb #7c38de21
-LACQUER = (.88, .88, .87), (.15, .15, .16), (.60, .61, .62), (.38, .39, .41), (.58, .14, .12), (.16, .25, .45), (.24, .32, .24), (.70, .66, .56)
+LACQUER = (
+    (0.88, 0.88, 0.87),
+    (0.15, 0.15, 0.16),
+    (0.60, 0.61, 0.62),
+    (0.38, 0.39, 0.41),
+    (0.58, 0.14, 0.12),
+    (0.16, 0.25, 0.45),
+    (0.24, 0.32, 0.24),
+    (0.70, 0.66, 0.56),
+)
 
-@layer(1.)
+
+@layer(1.0)
 def paint_crate(land, t):
     "A container."
-    w, a, b, d = land.local(t); land.put(w, land.cover(d), shade(rgb(*Dice(t.look).pick(METAL + LACQUER[4:7])), wave(a, 1.) * .05), 6, t.height, 0.)
+    w, a, b, d = land.local(t)
+    land.put(
+        w, land.cover(d), shade(rgb(*Dice(t.look).pick(METAL + LACQUER[4:7])), wave(a, 1.0) * 0.05), 6, t.height, 0.0
+    )
 
-@layer(.5)
+
+@layer(0.5)
 def paint_truck(land, t):
     "A box on wheels with a cab in front."
-    w, a, b, d = land.local(t); dice = Dice(t.look); cab = a - (t.length / 2 - 1.1)
-    land.put(w, land.cover(d), shade(rgb(*dice.pick(METAL + LACQUER[:1])), wave(a, 1.8) * .03), 5, t.height, 0.)
+    w, a, b, d = land.local(t)
+    dice = Dice(t.look)
+    cab = a - (t.length / 2 - 1.1)
+    land.put(w, land.cover(d), shade(rgb(*dice.pick(METAL + LACQUER[:1])), wave(a, 1.8) * 0.03), 5, t.height, 0.0)
     land.put(w, land.cover(np.maximum(np.abs(cab) - 1.1, d)), rgb(*dice.pick(LACQUER)), 5, 2.8)
-    land.put(w, land.cover(np.maximum(np.abs(cab + 1.3) - .25, d)), rgb(.15, .15, .16))
+    land.put(w, land.cover(np.maximum(np.abs(cab + 1.3) - 0.25, d)), rgb(0.15, 0.15, 0.16))
 
-@layer(.5)
+
+@layer(0.5)
 def paint_car(land, t):
     "A body in lacquer, windscreen and rear window in dark glass."
-    w, a, b, d = land.local(t); glass = np.maximum(np.abs(np.abs(a + .25) - 1.15) - .35, np.abs(b) - t.width * .4)
-    land.put(w, land.cover(d), rgb(*Dice(t.look).pick(LACQUER)), 5, t.height, 0.); land.put(w, land.cover(glass) * (d < 0), rgb(.12, .14, .17))
+    w, a, b, d = land.local(t)
+    glass = np.maximum(np.abs(np.abs(a + 0.25) - 1.15) - 0.35, np.abs(b) - t.width * 0.4)
+    land.put(w, land.cover(d), rgb(*Dice(t.look).pick(LACQUER)), 5, t.height, 0.0)
+    land.put(w, land.cover(glass) * (d < 0), rgb(0.12, 0.14, 0.17))
+
 
 @layer()
 def paint_boat(land, t):
     "A hull that narrows towards its bow, and a cockpit."
-    w, a, b, d = land.local(t); s = np.clip(a * (2.4 / t.length) - .2, 0, 1); hull = np.maximum(d, np.abs(b) - t.width / 2 * (1 - s * s)); dice = Dice(t.look)
-    land.put(w, land.cover(hull), rgb(.87, .87, .86) * dice(.8, 1.05), 6, t.height, 0.); inner = np.maximum(hull + .45, np.abs(a + t.length * .12) - t.length * .24)
-    land.put(w, land.cover(inner), rgb(*dice.pick(((.50, .36, .24), (.18, .26, .45), (.62, .60, .55)))), 6)
+    w, a, b, d = land.local(t)
+    s = np.clip(a * (2.4 / t.length) - 0.2, 0, 1)
+    hull = np.maximum(d, np.abs(b) - t.width / 2 * (1 - s * s))
+    dice = Dice(t.look)
+    land.put(w, land.cover(hull), rgb(0.87, 0.87, 0.86) * dice(0.8, 1.05), 6, t.height, 0.0)
+    inner = np.maximum(hull + 0.45, np.abs(a + t.length * 0.12) - t.length * 0.24)
+    land.put(w, land.cover(inner), rgb(*dice.pick(((0.50, 0.36, 0.24), (0.18, 0.26, 0.45), (0.62, 0.60, 0.55)))), 6)
 
 # %% ../nbs/01_sample.ipynb #a65408a0
-SOLID = dict(hall=1., house=1., pool=.5, crate=.2, truck=.2, car=.2, boat=.2) # these may not overlap; metres between two
-BARRED = 'road', 'river', 'water', 'ring' # no building stands on these
+SOLID = dict(
+    hall=1.0, house=1.0, pool=0.5, crate=0.2, truck=0.2, car=0.2, boat=0.2
+)  # these may not overlap; metres between two
+BARRED = "road", "river", "water", "ring"  # no building stands on these
+
 
 def collides(t, solid, barred):
     "Would `t` overlap something solid, or stand where nothing is built?"
-    near = lambda o: abs(o.x - t.x) + abs(o.y - t.y) < .71 * (t.length + t.width + o.length + o.width) + 2
-    if any(near(o) and not apart(o, t, SOLID[t.kind]) for o in solid): return True
-    if t.kind in ('car', 'truck'): return any(o.kind == 'ring' and covers(o, t.x, t.y) for o in barred)
-    return t.kind != 'boat' and any(not apart(o, t, 1.) for o in barred)
+    near = lambda o: abs(o.x - t.x) + abs(o.y - t.y) < 0.71 * (t.length + t.width + o.length + o.width) + 2
+    if any(near(o) and not apart(o, t, SOLID[t.kind]) for o in solid):
+        return True
+    if t.kind in ("car", "truck"):
+        return any(o.kind == "ring" and covers(o, t.x, t.y) for o in barred)
+    return t.kind != "boat" and any(not apart(o, t, 1.0) for o in barred)
+
 
 def tidy(
-    things:list, # as the layout threw them
-) -> list: # without collisions, lowest layer first
+    things: list,  # as the layout threw them
+) -> list:  # without collisions, lowest layer first
     "Drop what collides with something that came before it, in the order of layers."
-    order = {k: i for i, k in enumerate(PAINTERS)}; kept, solid = [], []
-    things = sorted(things, key=lambda t: order[t.kind]); barred = [t for t in things if t.kind in BARRED]
+    order = {k: i for i, k in enumerate(PAINTERS)}
+    kept, solid = [], []
+    things = sorted(things, key=lambda t: order[t.kind])
+    barred = [t for t in things if t.kind in BARRED]
     for t in things:
         if t.kind in SOLID:
-            if collides(t, solid, barred): continue
+            if collides(t, solid, barred):
+                continue
             solid.append(t)
         kept.append(t)
     return kept
 
+
 def plan(
-    kind:str, # one of `CLASSES`, or 'town'
-    *key, # names and integers: another key, another place
-    reach:float=64., # side of the ground that will be seen (m)
-) -> list: # things, lowest layer first
+    kind: str,  # one of `CLASSES`, or 'town'
+    *key,  # names and integers: another key, another place
+    reach: float = 64.0,  # side of the ground that will be seen (m)
+) -> list:  # things, lowest layer first
     "What stands where."
-    layouts = CLASSES | {'town': town}
-    if kind not in layouts: raise CmidError(f"kind {kind!r}: choose one of {', '.join(layouts)}")
-    d = Dice('plan', kind, *key); c, s = d.angle()
-    return tidy(layouts[kind](d, Thing('plot', d(-4, 4), d(-4, 4), c, s, reach * 1.5, reach * 1.5)))
+    layouts = CLASSES | {"town": town}
+    if kind not in layouts:
+        raise CmidError(f"kind {kind!r}: choose one of {', '.join(layouts)}")
+    d = Dice("plan", kind, *key)
+    c, s = d.angle()
+    return tidy(layouts[kind](d, Thing("plot", d(-4, 4), d(-4, 4), c, s, reach * 1.5, reach * 1.5)))
 
 # %% ../nbs/01_sample.ipynb #3370b612
 def paint(
-    things:list, # a plan
-    size:int, # pixels along a side
-    gsd:float, # metres a pixel
-    season:float, # 0 spring to 3 winter
-    *key, # seeds of the ground
-    hidden=(), # things that are not there at this date
+    things: list,  # a plan
+    size: int,  # pixels along a side
+    gsd: float,  # metres a pixel
+    season: float,  # 0 spring to 3 winter
+    *key,  # seeds of the ground
+    hidden=(),  # things that are not there at this date
 ) -> Land:
     "From a plan to the layers of a landscape."
     land = Land(size, gsd, season, *key)
     for t in things:
-        w, _, _, d = land.local(t, 2.)
-        if t.kind == 'island': land.free[w] |= d < 0
-        elif t.kind in CLEAR and t.kind != 'river': land.free[w] &= d > CLEAR[t.kind]
+        w, _, _, d = land.local(t, 2.0)
+        if t.kind == "island":
+            land.free[w] |= d < 0
+        elif t.kind in CLEAR and t.kind != "river":
+            land.free[w] &= d > CLEAR[t.kind]
     for t in things:
-        if t not in hidden: PAINTERS[t.kind](land, t)
+        if t not in hidden:
+            PAINTERS[t.kind](land, t)
     return land
 
 # %% ../nbs/01_sample.ipynb #a690d393
-Light = namedtuple('Light', 'u v steep season gain tint haze deep blur noise key')
+Light = namedtuple("Light", "u v steep season gain tint haze deep blur noise key")
+
 
 def daylight(
-    *key, # names and integers: another key, another flight
-) -> Light: # towards the sun (u, v), tangent of its elevation, season, exposure, white balance, haze, depth of shadow, blur, noise
+    *key,  # names and integers: another key, another flight
+) -> Light:  # towards the sun (u, v), tangent of its elevation, season, exposure, white balance, haze, depth of shadow, blur, noise
     "Season, sun, air and camera of one flight; the sun stands in the south, which is below."
-    d = Dice('light', *key); v, u = turn(d(-.75, .75))
-    return Light(u, v, d(.55, 1.6), d(0, 3), d(.8, 1.25), tuple(d(.93, 1.07) for _ in range(3)), d() * d(0, .4), d(.45, .75), d(0., .9), d(.6, 1.8) / 255, key)
+    d = Dice("light", *key)
+    v, u = turn(d(-0.75, 0.75))
+    return Light(
+        u,
+        v,
+        d(0.55, 1.6),
+        d(0, 3),
+        d(0.8, 1.25),
+        tuple(d(0.93, 1.07) for _ in range(3)),
+        d() * d(0, 0.4),
+        d(0.45, 0.75),
+        d(0.0, 0.9),
+        d(0.6, 1.8) / 255,
+        key,
+    )
+
 
 def shifted(
-    x:np.ndarray, # (H, W)
-    dx:int, dy:int, # whole pixels
-) -> np.ndarray: # (H, W): what lies (dx, dy) away from each pixel
+    x: np.ndarray,  # (H, W)
+    dx: int,
+    dy: int,  # whole pixels
+) -> np.ndarray:  # (H, W): what lies (dx, dy) away from each pixel
     "Look (dx, dy) pixels away; the edge repeats."
-    h, w = x.shape; return x[np.clip(np.arange(h) + dy, 0, h - 1)][:, np.clip(np.arange(w) + dx, 0, w - 1)]
+    h, w = x.shape
+    return x[np.clip(np.arange(h) + dy, 0, h - 1)][:, np.clip(np.arange(w) + dx, 0, w - 1)]
+
 
 def soften(
-    x:np.ndarray, # (H, W) or (H, W, C)
-) -> np.ndarray: # the same shape
+    x: np.ndarray,  # (H, W) or (H, W, C)
+) -> np.ndarray:  # the same shape
     "A binomial blur over 3 x 3 pixels."
-    x = np.concatenate([x[:1], x, x[-1:]]); x = (x[:-2] + 2 * x[1:-1] + x[2:]) / 4
-    x = np.concatenate([x[:, :1], x, x[:, -1:]], 1); return (x[:, :-2] + 2 * x[:, 1:-1] + x[:, 2:]) / 4
+    x = np.concatenate([x[:1], x, x[-1:]])
+    x = (x[:-2] + 2 * x[1:-1] + x[2:]) / 4
+    x = np.concatenate([x[:, :1], x, x[:, -1:]], 1)
+    return (x[:, :-2] + 2 * x[:, 1:-1] + x[:, 2:]) / 4
 
 # %% ../nbs/01_sample.ipynb #1f44f23f
 def shadow(
-    height:np.ndarray, # (H, W) m
-    light:Light, # whose sun it is
-    gsd:float, # metres a pixel
-) -> np.ndarray: # (H, W) 0 lit to 1 dark
+    height: np.ndarray,  # (H, W) m
+    light: Light,  # whose sun it is
+    gsd: float,  # metres a pixel
+) -> np.ndarray:  # (H, W) 0 lit to 1 dark
     "How deep each pixel lies in the shadow of what stands towards the sun."
     dark, rise = np.zeros_like(height), gsd * light.steep
     for k in range(1, int(min(20 / rise, 48)) + 1):
@@ -634,27 +1064,38 @@ def shadow(
     return dark
 
 # %% ../nbs/01_sample.ipynb #d1ae2454
-AIR, SKY = (.70, .73, .78), (.30, .34, .42)
+AIR, SKY = (0.70, 0.73, 0.78), (0.30, 0.34, 0.42)
+
 
 def expose(
-    land:Land, # painted
-    light:Light, # the flight
-) -> np.ndarray: # (size, size, 3) uint8, even values: the sensor tells 128 levels apart
+    land: Land,  # painted
+    light: Light,  # the flight
+) -> np.ndarray:  # (size, size, 3) uint8, even values: the sensor tells 128 levels apart
     "Photograph a landscape."
-    slope = ((shifted(land.relief, 1, 0) - shifted(land.relief, -1, 0)) * light.u + (shifted(land.relief, 0, 1) - shifted(land.relief, 0, -1)) * light.v) * (.5 / land.gsd)
-    lit, dark = np.clip(1 - slope * (.55 / max(light.steep, .7)), .55, 1.4)[..., None], (soften(shadow(land.height, light, land.gsd)) * light.deep)[..., None]
+    slope = (
+        (shifted(land.relief, 1, 0) - shifted(land.relief, -1, 0)) * light.u
+        + (shifted(land.relief, 0, 1) - shifted(land.relief, 0, -1)) * light.v
+    ) * (0.5 / land.gsd)
+    lit, dark = (
+        np.clip(1 - slope * (0.55 / max(light.steep, 0.7)), 0.55, 1.4)[..., None],
+        (soften(shadow(land.height, light, land.gsd)) * light.deep)[..., None],
+    )
     seen = land.rgb * (lit * (1 - dark) + dark * rgb(*SKY)) * rgb(*light.tint) * light.gain
     seen = seen + (rgb(*AIR) - seen) * light.haze
-    seen = seen + (soften(seen) - seen) * light.blur + Dice('sensor', *light.key).bell(land.size, land.size, 3) * light.noise
-    return (np.clip(seen, 0, 1) * 127 + .5).astype(np.uint8) * np.uint8(2)
+    seen = (
+        seen
+        + (soften(seen) - seen) * light.blur
+        + Dice("sensor", *light.key).bell(land.size, land.size, 3) * light.noise
+    )
+    return (np.clip(seen, 0, 1) * 127 + 0.5).astype(np.uint8) * np.uint8(2)
 
 # %% ../nbs/01_sample.ipynb #8960dffc
 def scene(
-    kind:str, # one of `CLASSES`, or 'town'
-    *key, # names and integers: another key, another place and flight
-    size:int=128, # pixels along a side
-    gsd:float=.5, # metres a pixel
-) -> tuple: # image (size, size, 3) uint8, its `Land`, its plan
+    kind: str,  # one of `CLASSES`, or 'town'
+    *key,  # names and integers: another key, another place and flight
+    size: int = 128,  # pixels along a side
+    gsd: float = 0.5,  # metres a pixel
+) -> tuple:  # image (size, size, 3) uint8, its `Land`, its plan
     "One picture of one place."
     things, light = plan(kind, *key, reach=size * gsd), daylight(kind, *key)
     land = paint(things, size, gsd, light.season, *key)
@@ -662,161 +1103,243 @@ def scene(
 
 # %% ../nbs/01_sample.ipynb #5fdbff9a
 def outlined(
-    label:np.ndarray, # (H, W) uint8, 1 to 6
-) -> np.ndarray: # (H, W) uint8, 0 where the right or the lower neighbour differs
+    label: np.ndarray,  # (H, W) uint8, 1 to 6
+) -> np.ndarray:  # (H, W) uint8, 0 where the right or the lower neighbour differs
     "Mark the line between labels as 0, to be ignored."
     out = label.copy()
-    out[:, :-1][label[:, :-1] != label[:, 1:]] = 0; out[:-1][label[:-1] != label[1:]] = 0
+    out[:, :-1][label[:, :-1] != label[:, 1:]] = 0
+    out[:-1][label[:-1] != label[1:]] = 0
     return out
 
 # %% ../nbs/01_sample.ipynb #53fa5bc3
-BOXES = {'car': 'small-vehicle', 'truck': 'large-vehicle', 'boat': 'ship', 'house': 'building', 'hall': 'building'} # DOTA's names, where it has them
+BOXES = {
+    "car": "small-vehicle",
+    "truck": "large-vehicle",
+    "boat": "ship",
+    "house": "building",
+    "hall": "building",
+}  # DOTA's names, where it has them
+
 
 def polygon(
-    t:Thing, # in metres
-    size:int, # pixels along a side
-    gsd:float, # metres a pixel
-) -> list: # x1 y1 ... x4 y4 in pixels, clockwise
+    t: Thing,  # in metres
+    size: int,  # pixels along a side
+    gsd: float,  # metres a pixel
+) -> list:  # x1 y1 ... x4 y4 in pixels, clockwise
     "The corners of a thing in pixels."
     return [m / gsd + size / 2 for corner in corners(t) for m in corner]
 
+
 def whole(
-    t:Thing, # in metres
-    size:int, gsd:float, # pixels along a side, metres a pixel
+    t: Thing,  # in metres
+    size: int,
+    gsd: float,  # pixels along a side, metres a pixel
 ) -> bool:
     "Does the frame show all of it?"
     return all(0 <= m <= size for m in polygon(t, size, gsd))
 
+
 def boxes(
-    kind:str, # as in `scene`
-    *key, # as in `scene`
-    size:int=256, # pixels along a side
-    gsd:float=.35, # metres a pixel
-) -> tuple: # image (size, size, 3) uint8, list of (8 coordinates in pixels, class, difficult)
+    kind: str,  # as in `scene`
+    *key,  # as in `scene`
+    size: int = 256,  # pixels along a side
+    gsd: float = 0.35,  # metres a pixel
+) -> tuple:  # image (size, size, 3) uint8, list of (8 coordinates in pixels, class, difficult)
     "A picture and its oriented boxes."
-    light, things = daylight(kind, *key), [t for t in plan(kind, *key, reach=size * gsd) if t.kind not in BOXES or whole(t, size, gsd)]
-    land = paint(things, size, gsd, light.season, *key); dark = shadow(land.height, light, gsd)
-    hard = lambda t: int(BOXES[t.kind] != 'building' and dark[land.pixel(t.y), land.pixel(t.x)] > .5)
+    light, things = (
+        daylight(kind, *key),
+        [t for t in plan(kind, *key, reach=size * gsd) if t.kind not in BOXES or whole(t, size, gsd)],
+    )
+    land = paint(things, size, gsd, light.season, *key)
+    dark = shadow(land.height, light, gsd)
+    hard = lambda t: int(BOXES[t.kind] != "building" and dark[land.pixel(t.y), land.pixel(t.x)] > 0.5)
     return expose(land, light), [(polygon(t, size, gsd), BOXES[t.kind], hard(t)) for t in things if t.kind in BOXES]
 
 # %% ../nbs/01_sample.ipynb #4e861c49
-BUILT = 'house', 'hall', 'pave', 'road'
-ON_IT = 'lines', 'bays', 'island', 'car', 'truck', 'crate'
+BUILT = "house", "hall", "pave", "road"
+ON_IT = "lines", "bays", "island", "car", "truck", "crate"
+
 
 def gone_with(
-    gone:list, # what is not there
-    things:list, # the plan
-) -> set: # those, and what is on them
+    gone: list,  # what is not there
+    things: list,  # the plan
+) -> set:  # those, and what is on them
     "What is hidden if these are."
-    return set(gone) | {t for t in things if t.kind in ON_IT and any(o.kind in ('pave', 'road') and covers(o, t.x, t.y) for o in gone)}
+    return set(gone) | {
+        t for t in things if t.kind in ON_IT and any(o.kind in ("pave", "road") and covers(o, t.x, t.y) for o in gone)
+    }
+
 
 def two_dates(
-    kind:str, # as in `scene`
-    *key, # as in `scene`
-    changes:int, # how many things are built or torn down; 0: nothing
-    size:int=128, # pixels along a side
-    gsd:float=.5, # metres a pixel
-) -> tuple: # two images (size, size, 3) uint8, mask (size, size) uint8 in {0, 255}
+    kind: str,  # as in `scene`
+    *key,  # as in `scene`
+    changes: int,  # how many things are built or torn down; 0: nothing
+    size: int = 128,  # pixels along a side
+    gsd: float = 0.5,  # metres a pixel
+) -> tuple:  # two images (size, size, 3) uint8, mask (size, size) uint8 in {0, 255}
     "One place on two dates, and what changed."
-    d, things = Dice('dates', kind, *key), plan(kind, *key, reach=size * gsd); gone, moved = ([], []), ([], [])
-    seen = [t for t in things if t.kind in BUILT and max(abs(t.x), abs(t.y)) < size * gsd * .42]
-    for _ in range(min(changes, len(seen))): d.pick(gone).append(seen.pop(d.whole(0, len(seen))))
+    d, things = Dice("dates", kind, *key), plan(kind, *key, reach=size * gsd)
+    gone, moved = ([], []), ([], [])
+    seen = [t for t in things if t.kind in BUILT and max(abs(t.x), abs(t.y)) < size * gsd * 0.42]
+    for _ in range(min(changes, len(seen))):
+        d.pick(gone).append(seen.pop(d.whole(0, len(seen))))
     for t in things:
-        if t.kind in ('car', 'truck') and d.chance(.6): d.pick(moved).append(t)
-    flights = [daylight(kind, *key, date) for date in 'AB']
-    hidden, movable = [gone_with(g, things) for g in gone], {t for t in things if t.kind in ('car', 'truck')}
-    images = [expose(paint(things, size, gsd, f.season, *key, hidden=h | set(m)), f) for f, h, m in zip(flights, hidden, moved)]
-    before, after = (paint(things, size, gsd, 0., *key, hidden=h | movable).label for h in hidden) # the mask knows no vehicles and no season
+        if t.kind in ("car", "truck") and d.chance(0.6):
+            d.pick(moved).append(t)
+    flights = [daylight(kind, *key, date) for date in "AB"]
+    hidden, movable = [gone_with(g, things) for g in gone], {t for t in things if t.kind in ("car", "truck")}
+    images = [
+        expose(paint(things, size, gsd, f.season, *key, hidden=h | set(m)), f)
+        for f, h, m in zip(flights, hidden, moved)
+    ]
+    before, after = (
+        paint(things, size, gsd, 0.0, *key, hidden=h | movable).label for h in hidden
+    )  # the mask knows no vehicles and no season
     return *images, (before != after).astype(np.uint8) * np.uint8(255)
 
 # %% ../nbs/01_sample.ipynb #c61c8710
 def code_lengths(
-    counts, # how often each symbol occurs
-) -> np.ndarray: # (symbols,) bits of each code, at most 15; 0 where the symbol does not occur
+    counts,  # how often each symbol occurs
+) -> np.ndarray:  # (symbols,) bits of each code, at most 15; 0 where the symbol does not occur
     "Huffman's code lengths; ties go by order, so that there is one answer."
-    lengths, heap, made = np.zeros(len(counts), np.int64), [(int(n), i, [i]) for i, n in enumerate(counts) if n], len(counts)
+    lengths, heap, made = (
+        np.zeros(len(counts), np.int64),
+        [(int(n), i, [i]) for i, n in enumerate(counts) if n],
+        len(counts),
+    )
     heapq.heapify(heap)
     while len(heap) > 1:
         (n, _, s), (m, _, t) = heapq.heappop(heap), heapq.heappop(heap)
-        lengths[s + t] += 1; heapq.heappush(heap, (n + m, made, s + t)); made += 1
+        lengths[s + t] += 1
+        heapq.heappush(heap, (n + m, made, s + t))
+        made += 1
     return lengths if lengths.max() < 16 else code_lengths([(int(n) + 1) // 2 for n in counts])
 
+
 def code_bits(
-    lengths:np.ndarray, # (symbols,) bits of each code
-) -> np.ndarray: # (symbols, 15) uint8: the code, first bit first, then 2s
+    lengths: np.ndarray,  # (symbols,) bits of each code
+) -> np.ndarray:  # (symbols, 15) uint8: the code, first bit first, then 2s
     "The canonical code of these lengths (RFC 1951, 3.2.2)."
     bits, code, last = np.full((len(lengths), 15), 2, np.uint8), 0, 0
     for n, s in sorted((int(n), s) for s, n in enumerate(lengths) if n):
-        code <<= n - last; last = n
-        bits[s, :n] = [code >> (n - 1 - k) & 1 for k in range(n)]; code += 1
+        code <<= n - last
+        last = n
+        bits[s, :n] = [code >> (n - 1 - k) & 1 for k in range(n)]
+        code += 1
     return bits
 
 # %% ../nbs/01_sample.ipynb #0b9965e7
 def deflate(
-    data:np.ndarray, # (n,) uint8
-) -> bytes: # a zlib stream: one block of literals with its own code
+    data: np.ndarray,  # (n,) uint8
+) -> bytes:  # a zlib stream: one block of literals with its own code
     "Compress by a Huffman code alone (RFC 1950, 1951)."
-    symbols = np.append(data.astype(np.int64), 256); lengths = code_lengths(np.bincount(symbols, minlength=257))
+    symbols = np.append(data.astype(np.int64), 256)
+    lengths = code_lengths(np.bincount(symbols, minlength=257))
     low = lambda value, n: [value >> k & 1 for k in range(n)]
-    head = low(1, 1) + low(2, 2) + low(0, 10) + low(15, 4) + low(0, 9) + low(4, 3) * 16 # last block, own code, whose lengths 0 to 15 take 4 bits each
+    head = (
+        low(1, 1) + low(2, 2) + low(0, 10) + low(15, 4) + low(0, 9) + low(4, 3) * 16
+    )  # last block, own code, whose lengths 0 to 15 take 4 bits each
     head += [int(n) >> k & 1 for n in [*lengths, 1] for k in (3, 2, 1, 0)]
     body = code_bits(lengths)[symbols].ravel()
-    packed = np.packbits(np.concatenate([np.array(head, np.uint8), body[body < 2]]), bitorder='little').tobytes()
-    return b'\x78\x01' + packed + struct.pack('>I', zlib.adler32(data.tobytes()))
+    packed = np.packbits(np.concatenate([np.array(head, np.uint8), body[body < 2]]), bitorder="little").tobytes()
+    return b"\x78\x01" + packed + struct.pack(">I", zlib.adler32(data.tobytes()))
+
 
 def png(
-    image:np.ndarray, # (H, W) or (H, W, 3) uint8
-) -> bytes: # a PNG file
+    image: np.ndarray,  # (H, W) or (H, W, 3) uint8
+) -> bytes:  # a PNG file
     "Encode; colour as the difference to the neighbour that Paeth's rule picks (filter 4)."
-    h, w, c = (*image.shape, 1)[:3]; x = np.pad(image.reshape(h, w, c).astype(np.int16), ((1, 0), (1, 0), (0, 0)))
+    h, w, c = (*image.shape, 1)[:3]
+    x = np.pad(image.reshape(h, w, c).astype(np.int16), ((1, 0), (1, 0), (0, 0)))
     left, up, corner, x = x[1:, :-1], x[:-1, 1:], x[:-1, :-1], x[1:, 1:]
     to_left, to_up, to_corner = np.abs(up - corner), np.abs(left - corner), np.abs(left + up - 2 * corner)
     near = np.where((to_left <= to_up) & (to_left <= to_corner), left, np.where(to_up <= to_corner, up, corner))
     rows = (x if c == 1 else x - near).astype(np.uint8).reshape(h, w * c)
     data = np.concatenate([np.full((h, 1), 0 if c == 1 else 4, np.uint8), rows], 1).ravel()
-    chunk = lambda name, body: struct.pack('>I', len(body)) + name + body + struct.pack('>I', zlib.crc32(name + body))
-    head = struct.pack('>IIBBBBB', w, h, 8, 0 if c == 1 else 2, 0, 0, 0)
-    return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', head) + chunk(b'IDAT', deflate(data)) + chunk(b'IEND', b'')
+    chunk = lambda name, body: struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+    head = struct.pack(">IIBBBBB", w, h, 8, 0 if c == 1 else 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", deflate(data)) + chunk(b"IEND", b"")
 
 # %% ../nbs/01_sample.ipynb #122abbeb
 def pool_item(i, *key):
     "One unlabelled image of anything, at 0.42 to 0.6 m."
-    d = Dice('pool', i, *key); return {f'pool/{i:05d}.png': png(scene(d.pick([*CLASSES, 'town']), 'pool', i, *key, gsd=d(.42, .6))[0])}
+    d = Dice("pool", i, *key)
+    return {f"pool/{i:05d}.png": png(scene(d.pick([*CLASSES, "town"]), "pool", i, *key, gsd=d(0.42, 0.6))[0])}
+
 
 def scene_item(kind, i, *key):
     "One image of a class, at 0.42 to 0.6 m."
-    return {f'scenes/{kind}/{kind}{i:02d}.png': png(scene(kind, 'scenes', i, *key, gsd=Dice('gsd', kind, i, *key)(.42, .6))[0])}
+    return {
+        f"scenes/{kind}/{kind}{i:02d}.png": png(
+            scene(kind, "scenes", i, *key, gsd=Dice("gsd", kind, i, *key)(0.42, 0.6))[0]
+        )
+    }
+
 
 def segmentation_item(split, i, *key):
     "A tile and its labels."
-    image, land, _ = scene('harbour' if i % 8 == 3 else 'town', 'segmentation', split, i, *key, size=256, gsd=.4)
-    return {f'segmentation/{d}/{split}/tile_{i:02d}.png': png(x) for d, x in (('img_dir', image), ('ann_dir', outlined(land.label)))}
+    image, land, _ = scene("harbour" if i % 8 == 3 else "town", "segmentation", split, i, *key, size=256, gsd=0.4)
+    return {
+        f"segmentation/{d}/{split}/tile_{i:02d}.png": png(x)
+        for d, x in (("img_dir", image), ("ann_dir", outlined(land.label)))
+    }
+
 
 def boxes_item(split, i, *key):
     "A tile and its boxes, one a line."
-    image, found = boxes(('town', 'parking', 'residential', 'harbour', 'town', 'industrial', 'junction', 'harbour')[i % 8], 'boxes', split, i, *key)
-    lines = ['imagesource:cmid_sample', 'gsd:0.35'] + [' '.join([*(f'{x:.1f}' for x in p), name, str(hard)]) for p, name, hard in found]
-    return {f'boxes/{split}/images/P{i:04d}.png': png(image), f'boxes/{split}/labelTxt/P{i:04d}.txt': ('\n'.join(lines) + '\n').encode()}
+    image, found = boxes(
+        ("town", "parking", "residential", "harbour", "town", "industrial", "junction", "harbour")[i % 8],
+        "boxes",
+        split,
+        i,
+        *key,
+    )
+    lines = ["imagesource:cmid_sample", "gsd:0.35"] + [
+        " ".join([*(f"{x:.1f}" for x in p), name, str(hard)]) for p, name, hard in found
+    ]
+    return {
+        f"boxes/{split}/images/P{i:04d}.png": png(image),
+        f"boxes/{split}/labelTxt/P{i:04d}.txt": ("\n".join(lines) + "\n").encode(),
+    }
+
 
 def change_item(split, i, *key):
     "Two dates and the mask of what changed."
-    d = Dice('change', split, i, *key); kind, n = d.pick(('town', 'residential', 'residential', 'industrial', 'harbour')), d.whole(1, 5)
-    tries = (two_dates(kind, 'change', split, i, k, *key, changes=n) for k in range(99)) # until something changes in sight
-    found = two_dates(kind, 'change', split, i, *key, changes=0) if i % 5 == 4 else next(o for o in tries if o[2].mean() > 1)
-    return {f'change/{split}/{d}/{i:05d}.png': png(x) for d, x in zip(('A', 'B', 'OUT'), found)}
+    d = Dice("change", split, i, *key)
+    kind, n = d.pick(("town", "residential", "residential", "industrial", "harbour")), d.whole(1, 5)
+    tries = (
+        two_dates(kind, "change", split, i, k, *key, changes=n) for k in range(99)
+    )  # until something changes in sight
+    found = (
+        two_dates(kind, "change", split, i, *key, changes=0)
+        if i % 5 == 4
+        else next(o for o in tries if o[2].mean() > 1)
+    )
+    return {f"change/{split}/{d}/{i:05d}.png": png(x) for d, x in zip(("A", "B", "OUT"), found)}
 
 # %% ../nbs/01_sample.ipynb #1d21c16b
 def lists_item():
     "UC Merced's list files: the first 40 of each class to train, the other 10 to test."
-    lines = lambda numbers: ''.join(f'{k}/{k}{i:02d}.png {c}\n' for c, k in enumerate(CLASSES) for i in numbers).encode()
-    return {'scenes/train.txt': lines(range(40)), 'scenes/test.txt': lines(range(40, 50))}
+    lines = lambda numbers: "".join(
+        f"{k}/{k}{i:02d}.png {c}\n" for c, k in enumerate(CLASSES) for i in numbers
+    ).encode()
+    return {"scenes/train.txt": lines(range(40)), "scenes/test.txt": lines(range(40, 50))}
+
 
 def items(
-    seed:int=0, # of the whole landscape
-) -> list: # (function, arguments); the call gives {path: bytes}
+    seed: int = 0,  # of the whole landscape
+) -> list:  # (function, arguments); the call gives {path: bytes}
     "Everything that the data set consists of."
-    out = [(lists_item, ())] + [(pool_item, (i, seed)) for i in range(400)] + [(scene_item, (k, i, seed)) for k in CLASSES for i in range(50)]
-    for make, counts in ((segmentation_item, dict(train=16, val=8)), (boxes_item, dict(train=24, val=8)), (change_item, dict(train=24, val=8, test=8))):
+    out = (
+        [(lists_item, ())]
+        + [(pool_item, (i, seed)) for i in range(400)]
+        + [(scene_item, (k, i, seed)) for k in CLASSES for i in range(50)]
+    )
+    for make, counts in (
+        (segmentation_item, dict(train=16, val=8)),
+        (boxes_item, dict(train=24, val=8)),
+        (change_item, dict(train=24, val=8, test=8)),
+    ):
         out += [(make, (split, i, seed)) for split, n in counts.items() for i in range(n)]
     return out
 
@@ -824,14 +1347,19 @@ def items(
 @call_parse
 @cli
 def cmid_sample(
-    folder:str, # where to write; must not exist
-    seed:int=0, # another seed, another landscape
+    folder: str,  # where to write; must not exist
+    seed: int = 0,  # another seed, another landscape
 ):
     "Generate the sample data: one simulated landscape as pool, scenes, segmentation, boxes and change pairs."
-    folder = Path(folder); partial = folder.with_name(folder.name + '.partial')
-    if folder.exists(): raise CmidError(f"{folder} exists: move it away or name another folder (nothing was written)")
-    if partial.exists(): shutil.rmtree(partial) # left by a run that was stopped
-    for make, args in tqdm(items(seed), desc='sample', unit='item'):
+    folder = Path(folder)
+    partial = folder.with_name(folder.name + ".partial")
+    if folder.exists():
+        raise CmidError(f"{folder} exists: move it away or name another folder (nothing was written)")
+    if partial.exists():
+        shutil.rmtree(partial)  # left by a run that was stopped
+    for make, args in tqdm(items(seed), desc="sample", unit="item"):
         for path, content in make(*args).items():
-            path = partial / path; path.parent.mkdir(parents=True, exist_ok=True); path.write_bytes(content)
+            path = partial / path
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
     os.replace(partial, folder)

@@ -23,47 +23,63 @@ from .params import CmidError, cli, provenance, root, write_json
 
 # %% ../nbs/51_scale.ipynb #42616efc
 def many_images(
-    folder, # to write; images that are there stay
-    n:int, # images
-    side:int=32, # pixels, a multiple of 4
-) -> Path: # a list of all of them
+    folder,  # to write; images that are there stay
+    n: int,  # images
+    side: int = 32,  # pixels, a multiple of 4
+) -> Path:  # a list of all of them
     "Write `n` small PNGs, no two alike, a thousand a folder, and `train.txt` beside them."
-    folder = Path(folder); names = lambda a: [f'{a // 1000:05}/{i:07}.png' for i in range(a, min(a + 1000, n))]
-    for a in tqdm(range(0, n, 1000), desc='drawing', unit=' thousand'):
-        if not (part := folder/f'{a // 1000:05}').exists() or len(os.listdir(part)) < len(names(a)): _draw(folder, names(a), side, a)
-    with open(lists := folder.with_name(f'{folder.name}.txt'), 'w') as f: f.writelines(o + '\n' for a in range(0, n, 1000) for o in names(a))
+    folder = Path(folder)
+    names = lambda a: [f"{a // 1000:05}/{i:07}.png" for i in range(a, min(a + 1000, n))]
+    for a in tqdm(range(0, n, 1000), desc="drawing", unit=" thousand"):
+        if not (part := folder / f"{a // 1000:05}").exists() or len(os.listdir(part)) < len(names(a)):
+            _draw(folder, names(a), side, a)
+    with open(lists := folder.with_name(f"{folder.name}.txt"), "w") as f:
+        f.writelines(o + "\n" for a in range(0, n, 1000) for o in names(a))
     return lists
+
 
 def _draw(folder, names, side, seed):
     "The images of one folder"
-    (folder/names[0]).parent.mkdir(parents=True, exist_ok=True)
+    (folder / names[0]).parent.mkdir(parents=True, exist_ok=True)
     colours = np.random.default_rng(seed).integers(0, 256, (len(names), side // 4, side // 4, 3), dtype=np.uint8)
-    for o, x in zip(names, colours.repeat(4, 1).repeat(4, 2)): Image.fromarray(x).save(folder/o, compress_level=1)
+    for o, x in zip(names, colours.repeat(4, 1).repeat(4, 2)):
+        Image.fromarray(x).save(folder / o, compress_level=1)
 
 # %% ../nbs/51_scale.ipynb #680ea70f
 def _memory(process):
     "MB of a process and its children: resident, own"
     total = np.zeros(2)
     for o in [process, *process.children(recursive=True)]:
-        try: m = o.memory_info(); total += (m.rss, m.rss - m.shared if hasattr(m, 'shared') else o.memory_full_info().uss)
-        except psutil.Error: pass   # it has just ended
+        try:
+            m = o.memory_info()
+            total += (m.rss, m.rss - m.shared if hasattr(m, "shared") else o.memory_full_info().uss)
+        except psutil.Error:
+            pass  # it has just ended
     return total / 2**20
 
+
 def watched(
-    call:str, # Python that is run in a process of its own, and prints one line of JSON last
-    *args, # what it finds in sys.argv[1:]
-    every:float=.02, # seconds between two looks
-) -> dict: # what it printed, `resident_mb` and `own_mb`, each the most that was seen
+    call: str,  # Python that is run in a process of its own, and prints one line of JSON last
+    *args,  # what it finds in sys.argv[1:]
+    every: float = 0.02,  # seconds between two looks
+) -> dict:  # what it printed, `resident_mb` and `own_mb`, each the most that was seen
     "Run something and watch its memory and that of its workers. Raises `CmidError` with what it said last when it fails."
-    with tempfile.TemporaryFile('w+') as out, tempfile.TemporaryFile('w+') as err:
-        p = psutil.Popen([sys.executable, '-c', call, *map(str, args)], stdout=out, stderr=err); most = np.zeros(2)
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        p = psutil.Popen([sys.executable, "-c", call, *map(str, args)], stdout=out, stderr=err)
+        most = np.zeros(2)
         while p.poll() is None:
-            try: most = np.maximum(most, _memory(p))
-            except psutil.Error: pass
+            try:
+                most = np.maximum(most, _memory(p))
+            except psutil.Error:
+                pass
             time.sleep(every)
-        out.seek(0); err.seek(0)
-        if p.returncode: raise CmidError(f"scale: {(err.read().strip().splitlines() or ['it was killed'])[-1]}")
-        return json.loads(out.read().strip().splitlines()[-1]) | dict(resident_mb=round(float(most[0]), 1), own_mb=round(float(most[1]), 1))
+        out.seek(0)
+        err.seek(0)
+        if p.returncode:
+            raise CmidError(f"scale: {(err.read().strip().splitlines() or ['it was killed'])[-1]}")
+        return json.loads(out.read().strip().splitlines()[-1]) | dict(
+            resident_mb=round(float(most[0]), 1), own_mb=round(float(most[1]), 1)
+        )
 
 # %% ../nbs/51_scale.ipynb #7318ed9b
 PREPARE = """
@@ -91,100 +107,175 @@ print(json.dumps(dict(images=n) | took))
 
 # %% ../nbs/51_scale.ipynb #4fca4856
 def memory_at(
-    n:int, # images
-    work, # folder for images and arrays
-    side:int=32, # pixels
-    workers:int=2, # of prepare
-) -> dict: # what `prepare` and one epoch took
+    n: int,  # images
+    work,  # folder for images and arrays
+    side: int = 32,  # pixels
+    workers: int = 2,  # of prepare
+) -> dict:  # what `prepare` and one epoch took
     "Prepare `n` generated images and read them once in random order."
-    lists = many_images(work/f'{n}', n, side)
-    return dict(images=n, prepare=watched(PREPARE, work/f'{n}', _away(work/f'{n}-prepared'), lists, side, 0, workers), epoch=watched(EPOCH, work/f'{n}-prepared', 256))
+    lists = many_images(work / f"{n}", n, side)
+    return dict(
+        images=n,
+        prepare=watched(PREPARE, work / f"{n}", _away(work / f"{n}-prepared"), lists, side, 0, workers),
+        epoch=watched(EPOCH, work / f"{n}-prepared", 256),
+    )
+
 
 def raster_at(
-    side:int, # of the raster, pixels
-    work, # folder for it and its tiles
-    tiled:bool, # stored in blocks of 256 x 256, else in strips of 16 rows
-    workers:int=2, # of prepare
-) -> dict: # what `prepare` took
+    side: int,  # of the raster, pixels
+    work,  # folder for it and its tiles
+    tiled: bool,  # stored in blocks of 256 x 256, else in strips of 16 rows
+    workers: int = 2,  # of prepare
+) -> dict:  # what `prepare` took
     "Cut one GeoTIFF of three bands, `side` x `side` pixels, into tiles of 512, prepared at 224."
-    name = 'tiled' if tiled else 'striped'; folder = work/name; folder.mkdir(parents=True, exist_ok=True)
-    big_raster(folder/'big.tif', side, tiled)
-    return dict(stored=name, side=side, gigapixels=round(side**2 / 1e9, 3)) | watched(PREPARE, folder, _away(work/f'{name}-prepared'), '', 224, 512, workers)
+    name = "tiled" if tiled else "striped"
+    folder = work / name
+    folder.mkdir(parents=True, exist_ok=True)
+    big_raster(folder / "big.tif", side, tiled)
+    return dict(stored=name, side=side, gigapixels=round(side**2 / 1e9, 3)) | watched(
+        PREPARE, folder, _away(work / f"{name}-prepared"), "", 224, 512, workers
+    )
+
 
 def _away(out):
     "A folder that `prepare` shall write, without what an earlier call left there"
-    for o in (out, out.with_name(f'{out.name}.partial')): shutil.rmtree(o, ignore_errors=True)
+    for o in (out, out.with_name(f"{out.name}.partial")):
+        shutil.rmtree(o, ignore_errors=True)
     return out
 
 # %% ../nbs/51_scale.ipynb #3f68d368
 def reading_at(
-    side:int, # of the JPEGs, pixels
-    work, # folder for them and the array
-    n:int=128, # images
-    rounds:int=7, # of which the medians are taken
-) -> dict: # images/s of both, and their ratio
+    side: int,  # of the JPEGs, pixels
+    work,  # folder for them and the array
+    n: int = 128,  # images
+    rounds: int = 7,  # of which the medians are taken
+) -> dict:  # images/s of both, and their ratio
     "How many JPEGs a thread decodes and resizes to 224 px in a second, and how many prepared rows it reads."
-    folder = Path(work)/f'jpeg-{side}'; files = photographs(folder, n, side); p = prepare(folder, folder.with_name(f'{folder.name}-prepared'), workers=1); rng = np.random.default_rng(0)
+    folder = Path(work) / f"jpeg-{side}"
+    files = photographs(folder, n, side)
+    p = prepare(folder, folder.with_name(f"{folder.name}-prepared"), workers=1)
+    rng = np.random.default_rng(0)
+
     def decode():
-        for o in files: np.asarray(Image.open(o).convert('RGB').resize((224, 224), Image.Resampling.BICUBIC))
-    def read(): # nothing is kept: new memory would cost more than what is read into it
-        for o in rng.permutation(np.tile(np.arange(n), 16)).reshape(-1, 64): p[o]
-    both = np.median([[n / _cpu(decode), 16*n / _cpu(read)] for _ in range(rounds)], 0)
-    return dict(jpeg_side=side, kilobytes=round(sum(o.stat().st_size for o in files) / n / 1024, 1), decoded_per_s=round(both[0]), read_per_s=round(both[1]), ratio=round(both[1] / both[0], 1))
+        for o in files:
+            np.asarray(Image.open(o).convert("RGB").resize((224, 224), Image.Resampling.BICUBIC))
+
+    def read():  # nothing is kept: new memory would cost more than what is read into it
+        for o in rng.permutation(np.tile(np.arange(n), 16)).reshape(-1, 64):
+            p[o]
+
+    both = np.median([[n / _cpu(decode), 16 * n / _cpu(read)] for _ in range(rounds)], 0)
+    return dict(
+        jpeg_side=side,
+        kilobytes=round(sum(o.stat().st_size for o in files) / n / 1024, 1),
+        decoded_per_s=round(both[0]),
+        read_per_s=round(both[1]),
+        ratio=round(both[1] / both[0], 1),
+    )
+
 
 def photographs(folder, n, side):
     "Write `n` JPEGs of smooth noise with some grain; their paths"
-    folder.mkdir(parents=True, exist_ok=True); rng = np.random.default_rng(0); files = [folder/f'{i:04}.jpg' for i in range(n)]
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    files = [folder / f"{i:04}.jpg" for i in range(n)]
     for o in files:
-        x = np.asarray(Image.fromarray(rng.normal(128, 40, (side // 4, side // 4, 3)).clip(0, 255).astype('uint8')).resize((side, side), Image.Resampling.BICUBIC))
-        Image.fromarray((x + rng.integers(-6, 7, x.shape)).clip(0, 255).astype('uint8')).save(o, quality=90)
+        x = np.asarray(
+            Image.fromarray(rng.normal(128, 40, (side // 4, side // 4, 3)).clip(0, 255).astype("uint8")).resize(
+                (side, side), Image.Resampling.BICUBIC
+            )
+        )
+        Image.fromarray((x + rng.integers(-6, 7, x.shape)).clip(0, 255).astype("uint8")).save(o, quality=90)
     return files
 
-def _cpu(f): begun = time.process_time(); f(); return time.process_time() - begun
+
+def _cpu(f):
+    begun = time.process_time()
+    f()
+    return time.process_time() - begun
 
 # %% ../nbs/51_scale.ipynb #4e6a9efa
 def big_raster(
-    path, # GeoTIFF to write
-    side:int, # pixels
-    tiled:bool, # blocks of 256 x 256, else strips of 16 rows
+    path,  # GeoTIFF to write
+    side: int,  # pixels
+    tiled: bool,  # blocks of 256 x 256, else strips of 16 rows
 ):
     "A compressed uint8 RGB GeoTIFF, written 256 rows at a time."
     layout = dict(tiled=True, blockxsize=256, blockysize=256) if tiled else dict(blockysize=16)
     x = np.arange(-(-side // 64))
-    with rasterio.Env(GDAL_CACHEMAX=64), rasterio.open(path, 'w', driver='GTiff', width=side, height=side, count=3, dtype='uint8', compress='deflate', zlevel=1, interleave='pixel', **layout) as f:
-        for top in tqdm(range(0, side, 256), desc='painting', unit=' strips'):
-            y = top // 64 + np.arange(4)[:, None]; cells = np.stack([(a*x + b*y + x*y // 16) % 256 for a, b in ((7, 31), (13, 5), (3, 17))]).astype('uint8')
-            rows = cells.repeat(64, 1)[:, :side - top].repeat(64, 2)[:, :, :side]; f.write(rows, window=Window(0, top, side, rows.shape[1]))
+    with (
+        rasterio.Env(GDAL_CACHEMAX=64),
+        rasterio.open(
+            path,
+            "w",
+            driver="GTiff",
+            width=side,
+            height=side,
+            count=3,
+            dtype="uint8",
+            compress="deflate",
+            zlevel=1,
+            interleave="pixel",
+            **layout,
+        ) as f,
+    ):
+        for top in tqdm(range(0, side, 256), desc="painting", unit=" strips"):
+            y = top // 64 + np.arange(4)[:, None]
+            cells = np.stack([(a * x + b * y + x * y // 16) % 256 for a, b in ((7, 31), (13, 5), (3, 17))]).astype(
+                "uint8"
+            )
+            rows = cells.repeat(64, 1)[:, : side - top].repeat(64, 2)[:, :, :side]
+            f.write(rows, window=Window(0, top, side, rows.shape[1]))
 
 # %% ../nbs/51_scale.ipynb #df879028
 def memory_figure(
-    found:dict, # what `cmid_scale` wrote
-): # matplotlib Figure
+    found: dict,  # what `cmid_scale` wrote
+):  # matplotlib Figure
     "Most memory held, file pages apart, over the number of images."
-    fig = Figure(figsize=(4.4, 2.8), dpi=80, layout='constrained'); ax = fig.subplots(); n = [o['images'] for o in found['curve']]
-    for (what, text), colour in zip((('prepare', 'prepare, with its workers'), ('epoch', 'reading an epoch')), COLOURS):
-        ax.plot(n, [o[what]['own_mb'] for o in found['curve']], marker='o', ms=3, color=colour, label=text)
-    ax.set(xscale='log', xlabel='images', ylabel='MB held at most', ylim=(0, None)); ax.legend(fontsize=7, frameon=False); ax.spines[['top', 'right']].set_visible(False)
+    fig = Figure(figsize=(4.4, 2.8), dpi=80, layout="constrained")
+    ax = fig.subplots()
+    n = [o["images"] for o in found["curve"]]
+    for (what, text), colour in zip((("prepare", "prepare, with its workers"), ("epoch", "reading an epoch")), COLOURS):
+        ax.plot(n, [o[what]["own_mb"] for o in found["curve"]], marker="o", ms=3, color=colour, label=text)
+    ax.set(xscale="log", xlabel="images", ylabel="MB held at most", ylim=(0, None))
+    ax.legend(fontsize=7, frameon=False)
+    ax.spines[["top", "right"]].set_visible(False)
     return fig
+
 
 @call_parse
 @cli
 def cmid_scale(
-    sizes:str='1000,10000,100000,1000000', # numbers of images
-    side:int=32, # of an image, pixels
-    raster:int=30000, # side of the large raster, pixels; 0: none
-    workers:int=2, # of prepare
-    work:str='', # folder for what is generated, kept; empty: a temporary one
-    out:str='', # file to write what was found, such as results/bench/scale.json; empty: only said
+    sizes: str = "1000,10000,100000,1000000",  # numbers of images
+    side: int = 32,  # of an image, pixels
+    raster: int = 30000,  # side of the large raster, pixels; 0: none
+    workers: int = 2,  # of prepare
+    work: str = "",  # folder for what is generated, kept; empty: a temporary one
+    out: str = "",  # file to write what was found, such as results/bench/scale.json; empty: only said
 ):
     "Memory of prepare and of an epoch, from a thousand images to a million, and for one large raster."
-    if min(map(int, sizes.split(','))) < 256: raise CmidError("--sizes: give 256 images or more: an epoch is read in batches of 256")
+    if min(map(int, sizes.split(","))) < 256:
+        raise CmidError("--sizes: give 256 images or more: an epoch is read in batches of 256")
     with tempfile.TemporaryDirectory() as made:
-        work = Path(work or made); found = dict(side=side, workers=workers, curve=[], rasters=[], provenance=provenance(), reading=[reading_at(o, work) for o in (256, 512)], orders=[watched(ORDER, n) for n in (10**6, 10**7)])
-        for n in map(int, sizes.split(',')): _found(out, found, 'curve', memory_at(n, work, side, workers))
-        for o in (True, False) if raster else (): _found(out, found, 'rasters', raster_at(raster, work, o, workers))
+        work = Path(work or made)
+        found = dict(
+            side=side,
+            workers=workers,
+            curve=[],
+            rasters=[],
+            provenance=provenance(),
+            reading=[reading_at(o, work) for o in (256, 512)],
+            orders=[watched(ORDER, n) for n in (10**6, 10**7)],
+        )
+        for n in map(int, sizes.split(",")):
+            _found(out, found, "curve", memory_at(n, work, side, workers))
+        for o in (True, False) if raster else ():
+            _found(out, found, "rasters", raster_at(raster, work, o, workers))
+
 
 def _found(out, found, key, row):
     "Keep what was found so far, whatever comes after"
-    found[key].append(row); print(json.dumps(row), flush=True)
-    if out: write_json(out, found)
+    found[key].append(row)
+    print(json.dumps(row), flush=True)
+    if out:
+        write_json(out, found)

@@ -13,25 +13,26 @@ from .params import near
 
 # %% ../nbs/06_scores.ipynb #ec07b5c5
 def wilson(
-    correct:int, # images that are right
-    n:int, # images
-    confidence:float=.95, # that the interval holds the truth
-) -> tuple: # (low, high) in [0, 1]
+    correct: int,  # images that are right
+    n: int,  # images
+    confidence: float = 0.95,  # that the interval holds the truth
+) -> tuple:  # (low, high) in [0, 1]
     "Interval of an accuracy (Wilson 1927); `ValueError` unless 0 <= correct <= n and n > 0"
-    if not 0 <= correct <= n or n < 1: raise ValueError(f"{correct} right of {n} is no accuracy")
+    if not 0 <= correct <= n or n < 1:
+        raise ValueError(f"{correct} right of {n} is no accuracy")
     z, p = NormalDist().inv_cdf((1 + confidence) / 2), correct / n
-    middle, half = p + z*z / (2*n), z * math.sqrt(p * (1 - p) / n + z*z / (4*n*n))
-    low, high = ((middle + o) / (1 + z*z / n) for o in (-half, half))
-    return 0. if correct == 0 else low, 1. if correct == n else high
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    low, high = ((middle + o) / (1 + z * z / n) for o in (-half, half))
+    return 0.0 if correct == 0 else low, 1.0 if correct == n else high
 
 # %% ../nbs/06_scores.ipynb #e461d946
 def difference(
-    correct_a:int, # images that a has right
-    n_a:int, # of how many
-    correct_b:int, # images that b has right
-    n_b:int, # of how many
-    confidence:float=.95, # that the interval holds the truth
-) -> tuple: # (low, high) in [-1, 1]
+    correct_a: int,  # images that a has right
+    n_a: int,  # of how many
+    correct_b: int,  # images that b has right
+    n_b: int,  # of how many
+    confidence: float = 0.95,  # that the interval holds the truth
+) -> tuple:  # (low, high) in [-1, 1]
     "Interval of accuracy a minus accuracy b (Newcombe 1998, method 10); without 0 in it, they differ"
     a, b = correct_a / n_a, correct_b / n_b
     (la, ua), (lb, ub) = wilson(correct_a, n_a, confidence), wilson(correct_b, n_b, confidence)
@@ -39,48 +40,76 @@ def difference(
 
 # %% ../nbs/06_scores.ipynb #2c37781f
 def mean_interval(
-    values, # (N,), one an image
-    confidence:float=.95, # that the interval holds the truth
-) -> tuple: # (mean, low, high)
+    values,  # (N,), one an image
+    confidence: float = 0.95,  # that the interval holds the truth
+) -> tuple:  # (mean, low, high)
     "A mean over images with its interval by the standard error; `ValueError` for fewer than two"
     v = np.asarray(values, np.float64)
-    if len(v) < 2: raise ValueError(f"{len(v)} values have no standard error")
+    if len(v) < 2:
+        raise ValueError(f"{len(v)} values have no standard error")
     half = NormalDist().inv_cdf((1 + confidence) / 2) * v.std(ddof=1) / math.sqrt(len(v))
     return v.mean(), v.mean() - half, v.mean() + half
 
 # %% ../nbs/06_scores.ipynb #15c92e53
 def mean_iou(
-    confusions, # int (..., classes, classes)
-) -> np.ndarray: # float (...)
+    confusions,  # int (..., classes, classes)
+) -> np.ndarray:  # float (...)
     "Mean intersection over union of one or many confusion matrices."
-    n = np.asarray(confusions); hits = n.diagonal(axis1=-2, axis2=-1); union = n.sum(-1) + n.sum(-2) - hits
+    n = np.asarray(confusions)
+    hits = n.diagonal(axis1=-2, axis2=-1)
+    union = n.sum(-1) + n.sum(-2) - hits
     return (hits / np.maximum(union, 1)).sum(-1) / np.maximum((union > 0).sum(-1), 1)
 
 # %% ../nbs/06_scores.ipynb #47025e03
-def _envelope(precision): "Best precision here or further on, along the last axis"; return np.maximum.accumulate(precision[..., ::-1], -1)[..., ::-1]
+def _envelope(precision):
+    "Best precision here or further on, along the last axis"
+    return np.maximum.accumulate(precision[..., ::-1], -1)[..., ::-1]
 
-METRICS = 'voc07', 'area'
-ROOM = 2**20 # numbers of a table that draws are worked on with: 8 MB
+
+METRICS = "voc07", "area"
+ROOM = 2**20  # numbers of a table that draws are worked on with: 8 MB
+
 
 def average_precision(
-    matches:list, # of one class: [number of its image, score, 1 right | 0 wrong | None neither] each
-    truths:list, # objects that count, of each image
-    times=None, # (draws, images): how often each image counts, as the bootstrap draws them. None: once
-    metric:str='voc07', # voc07: eleven points | area
-): # (draws,), or a number where `times` is None; NaN where there is no object
+    matches: list,  # of one class: [number of its image, score, 1 right | 0 wrong | None neither] each
+    truths: list,  # objects that count, of each image
+    times=None,  # (draws, images): how often each image counts, as the bootstrap draws them. None: once
+    metric: str = "voc07",  # voc07: eleven points | area
+):  # (draws,), or a number where `times` is None; NaN where there is no object
     "Average precision of a class (PASCAL VOC, as in arXiv 1711.10398, section 5), draws by blocks; `ValueError` for a metric that is not known"
-    if metric not in METRICS: raise ValueError(f"no metric {metric!r}{near(metric, METRICS)}; known: {', '.join(METRICS)}")
-    weights = np.ones((1, len(truths)), int) if times is None else np.asarray(times); rows = sorted((o for o in matches if o[2] is not None), key=lambda o: -o[1])
-    image, hit, block = np.array([o[0] for o in rows], int), np.array([o[2] for o in rows], float), max(1, ROOM // max(len(rows), len(truths), 1))
-    ap = np.concatenate([_precision(weights[k:k + block].astype(float), image, hit, np.asarray(truths, float), metric) for k in range(0, len(weights), block)]); return float(ap[0]) if times is None else ap
+    if metric not in METRICS:
+        raise ValueError(f"no metric {metric!r}{near(metric, METRICS)}; known: {', '.join(METRICS)}")
+    weights = np.ones((1, len(truths)), int) if times is None else np.asarray(times)
+    rows = sorted((o for o in matches if o[2] is not None), key=lambda o: -o[1])
+    image, hit, block = (
+        np.array([o[0] for o in rows], int),
+        np.array([o[2] for o in rows], float),
+        max(1, ROOM // max(len(rows), len(truths), 1)),
+    )
+    ap = np.concatenate(
+        [
+            _precision(weights[k : k + block].astype(float), image, hit, np.asarray(truths, float), metric)
+            for k in range(0, len(weights), block)
+        ]
+    )
+    return float(ap[0]) if times is None else ap
+
 
 def _precision(weights, image, hit, truths, metric):
     "Of some draws (draws, images); a table of draws x detections each for what is seen, hit, and best"
-    seen = weights[:, image]; hits = seen * hit; there = weights @ truths; t, n = hits.cumsum(1), seen.cumsum(1); best = _envelope(np.divide(t, n, out=np.zeros_like(t), where=n > 0))
-    if metric == 'voc07': total = np.mean([_best_from(t, best, k * there) for k in range(11)], 0)
-    else: total = np.divide((hits * best).sum(1), there, out=np.zeros(len(there)), where=there > 0)
+    seen = weights[:, image]
+    hits = seen * hit
+    there = weights @ truths
+    t, n = hits.cumsum(1), seen.cumsum(1)
+    best = _envelope(np.divide(t, n, out=np.zeros_like(t), where=n > 0))
+    if metric == "voc07":
+        total = np.mean([_best_from(t, best, k * there) for k in range(11)], 0)
+    else:
+        total = np.divide((hits * best).sum(1), there, out=np.zeros(len(there)), where=there > 0)
     return np.where(there > 0, total, np.nan)
+
 
 def _best_from(t, best, tenths):
     "Best precision from a recall on that is given in tenths of hits: in whole numbers 3 of 10 is a recall of .3"
-    first = (10 * t < tenths[:, None]).sum(1); return np.where(first < t.shape[1], np.append(best, np.zeros((len(t), 1)), 1)[np.arange(len(t)), first], 0)
+    first = (10 * t < tenths[:, None]).sum(1)
+    return np.where(first < t.shape[1], np.append(best, np.zeros((len(t), 1)), 1)[np.arange(len(t)), first], 0)

@@ -24,285 +24,488 @@ from .scores import mean_iou
 from .views import blend, jitter, resample, step_generator
 
 # %% ../nbs/32_segment.ipynb #d0afcda6
-POOLS = 1, 2, 3, 6 # bins a side of UPerNet's pyramid pooling
-DROPOUT = .1 # of the channels, before each classifier
+POOLS = 1, 2, 3, 6  # bins a side of UPerNet's pyramid pooling
+DROPOUT = 0.1  # of the channels, before each classifier
+
 
 def _means(n, k, like):
     "Matrix (k, n): row i averages the places floor(i n / k) to ceil((i + 1) n / k) - 1"
     at, i = torch.arange(n, device=like.device), torch.arange(k, device=like.device)[:, None]
-    m = ((at >= i * n // k) & (at < -(-(i + 1) * n // k))).to(like.dtype); return m / m.sum(1, keepdim=True)
+    m = ((at >= i * n // k) & (at < -(-(i + 1) * n // k))).to(like.dtype)
+    return m / m.sum(1, keepdim=True)
+
 
 class Bins(nn.Module):
     "Adaptive average pooling of maps (B, C, H, W) to (B, C, size, size), with a gradient that repeats on a GPU."
-    def __init__(self, size:int): super().__init__(); self.size = size # bins a side
-    def forward(self, x): return resample(x, *(_means(n, self.size, x)[None] for n in x.shape[-2:]))
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size = size  # bins a side
+
+    def forward(self, x):
+        return resample(x, *(_means(n, self.size, x)[None] for n in x.shape[-2:]))
+
 
 def upernet(
-    channels:list, # of the four maps
-    width:int, # of the decoder (512 in section IV-C)
-) -> nn.Module: # takes the four maps, after the two finer ones that the decoder passes over, gives (B, width, H/4, W/4)
+    channels: list,  # of the four maps
+    width: int,  # of the decoder (512 in section IV-C)
+) -> (
+    nn.Module
+):  # takes the four maps, after the two finer ones that the decoder passes over, gives (B, width, H/4, W/4)
     "UPerNet's decoder (arXiv 1807.10221), for batches of any size."
-    from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder # here, as below: other tasks import from this page
+    from segmentation_models_pytorch.decoders.upernet.decoder import (
+        UPerNetDecoder,
+    )  # here, as below: other tasks import from this page
+
     decoder = UPerNetDecoder([0, 0, *channels], decoder_channels=width)
-    for block, size in zip(decoder.psp.blocks, POOLS): block[0], block[1][1] = Bins(size), nn.GroupNorm(1, width)
+    for block, size in zip(decoder.psp.blocks, POOLS):
+        block[0], block[1][1] = Bins(size), nn.GroupNorm(1, width)
     return decoder
 
 # %% ../nbs/32_segment.ipynb #e735e3f7
 def pixel_loss(
-    logits:torch.Tensor, # (B, classes, H, W)
-    masks:torch.Tensor, # uint8 (B, H, W), `IGNORE` where unlabelled
-) -> torch.Tensor: # scalar, float32
+    logits: torch.Tensor,  # (B, classes, H, W)
+    masks: torch.Tensor,  # uint8 (B, H, W), `IGNORE` where unlabelled
+) -> torch.Tensor:  # scalar, float32
     "Cross-entropy, averaged over labelled pixels; 0 where there are none."
-    x, y = logits.float().flatten(2).mT.flatten(0, 1), masks.flatten().long()   # as a list of pixels its gradient repeats on a GPU
-    return F.cross_entropy(x, y, ignore_index=IGNORE, reduction='sum') / (y != IGNORE).sum().clamp_min(1)
+    x, y = (
+        logits.float().flatten(2).mT.flatten(0, 1),
+        masks.flatten().long(),
+    )  # as a list of pixels its gradient repeats on a GPU
+    return F.cross_entropy(x, y, ignore_index=IGNORE, reduction="sum") / (y != IGNORE).sum().clamp_min(1)
 
 # %% ../nbs/32_segment.ipynb #9c076487
-def _classifier(channels, classes): return nn.Sequential(nn.Dropout2d(DROPOUT), nn.Conv2d(channels, classes, 1))
+def _classifier(channels, classes):
+    return nn.Sequential(nn.Dropout2d(DROPOUT), nn.Conv2d(channels, classes, 1))
+
 
 class Segmenter(nn.Module):
     "UPerNet on a backbone, with an auxiliary head (FCN: one 3 x 3 convolution) on its third map (section IV-C)."
-    def __init__(self,
-        encoder:nn.Module, # from `load_backbone`
-        classes:int, # how many there are
-        channels:int=512, # of the decoder
-        auxiliary:float=.4, # weight of the auxiliary loss; 0 leaves its head out
+
+    def __init__(
+        self,
+        encoder: nn.Module,  # from `load_backbone`
+        classes: int,  # how many there are
+        channels: int = 512,  # of the decoder
+        auxiliary: float = 0.4,  # weight of the auxiliary loss; 0 leaves its head out
     ):
         from segmentation_models_pytorch.base.modules import Conv2dReLU
-        super().__init__(); self.pyramid, self.weight = Pyramid(encoder), auxiliary
-        self.decoder, self.head = upernet(self.pyramid.channels, channels), _classifier(channels, classes)
-        self.auxiliary = nn.Sequential(Conv2dReLU(self.pyramid.channels[2], 256, 3, padding=1), _classifier(256, classes)) if auxiliary else None
 
-    def forward(self,
-        images, # float (B, C, H, W), normalised; H and W multiples of 32
-        masks=None, # uint8 (B, H, W): what is there
+        super().__init__()
+        self.pyramid, self.weight = Pyramid(encoder), auxiliary
+        self.decoder, self.head = upernet(self.pyramid.channels, channels), _classifier(channels, classes)
+        self.auxiliary = (
+            nn.Sequential(Conv2dReLU(self.pyramid.channels[2], 256, 3, padding=1), _classifier(256, classes))
+            if auxiliary
+            else None
+        )
+
+    def forward(
+        self,
+        images,  # float (B, C, H, W), normalised; H and W multiples of 32
+        masks=None,  # uint8 (B, H, W): what is there
     ):
         "Logits (B, classes, H, W), or with `masks` the losses by name"
-        maps = self.pyramid(images); full = lambda o: F.interpolate(o, images.shape[-2:], mode='bilinear')
+        maps = self.pyramid(images)
+        full = lambda o: F.interpolate(o, images.shape[-2:], mode="bilinear")
         logits = full(self.head(self.decoder([None, None, *maps])))
-        if masks is None: return logits
+        if masks is None:
+            return logits
         more = dict(auxiliary=self.weight * pixel_loss(full(self.auxiliary(maps[2])), masks)) if self.auxiliary else {}
         return dict(segmentation=pixel_loss(logits, masks)) | more
 
 # %% ../nbs/32_segment.ipynb #9166933a
-TRIES, MOST = 10, .75 # windows an image, and the largest share of one class
+TRIES, MOST = 10, 0.75  # windows an image, and the largest share of one class
+
 
 def window(
-    mask:np.ndarray, # uint8 (H, W)
-    height:int, width:int, # of the window, px
-    draws, # (n, 2) in [0, 1): places to try
-) -> tuple: # (top, left)
+    mask: np.ndarray,  # uint8 (H, W)
+    height: int,
+    width: int,  # of the window, px
+    draws,  # (n, 2) in [0, 1): places to try
+) -> tuple:  # (top, left)
     "The first of some windows that is not nearly of one class, or the last."
     for u, v in draws.tolist():
         top, left = int(u * (mask.shape[0] - height + 1)), int(v * (mask.shape[1] - width + 1))
-        n = np.bincount(mask[top:top + height, left:left + width].ravel(), minlength=IGNORE)[:IGNORE]
-        if n.max() < MOST * n.sum(): break
+        n = np.bincount(mask[top : top + height, left : left + width].ravel(), minlength=IGNORE)[:IGNORE]
+        if n.max() < MOST * n.sum():
+            break
     return top, left
 
 # %% ../nbs/32_segment.ipynb #0bcc0f28
 def cut(
-    image:np.ndarray, # uint8 (C, H, W)
-    mask:np.ndarray, # uint8 (H, W)
-    side:int, # of the crop, px
-    scale:float, # of the image
-    draws, # as of `window`
-    fill:torch.Tensor, # uint8 (C,): what lies beyond the image
-) -> tuple: # uint8 (C, side, side) and (side, side)
+    image: np.ndarray,  # uint8 (C, H, W)
+    mask: np.ndarray,  # uint8 (H, W)
+    side: int,  # of the crop, px
+    scale: float,  # of the image
+    draws,  # as of `window`
+    fill: torch.Tensor,  # uint8 (C,): what lies beyond the image
+) -> tuple:  # uint8 (C, side, side) and (side, side)
     "A crop of an image at another scale: bilinear, its mask nearest."
-    want = max(1, round(side / scale)); h, w = (min(want, n) for n in mask.shape); top, left = window(mask, h, w, draws)
-    at, size = np.s_[..., top:top + h, left:left + w], [side if n == want else max(1, round(n * scale)) for n in (h, w)]
-    x = F.interpolate(torch.from_numpy(np.array(image[at]))[None], size, mode='bilinear')[0]
-    y = F.interpolate(torch.from_numpy(np.array(mask[at]))[None, None], size, mode='nearest-exact')[0, 0]
-    return _framed(x, fill.view(-1, 1, 1).repeat(1, side, side)), _framed(y, torch.full((side, side), IGNORE, dtype=torch.uint8))
+    want = max(1, round(side / scale))
+    h, w = (min(want, n) for n in mask.shape)
+    top, left = window(mask, h, w, draws)
+    at, size = (
+        np.s_[..., top : top + h, left : left + w],
+        [side if n == want else max(1, round(n * scale)) for n in (h, w)],
+    )
+    x = F.interpolate(torch.from_numpy(np.array(image[at]))[None], size, mode="bilinear")[0]
+    y = F.interpolate(torch.from_numpy(np.array(mask[at]))[None, None], size, mode="nearest-exact")[0, 0]
+    return _framed(x, fill.view(-1, 1, 1).repeat(1, side, side)), _framed(
+        y, torch.full((side, side), IGNORE, dtype=torch.uint8)
+    )
 
-def _framed(x, canvas): canvas[..., :x.shape[-2], :x.shape[-1]] = x; return canvas
+
+def _framed(x, canvas):
+    canvas[..., : x.shape[-2], : x.shape[-1]] = x
+    return canvas
 
 # %% ../nbs/32_segment.ipynb #f36d864e
 def distort(
-    image:torch.Tensor, # float (C, H, W) in [0, 1]
-    generator:torch.Generator, # chance
-) -> torch.Tensor: # (C, H, W) in [0, 1]
+    image: torch.Tensor,  # float (C, H, W) in [0, 1]
+    generator: torch.Generator,  # chance
+) -> torch.Tensor:  # (C, H, W) in [0, 1]
     "Photometric distortion; of other than three bands, brightness and contrast."
-    u, on = torch.rand(2, 5, generator=generator); on = on < .5
+    u, on = torch.rand(2, 5, generator=generator)
+    on = on < 0.5
     draw = lambda i, low, high, none: torch.where(on[i], low + (high - low) * u[i], torch.tensor(none))[None]
-    x, one = (image[None] + draw(0, -32 / 255, 32 / 255, 0.)).clamp(0, 1), torch.ones(1)
-    return jitter(x, draw(1, .5, 1.5, 1.), one, draw(2, .5, 1.5, 1.), draw(3, -.1, .1, 0.), (0, 2, 3) if on[4] else (2, 3, 0))[0]
+    x, one = (image[None] + draw(0, -32 / 255, 32 / 255, 0.0)).clamp(0, 1), torch.ones(1)
+    return jitter(
+        x,
+        draw(1, 0.5, 1.5, 1.0),
+        one,
+        draw(2, 0.5, 1.5, 1.0),
+        draw(3, -0.1, 0.1, 0.0),
+        (0, 2, 3) if on[4] else (2, 3, 0),
+    )[0]
 
 # %% ../nbs/32_segment.ipynb #87bc9e63
 class Crops(Dataset):
     "Batches of training crops; an item is asked for by (step, image numbers), and the step is its chance."
-    def __init__(self,
-        labelled, # `Labelled`, for segment
-        side:int, # of a crop, px
-        scale, # least and greatest scale of an image
-        mean, # per band, of images in [0, 1]: what lies beyond an image
-        seed:int=0, # of all of it
-    ): self.labelled, self.side, self.scale, self.seed, self.fill = labelled, side, scale, seed, (torch.as_tensor(mean) * 255).round().clamp(0, 255).byte()
 
-    def __getitem__(self, at): # uint8 (B, C, side, side), masks uint8 (B, side, side)
+    def __init__(
+        self,
+        labelled,  # `Labelled`, for segment
+        side: int,  # of a crop, px
+        scale,  # least and greatest scale of an image
+        mean,  # per band, of images in [0, 1]: what lies beyond an image
+        seed: int = 0,  # of all of it
+    ):
+        self.labelled, self.side, self.scale, self.seed, self.fill = (
+            labelled,
+            side,
+            scale,
+            seed,
+            (torch.as_tensor(mean) * 255).round().clamp(0, 255).byte(),
+        )
+
+    def __getitem__(self, at):  # uint8 (B, C, side, side), masks uint8 (B, side, side)
         (step, rows), g = at, step_generator(self.seed, at[0])
         return tuple(map(torch.stack, zip(*[self._one(int(i), g) for i in rows])))
 
     def _one(self, i, g):
-        u, (low, high) = torch.rand(3 + 2 * TRIES, generator=g), self.scale; flips = [-1 - k for k in range(2) if u[1 + k] < .5]
-        x, y = cut(self.labelled.image(i), self.labelled.mask(i), self.side, float(low + (high - low) * u[0]), u[3:].view(TRIES, 2), self.fill)
+        u, (low, high) = torch.rand(3 + 2 * TRIES, generator=g), self.scale
+        flips = [-1 - k for k in range(2) if u[1 + k] < 0.5]
+        x, y = cut(
+            self.labelled.image(i),
+            self.labelled.mask(i),
+            self.side,
+            float(low + (high - low) * u[0]),
+            u[3:].view(TRIES, 2),
+            self.fill,
+        )
         return distort(x.flip(flips).float() / 255, g).mul(255).round().byte(), y.flip(flips)
 
 # %% ../nbs/32_segment.ipynb #bdc94459
 def painted(
-    mask, # uint8 (H, W)
-    classes:int, # how many there are
-) -> np.ndarray: # float (H, W, 3)
+    mask,  # uint8 (H, W)
+    classes: int,  # how many there are
+) -> np.ndarray:  # float (H, W, 3)
     "A mask in the colours of its classes."
     return np.concatenate([palette(classes), np.ones((IGNORE + 1 - classes, 3))])[np.asarray(mask)]
 
 # %% ../nbs/32_segment.ipynb #12c37cd6
-ERROR = COLOURS[1] # of wrong pixels
+ERROR = COLOURS[1]  # of wrong pixels
+
 
 def errors(
-    image, # uint8 (C, H, W)
-    truth, guess, # uint8 (H, W)
-) -> np.ndarray: # float (H, W, 3)
+    image,  # uint8 (C, H, W)
+    truth,
+    guess,  # uint8 (H, W)
+) -> np.ndarray:  # float (H, W, 3)
     "The image, grey and pale, with wrong pixels in orange; what is ignored is white."
     from matplotlib.colors import to_rgb
-    x = np.repeat(.45 + .5 * picture(image).mean(2, keepdims=True) / 255, 3, 2); truth = np.asarray(truth)
-    x[(truth != guess) & (truth != IGNORE)] = to_rgb(ERROR); x[truth == IGNORE] = 1; return x
 
-def _steps(size, most): "Rows and columns that become one, so that no side is longer than `most`"; k = -(-max(size) // most); return tuple(min(k, n) for n in size)
+    x = np.repeat(0.45 + 0.5 * picture(image).mean(2, keepdims=True) / 255, 3, 2)
+    truth = np.asarray(truth)
+    x[(truth != guess) & (truth != IGNORE)] = to_rgb(ERROR)
+    x[truth == IGNORE] = 1
+    return x
 
-def _smaller(image, steps): "Means over a x b pixels"; (a, b), (h, w) = steps, (n // k for n, k in zip(image.shape[1:], steps)); return image[:, :h * a, :w * b].reshape(-1, h, a, w, b).mean((2, 4)).astype(np.uint8)
-def _thinned(mask, steps): "The middle of a x b pixels"; (a, b), (h, w) = steps, (n // k for n, k in zip(mask.shape, steps)); return mask[a // 2::a, b // 2::b][:h, :w]
+
+def _steps(size, most):
+    "Rows and columns that become one, so that no side is longer than `most`"
+    k = -(-max(size) // most)
+    return tuple(min(k, n) for n in size)
+
+
+def _smaller(image, steps):
+    "Means over a x b pixels"
+    (a, b), (h, w) = steps, (n // k for n, k in zip(image.shape[1:], steps))
+    return image[:, : h * a, : w * b].reshape(-1, h, a, w, b).mean((2, 4)).astype(np.uint8)
+
+
+def _thinned(mask, steps):
+    "The middle of a x b pixels"
+    (a, b), (h, w) = steps, (n // k for n, k in zip(mask.shape, steps))
+    return mask[a // 2 :: a, b // 2 :: b][:h, :w]
+
 
 def _key(masks, names, more):
     "Patches of the classes that are seen, how many stand side by side, and how high that is"
     from matplotlib.patches import Patch
-    seen, c = [i for i in np.unique(np.concatenate([np.unique(o) for o in masks])) if i != IGNORE], palette(len(names))
-    said = [Patch(color=c[i], label=names[i]) for i in seen] + [Patch(facecolor=v, edgecolor='#999999', label=k) for k, v in more.items()]
-    cols = max(1, min(3, 54 // (4 + max(len(o.get_label()) for o in said)))); return said, cols, .15 + .16 * -(-len(said) // cols)
 
-def _legend(fig, said, cols): fig.legend(handles=said, loc='outside lower center', ncols=cols, fontsize=7, frameon=False)
+    seen, c = [i for i in np.unique(np.concatenate([np.unique(o) for o in masks])) if i != IGNORE], palette(len(names))
+    said = [Patch(color=c[i], label=names[i]) for i in seen] + [
+        Patch(facecolor=v, edgecolor="#999999", label=k) for k, v in more.items()
+    ]
+    cols = max(1, min(3, 54 // (4 + max(len(o.get_label()) for o in said))))
+    return said, cols, 0.15 + 0.16 * -(-len(said) // cols)
+
+
+def _legend(fig, said, cols):
+    fig.legend(handles=said, loc="outside lower center", ncols=cols, fontsize=7, frameon=False)
 
 # %% ../nbs/32_segment.ipynb #074a274a
 def confusion(
-    truth:np.ndarray, # uint8, any shape
-    guess:np.ndarray, # of the same shape
-    classes:int, # how many there are
-) -> np.ndarray: # int (classes, classes): rows truth, columns prediction
+    truth: np.ndarray,  # uint8, any shape
+    guess: np.ndarray,  # of the same shape
+    classes: int,  # how many there are
+) -> np.ndarray:  # int (classes, classes): rows truth, columns prediction
     "Count pixels by truth and prediction, but for the ignored ones."
     keep = truth != IGNORE
-    return np.bincount(classes * truth[keep].astype(np.int64) + guess[keep], minlength=classes**2).reshape(classes, classes)
+    return np.bincount(classes * truth[keep].astype(np.int64) + guess[keep], minlength=classes**2).reshape(
+        classes, classes
+    )
+
 
 def scores(
-    n:np.ndarray, # int (classes, classes) of `confusion`
-    names:list, # of the classes
-) -> dict: # miou, mf1, oa, per_class
+    n: np.ndarray,  # int (classes, classes) of `confusion`
+    names: list,  # of the classes
+) -> dict:  # miou, mf1, oa, per_class
     "Scores of a confusion matrix; null for a class that is neither there nor predicted."
-    table = class_table(n, names); union = n.sum(0) + n.sum(1) - n.diagonal()
-    per = {k: dict(iou=float(h / u) if u else None, f1=o['f1'], precision=o['precision'], recall=o['recall'], pixels=o['images']) for (k, o), h, u in zip(table.items(), n.diagonal(), union)}
-    return dict(miou=float(mean_iou(n)), mf1=float(np.mean([o['f1'] for o in per.values() if o['f1'] is not None])), oa=float(n.trace() / n.sum()), per_class=per)
+    table = class_table(n, names)
+    union = n.sum(0) + n.sum(1) - n.diagonal()
+    per = {
+        k: dict(
+            iou=float(h / u) if u else None,
+            f1=o["f1"],
+            precision=o["precision"],
+            recall=o["recall"],
+            pixels=o["images"],
+        )
+        for (k, o), h, u in zip(table.items(), n.diagonal(), union)
+    }
+    return dict(
+        miou=float(mean_iou(n)),
+        mf1=float(np.mean([o["f1"] for o in per.values() if o["f1"] is not None])),
+        oa=float(n.trace() / n.sum()),
+        per_class=per,
+    )
 
 # %% ../nbs/32_segment.ipynb #1388ea64
-PUBLISHED = dict(sgd=dict(lr=.01, weight_decay=1e-4), adamw=dict(lr=6e-5, weight_decay=.01), drop_path=.3)
+PUBLISHED = dict(sgd=dict(lr=0.01, weight_decay=1e-4), adamw=dict(lr=6e-5, weight_decay=0.01), drop_path=0.3)
+
 
 def segment_splits(
-    labelled, # `Labelled`
-    settings:Segment, # params.yaml: segment
-) -> tuple: # int (n,) and (m,): numbers of what is learnt from, and of what is scored
+    labelled,  # `Labelled`
+    settings: Segment,  # params.yaml: segment
+) -> tuple:  # int (n,) and (m,): numbers of what is learnt from, and of what is scored
     "Both splits; raises `CmidError` as `finetune.splits_of` and `check_masks`, and where no pixel of a split is labelled."
-    both = splits_of(labelled, settings, 'segment'); check_masks(labelled, np.union1d(*both))
+    both = splits_of(labelled, settings, "segment")
+    check_masks(labelled, np.union1d(*both))
     for name, index in zip((settings.train, settings.test), both):
-        if not any((labelled.mask(i) != IGNORE).any() for i in index): raise CmidError(f"{labelled.folder}: no pixel of the {len(index)} images of split {name!r} is labelled; look at classes and ignore of the task in params.yaml")
+        if not any((labelled.mask(i) != IGNORE).any() for i in index):
+            raise CmidError(
+                f"{labelled.folder}: no pixel of the {len(index)} images of split {name!r} is labelled; look at classes and ignore of the task in params.yaml"
+            )
     return both
+
 
 def _fits(folder, card, labelled, index, s):
     "Refuse other bands, and batches of which batch norm would see a single value"
-    if card.in_chans != labelled.bands: raise CmidError(f"{labelled.folder}: images have {labelled.bands} bands, {folder} was made for {card.in_chans}; take the same bands (labels.bands), or pretrain on these")
-    if len(index) // -(-len(index) // s.batch) * (s.crop // 32)**2 < 2: raise CmidError(f"params.yaml: segment.batch: batch norm would see one crop of {s.crop} px, which is a single value; raise batch or crop")
+    if card.in_chans != labelled.bands:
+        raise CmidError(
+            f"{labelled.folder}: images have {labelled.bands} bands, {folder} was made for {card.in_chans}; take the same bands (labels.bands), or pretrain on these"
+        )
+    if len(index) // -(-len(index) // s.batch) * (s.crop // 32) ** 2 < 2:
+        raise CmidError(
+            f"params.yaml: segment.batch: batch norm would see one crop of {s.crop} px, which is a single value; raise batch or crop"
+        )
+
 
 def fine_tune(
-    folder, # models/<init>
-    labelled, # `Labelled`, for segment
-    index, # numbers of the images that are learnt from
-    settings:Segment, # params.yaml: segment
-    seed:int=0, # of everything random
-    on:torch.device|None=None, # device
-    say=print, # takes a line
-) -> tuple: # (Segmenter, trained; epochs for `curves_figure`; what takes uint8 (C, H, W) and gives uint8 (H, W))
+    folder,  # models/<init>
+    labelled,  # `Labelled`, for segment
+    index,  # numbers of the images that are learnt from
+    settings: Segment,  # params.yaml: segment
+    seed: int = 0,  # of everything random
+    on: torch.device | None = None,  # device
+    say=print,  # takes a line
+) -> tuple:  # (Segmenter, trained; epochs for `curves_figure`; what takes uint8 (C, H, W) and gives uint8 (H, W))
     "Fine-tune the backbone of a folder on masks; raises `CmidError` where bands differ or a loss is not finite."
-    card, on = read_card(folder), on or device(); s = resolved(settings, card.architecture, PUBLISHED); _fits(folder, card, labelled, index, s)
+    card, on = read_card(folder), on or device()
+    s = resolved(settings, card.architecture, PUBLISHED)
+    _fits(folder, card, labelled, index, s)
     seed_everything(seed, torch.are_deterministic_algorithms_enabled())
     model = Segmenter(load_backbone(folder, s.drop_path)[0], len(labelled.classes), s.channels, s.auxiliary)
-    if labelled.bands != 3: say(f"note: saturation and hue are for RGB, and left out for {labelled.bands} bands")
-    epochs = train(model, Crops(labelled, s.crop, s.scale, card.mean, seed), index, s, card.mean, card.std, 'segment', cosine, seed, on, say)
-    logits = lambda x: model(normalised(x, card.mean, card.std)); model.eval()
+    if labelled.bands != 3:
+        say(f"note: saturation and hue are for RGB, and left out for {labelled.bands} bands")
+    epochs = train(
+        model,
+        Crops(labelled, s.crop, s.scale, card.mean, seed),
+        index,
+        s,
+        card.mean,
+        card.std,
+        "segment",
+        cosine,
+        seed,
+        on,
+        say,
+    )
+    logits = lambda x: model(normalised(x, card.mean, card.std))
+    model.eval()
     return model, epochs, lambda image: decided(blended(logits, image, s.crop, s.overlap, on=on))
 
 # %% ../nbs/32_segment.ipynb #87961526
 def segment(
-    folder, # models/<init>
-    labelled, # `Labelled`, for segment
-    settings:Segment, # params.yaml: segment
-    seed:int=0, # of everything random
-    on:torch.device|None=None, # device
-    say=print, # takes a line
-    keep=(), # numbers of scored images whose predictions are wanted
-) -> tuple: # (dict as JSON takes it; epochs for `curves_figure`; number -> uint8 (H, W) of what is kept)
+    folder,  # models/<init>
+    labelled,  # `Labelled`, for segment
+    settings: Segment,  # params.yaml: segment
+    seed: int = 0,  # of everything random
+    on: torch.device | None = None,  # device
+    say=print,  # takes a line
+    keep=(),  # numbers of scored images whose predictions are wanted
+) -> tuple:  # (dict as JSON takes it; epochs for `curves_figure`; number -> uint8 (H, W) of what is kept)
     "Fine-tune on one split and score another, whole; raises `CmidError` as `segment_splits` and `fine_tune`."
     (learnt, test), names, kept, each = segment_splits(labelled, settings), labelled.classes, {}, []
     _, epochs, predict = fine_tune(folder, labelled, learnt, settings, seed, on, say)
-    for i in tqdm(test, desc='score', unit=' images'):
-        guess = predict(labelled.image(i)); each.append(confusion(labelled.mask(i), guess, len(names)))
-        if i in keep: kept[i] = guess
+    for i in tqdm(test, desc="score", unit=" images"):
+        guess = predict(labelled.image(i))
+        each.append(confusion(labelled.mask(i), guess, len(names)))
+        if i in keep:
+            kept[i] = guess
     each = np.stack(each)
-    return dict(images=len(test), classes=list(names)) | scores(n := each.sum(0), names) | dict(confusion=n.tolist(), per_image=each.reshape(len(test), -1).tolist(),
-        epoch=settings.epochs, train_images=len(learnt), scored_on_training=bool(np.isin(test, learnt).any())), epochs, kept
+    return (
+        dict(images=len(test), classes=list(names))
+        | scores(n := each.sum(0), names)
+        | dict(
+            confusion=n.tolist(),
+            per_image=each.reshape(len(test), -1).tolist(),
+            epoch=settings.epochs,
+            train_images=len(learnt),
+            scored_on_training=bool(np.isin(test, learnt).any()),
+        ),
+        epochs,
+        kept,
+    )
 
 # %% ../nbs/32_segment.ipynb #43007796
-PANELS = 'image', 'truth', 'prediction', 'errors'
-OTHERS = {'wrong': ERROR, 'not labelled': 'white'} # beside classes
+PANELS = "image", "truth", "prediction", "errors"
+OTHERS = {"wrong": ERROR, "not labelled": "white"}  # beside classes
+
 
 def look(
-    labelled, # `Labelled`, for segment
-    index, # numbers of images
-    guesses:dict, # number -> uint8 (H, W): what `segment` keeps
-) -> list: # dicts: name, image, truth, guess
+    labelled,  # `Labelled`, for segment
+    index,  # numbers of images
+    guesses: dict,  # number -> uint8 (H, W): what `segment` keeps
+) -> list:  # dicts: name, image, truth, guess
     "Some images, what is there and what is predicted."
-    return [dict(name=labelled.names[i], image=np.asarray(labelled.image(i)), truth=np.asarray(labelled.mask(i)), guess=guesses[i]) for i in index]
+    return [
+        dict(
+            name=labelled.names[i],
+            image=np.asarray(labelled.image(i)),
+            truth=np.asarray(labelled.mask(i)),
+            guess=guesses[i],
+        )
+        for i in index
+    ]
 
-def largest(labelled, index): "The number of the largest image of a split."; return max(index, key=lambda i: int(np.prod(labelled.sizes[i])))
 
-def tiles(size, settings:Segment): "int (n, 4): what an image of a size (height, width) is put together from."; return windows(*(-(-int(n) // 32) * 32 for n in size), settings.crop, int(settings.overlap * settings.crop))
+def largest(labelled, index):
+    "The number of the largest image of a split."
+    return max(index, key=lambda i: int(np.prod(labelled.sizes[i])))
+
+
+def tiles(size, settings: Segment):
+    "int (n, 4): what an image of a size (height, width) is put together from."
+    return windows(*(-(-int(n) // 32) * 32 for n in size), settings.crop, int(settings.overlap * settings.crop))
+
 
 def _panels(axes, o, classes, steps):
     "Image, truth, prediction and errors of one image, so many rows and columns to one"
-    x, t, g = _smaller(o['image'], steps), _thinned(o['truth'], steps), _thinned(o['guess'], steps)
-    for ax, p in zip(axes, (picture(x), painted(t, classes), painted(g, classes), errors(x, t, g))): ax.imshow(p, interpolation='nearest'); ax.set(xticks=[], yticks=[])
+    x, t, g = _smaller(o["image"], steps), _thinned(o["truth"], steps), _thinned(o["guess"], steps)
+    for ax, p in zip(axes, (picture(x), painted(t, classes), painted(g, classes), errors(x, t, g))):
+        ax.imshow(p, interpolation="nearest")
+        ax.set(xticks=[], yticks=[])
 
-def _right(o): keep = o['truth'] != IGNORE; return f"{100 * (o['truth'] == o['guess'])[keep].mean():.0f} % right" if keep.any() else 'nothing labelled'
+
+def _right(o):
+    keep = o["truth"] != IGNORE
+    return f"{100 * (o['truth'] == o['guess'])[keep].mean():.0f} % right" if keep.any() else "nothing labelled"
 
 # %% ../nbs/32_segment.ipynb #26daba6e
 def predictions_figure(
-    seen:list, # of `look`
-    names:list, # of the classes
-): # matplotlib Figure, as wide as a phone
+    seen: list,  # of `look`
+    names: list,  # of the classes
+):  # matplotlib Figure, as wide as a phone
     "Predictions beside truth, errors coloured."
     from matplotlib.figure import Figure
-    tall = [min(1.6, 1.08 * o['truth'].shape[0] / o['truth'].shape[1]) + .2 for o in seen]
-    said, cols, below = _key([m for o in seen for m in (o['truth'], o['guess'])], names, OTHERS)
-    fig = Figure(figsize=(4.4, sum(tall) + below + .2), dpi=80, layout='constrained'); axes = fig.subplots(len(seen), 4, squeeze=False, height_ratios=tall)
-    for row, o in zip(axes, seen): _panels(row, o, len(names), _steps(o['truth'].shape, 280)); row[0].set_xlabel(o['name'][-40:], fontsize=6, loc='left'); row[3].set_xlabel(_right(o), fontsize=6, loc='right')
-    for ax, o in zip(axes[0], PANELS): ax.set_title(o, fontsize=8)
-    _legend(fig, said, cols); return fig
+
+    tall = [min(1.6, 1.08 * o["truth"].shape[0] / o["truth"].shape[1]) + 0.2 for o in seen]
+    said, cols, below = _key([m for o in seen for m in (o["truth"], o["guess"])], names, OTHERS)
+    fig = Figure(figsize=(4.4, sum(tall) + below + 0.2), dpi=80, layout="constrained")
+    axes = fig.subplots(len(seen), 4, squeeze=False, height_ratios=tall)
+    for row, o in zip(axes, seen):
+        _panels(row, o, len(names), _steps(o["truth"].shape, 280))
+        row[0].set_xlabel(o["name"][-40:], fontsize=6, loc="left")
+        row[3].set_xlabel(_right(o), fontsize=6, loc="right")
+    for ax, o in zip(axes[0], PANELS):
+        ax.set_title(o, fontsize=8)
+    _legend(fig, said, cols)
+    return fig
 
 # %% ../nbs/32_segment.ipynb #f6b4ab2f
 def scene_figure(
-    o:dict, # one of `look`
-    names:list, # of the classes
-    outlined=(), # int (n, 4) of `tiles`: drawn on the image
-): # matplotlib Figure, as wide as a phone
+    o: dict,  # one of `look`
+    names: list,  # of the classes
+    outlined=(),  # int (n, 4) of `tiles`: drawn on the image
+):  # matplotlib Figure, as wide as a phone
     "A whole image, assembled from tiles."
-    from matplotlib.figure import Figure; from matplotlib.patches import Rectangle
-    (h, w), (said, cols, below) = o['truth'].shape, _key([o['truth'], o['guess']], names, OTHERS); a, b = _steps((h, w), 700)
-    fig = Figure(figsize=(4.4, min(8., 4.3 * h / w) + .5 + below), dpi=80, layout='constrained'); axes = fig.subplots(2, 2).ravel(); _panels(axes, o, len(names), (a, b))
-    for top, left, bottom, right in outlined: axes[0].add_patch(Rectangle((left / b - .5, top / a - .5), (right - left) / b, (bottom - top) / a, fill=False, edgecolor='white', lw=.5, alpha=.6))
-    for ax, s in zip(axes, (f'{h} x {w} px, {len(outlined)} tile{"s" * (len(outlined) != 1)}', *PANELS[1:3], f'errors: {_right(o)}')): ax.set_title(s, fontsize=8)
-    _legend(fig, said, cols); return fig
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    (h, w), (said, cols, below) = o["truth"].shape, _key([o["truth"], o["guess"]], names, OTHERS)
+    a, b = _steps((h, w), 700)
+    fig = Figure(figsize=(4.4, min(8.0, 4.3 * h / w) + 0.5 + below), dpi=80, layout="constrained")
+    axes = fig.subplots(2, 2).ravel()
+    _panels(axes, o, len(names), (a, b))
+    for top, left, bottom, right in outlined:
+        axes[0].add_patch(
+            Rectangle(
+                (left / b - 0.5, top / a - 0.5),
+                (right - left) / b,
+                (bottom - top) / a,
+                fill=False,
+                edgecolor="white",
+                lw=0.5,
+                alpha=0.6,
+            )
+        )
+    for ax, s in zip(
+        axes, (f"{h} x {w} px, {len(outlined)} tile{'s' * (len(outlined) != 1)}", *PANELS[1:3], f"errors: {_right(o)}")
+    ):
+        ax.set_title(s, fontsize=8)
+    _legend(fig, said, cols)
+    return fig

@@ -14,66 +14,155 @@ from .params import CmidError, Params, load_yaml, merge, provenance, root, seed_
 
 # %% ../nbs/24_smoke.ipynb #4a6d5a92
 def smoke_data(
-    folder, # the study's root: data/ is written there
-    pool:int=24, # unlabelled images
-    each:int=4, # images of a class; the last one tests
+    folder,  # the study's root: data/ is written there
+    pool: int = 24,  # unlabelled images
+    each: int = 4,  # images of a class; the last one tests
 ):
     "A little of the generated imagery: a pool, and scenes with their lists."
     from cmid import sample
+
     kinds = list(sample.CLASSES)[:3]
-    files = [sample.pool_item(i, 0) for i in range(pool)] + [sample.scene_item(k, i, 0) for k in kinds for i in range(each)]
-    lines = lambda numbers: ''.join(f'{k}/{k}{i:02d}.png {c}\n' for c, k in enumerate(kinds) for i in numbers)
-    files += [{'scenes/train.txt': lines(range(each - 1)).encode(), 'scenes/test.txt': lines([each - 1]).encode()}]
+    files = [sample.pool_item(i, 0) for i in range(pool)] + [
+        sample.scene_item(k, i, 0) for k in kinds for i in range(each)
+    ]
+    lines = lambda numbers: "".join(f"{k}/{k}{i:02d}.png {c}\n" for c, k in enumerate(kinds) for i in numbers)
+    files += [{"scenes/train.txt": lines(range(each - 1)).encode(), "scenes/test.txt": lines([each - 1]).encode()}]
     for o in files:
-        for name, content in o.items(): write_whole(Path(folder)/'data'/name, content)
+        for name, content in o.items():
+            write_whole(Path(folder) / "data" / name, content)
 
 # %% ../nbs/24_smoke.ipynb #cbefb7d5
-DATASETS = {o: dict(folder=f'data/{o}', lists=f'data/{o}') for o in ('pool', 'scenes')}
-OVER = dict(profile='smoke', device='cpu', deterministic=False, prepare=dict(tile=0, bands=None), pretrain=dict(dataset='pool', split=None, processes=1, accumulate=1, sync_batch_norm=False, compile=False, gradient_checkpointing=False), probe=dict(train='train', test='test'), classify=dict(train='train', test='test'), attention=dict(dataset='scenes', branch='student'), features=dict(split=None, branch='student'), correspondence=dict(dataset='scenes', branch='student'),
-            labels=dict(bands=None), **{o: dict(train='train', test='test') for o in ('segment', 'change', 'detect')},
-            study=dict(backbones=['resnet18'], methods=['cmid'], baselines=['random-resnet18'], inits=['cmid-resnet18', 'random-resnet18'], probes=['scenes'], segment=['land'], change=['dates'], detect=['objects']))  # whatever one's own study says
-CODES = {o: i for i, o in enumerate(('impervious', 'building', 'low vegetation', 'tree', 'vehicle', 'clutter'), 1)}
-TASKS = dict(land=dict(task='segment', format='folders', folder='data/segmentation', splits=dict(train='img_dir/train/*', test='img_dir/val/*'), parts=dict(images='img_dir', masks='ann_dir'), classes=CODES, ignore=[0]),
-             dates=dict(task='change', format='cdd', folder='data/change', splits={o: f'{o}/A/*' for o in ('train', 'val', 'test')}, parts=None, classes=None, ignore=None),
-             objects=dict(task='detect', format='dota', folder='data/boxes', splits=dict(train='train/images/*', test='val/images/*'), parts=None, classes=['small-vehicle', 'large-vehicle', 'ship', 'building'], ignore=None))
+DATASETS = {o: dict(folder=f"data/{o}", lists=f"data/{o}") for o in ("pool", "scenes")}
+OVER = dict(
+    profile="smoke",
+    device="cpu",
+    deterministic=False,
+    prepare=dict(tile=0, bands=None),
+    pretrain=dict(
+        dataset="pool",
+        split=None,
+        processes=1,
+        accumulate=1,
+        sync_batch_norm=False,
+        compile=False,
+        gradient_checkpointing=False,
+    ),
+    probe=dict(train="train", test="test"),
+    classify=dict(train="train", test="test"),
+    attention=dict(dataset="scenes", branch="student"),
+    features=dict(split=None, branch="student"),
+    correspondence=dict(dataset="scenes", branch="student"),
+    labels=dict(bands=None),
+    **{o: dict(train="train", test="test") for o in ("segment", "change", "detect")},
+    study=dict(
+        backbones=["resnet18"],
+        methods=["cmid"],
+        baselines=["random-resnet18"],
+        inits=["cmid-resnet18", "random-resnet18"],
+        probes=["scenes"],
+        segment=["land"],
+        change=["dates"],
+        detect=["objects"],
+    ),
+)  # whatever one's own study says
+CODES = {o: i for i, o in enumerate(("impervious", "building", "low vegetation", "tree", "vehicle", "clutter"), 1)}
+TASKS = dict(
+    land=dict(
+        task="segment",
+        format="folders",
+        folder="data/segmentation",
+        splits=dict(train="img_dir/train/*", test="img_dir/val/*"),
+        parts=dict(images="img_dir", masks="ann_dir"),
+        classes=CODES,
+        ignore=[0],
+    ),
+    dates=dict(
+        task="change",
+        format="cdd",
+        folder="data/change",
+        splits={o: f"{o}/A/*" for o in ("train", "val", "test")},
+        parts=None,
+        classes=None,
+        ignore=None,
+    ),
+    objects=dict(
+        task="detect",
+        format="dota",
+        folder="data/boxes",
+        splits=dict(train="train/images/*", test="val/images/*"),
+        parts=None,
+        classes=["small-vehicle", "large-vehicle", "ship", "building"],
+        ignore=None,
+    ),
+)
+
 
 def smoke_tasks(
-    folder, # the study's root: data/ is written there
-    names, # of `TASKS`
+    folder,  # the study's root: data/ is written there
+    names,  # of `TASKS`
 ):
     "A little generated imagery with masks, second dates or boxes; the first ones of the sample data. Raises `CmidError` for any other."
     from cmid import sample
-    if (other := [o for o in names if o not in TASKS]): raise CmidError(f"smoke: {other[0]!r} is no task of a smoke study, which has only {', '.join(TASKS)}; name one of these, or leave out --smoke")
-    wanted = dict(land=(sample.segmentation_item, dict(train=4, val=2)), dates=(sample.change_item, dict(train=3, val=1, test=2)), objects=(sample.boxes_item, dict(train=3, val=2)))
+
+    if other := [o for o in names if o not in TASKS]:
+        raise CmidError(
+            f"smoke: {other[0]!r} is no task of a smoke study, which has only {', '.join(TASKS)}; name one of these, or leave out --smoke"
+        )
+    wanted = dict(
+        land=(sample.segmentation_item, dict(train=4, val=2)),
+        dates=(sample.change_item, dict(train=3, val=1, test=2)),
+        objects=(sample.boxes_item, dict(train=3, val=2)),
+    )
     for make, counts in (wanted[o] for o in names):
         for split, i in ((k, i) for k, n in counts.items() for i in range(n)):
-            for name, content in make(split, i, 0).items(): write_whole(Path(folder)/'data'/name, content)
+            for name, content in make(split, i, 0).items():
+                write_whole(Path(folder) / "data" / name, content)
+
 
 def smoke_study(
-    prepared=(), # datasets to prepare: 'pool', 'scenes'
-    models=(), # initialisations to export, untrained: 'cmid-resnet18', 'random-resnet18'
-    labelled=(), # tasks to read and store: 'land', 'dates', 'objects'
-) -> Path: # its root; gone when the process ends
+    prepared=(),  # datasets to prepare: 'pool', 'scenes'
+    models=(),  # initialisations to export, untrained: 'cmid-resnet18', 'random-resnet18'
+    labelled=(),  # tasks to read and store: 'land', 'dates', 'objects'
+) -> Path:  # its root; gone when the process ends
     "A temporary study with the `smoke` profile and what a stage finds upstream."
-    folder = tempfile.TemporaryDirectory(prefix='cmid-smoke-'); _kept.append(folder); at = Path(folder.name)
-    write_whole(at/'params.yaml', yaml.safe_dump(merge(load_yaml(root()/'params.yaml'), OVER) | {'datasets': DATASETS, 'tasks': TASKS}, sort_keys=False))
-    smoke_data(at); p = Params(at)
-    for name in {*prepared} | ({'pool'} if models else set()): prepare_dataset(p, name)
-    for name in models: _untrained(p, name)
+    folder = tempfile.TemporaryDirectory(prefix="cmid-smoke-")
+    _kept.append(folder)
+    at = Path(folder.name)
+    write_whole(
+        at / "params.yaml",
+        yaml.safe_dump(
+            merge(load_yaml(root() / "params.yaml"), OVER) | {"datasets": DATASETS, "tasks": TASKS}, sort_keys=False
+        ),
+    )
+    smoke_data(at)
+    p = Params(at)
+    for name in {*prepared} | ({"pool"} if models else set()):
+        prepare_dataset(p, name)
+    for name in models:
+        _untrained(p, name)
     smoke_tasks(at, labelled)
-    for name in labelled: _labelled(p, name)
+    for name in labelled:
+        _labelled(p, name)
     return at
 
+
 _kept = []
+
 
 def _labelled(p, name):
     "What the stage labels does; imported only where it is asked for."
     from cmid.labels import label_dataset
+
     label_dataset(p, name)
+
 
 def _untrained(p, name):
     "Export a backbone as pretraining would, without the training."
     from cmid.pretrain import build, export, export_baseline
-    (kind, backbone), s, made = name.split('-', 1), p.pretrain, provenance(folder=p.root); images = Prepared(p.root/'prepared'/s.dataset)
-    if kind not in ('cmid', 'byol'): return export_baseline(name, images, p.root/'models'/name, 0, made)
-    seed_everything(0); export(build(s, backbone, kind, images.bands, images.side), images, p.root/'models'/name, kind, {}, {}, made)
+
+    (kind, backbone), s, made = name.split("-", 1), p.pretrain, provenance(folder=p.root)
+    images = Prepared(p.root / "prepared" / s.dataset)
+    if kind not in ("cmid", "byol"):
+        return export_baseline(name, images, p.root / "models" / name, 0, made)
+    seed_everything(0)
+    export(build(s, backbone, kind, images.bands, images.side), images, p.root / "models" / name, kind, {}, {}, made)

@@ -13,187 +13,326 @@ from pathlib import Path
 import psutil
 import cmid
 from .digest import digest
-from .params import KEEP, CmidError, Params, check_all, cli, device, near, plain_name, provenance, root, seed_everything, write_json, write_whole, writing
+from .params import KEEP, CmidError, Params, check_all, cli, device, near, plain_name, provenance, root, seed_everything, write_json, write_whole, writing  # fmt: skip
 
-try: import fcntl
-except ImportError: fcntl = None  # Windows: no lock
+try:
+    import fcntl
+except ImportError:
+    fcntl = None  # Windows: no lock
 
 # %% ../nbs/26_stage.ipynb #fed35371
 _held = {}  # of this process: to run a cell a second time is no second run
 
+
 def _locked(fd):
     "Whether the lock is ours; a file system without locks has none to wait for"
-    try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError: return False
-    except OSError: print("note: this file system has no locks; see to it that no stage runs twice", file=sys.stderr)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        print("note: this file system has no locks; see to it that no stage runs twice", file=sys.stderr)
     return True
+
 
 def _holder(fd):
     "The process that holds a lock, which Linux tells by the number of the folder"
-    try: rows = [o.split() for o in Path('/proc/locks').read_text().splitlines()]
-    except OSError: return None
-    return next((int(o[4]) for o in rows if o[1] == 'FLOCK' and o[5].endswith(f':{os.fstat(fd).st_ino}')), None)
+    try:
+        rows = [o.split() for o in Path("/proc/locks").read_text().splitlines()]
+    except OSError:
+        return None
+    return next((int(o[4]) for o in rows if o[1] == "FLOCK" and o[5].endswith(f":{os.fstat(fd).st_ino}")), None)
 
-def _hold(folder, name, wait=10.):
+
+def _hold(folder, name, wait=10.0):
     "Keep other processes out of a folder until this one ends. Raises `CmidError` naming the one that is there."
-    if fcntl is None or folder in _held: return
-    with writing(folder): folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None or folder in _held:
+        return
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     fd, until = os.open(folder, os.O_RDONLY), time.monotonic() + wait
     while not _locked(fd):
-        if time.monotonic() < until: time.sleep(.2); continue
-        pid = _holder(fd); os.close(fd)
-        raise CmidError(f"{name}: is running already" + (f" as process {pid}: wait for it, or stop it with: kill -INT {pid}" if pid else ": wait for it, or stop it"))
+        if time.monotonic() < until:
+            time.sleep(0.2)
+            continue
+        pid = _holder(fd)
+        os.close(fd)
+        raise CmidError(
+            f"{name}: is running already"
+            + (
+                f" as process {pid}: wait for it, or stop it with: kill -INT {pid}"
+                if pid
+                else ": wait for it, or stop it"
+            )
+        )
     _held[folder] = fd
 
 # %% ../nbs/26_stage.ipynb #76560af6
 def _smoke(upstream):
     "A temporary study; imported only where it is asked for."
     from cmid.smoke import smoke_study
+
     return smoke_study(**(upstream or {}))
+
 
 class Stage:
     "One run of one stage: its study, parameters, device and record."
-    def __init__(self,
-        name:str, # of the stage
-        section:str|None, # of params.yaml that it reads
-        smoke:bool=False, # in a temporary study, on generated imagery
-        upstream:dict|None=None, # of `smoke_study`
-        **identity, # which cell of the study, in the order of the results' folders
+
+    def __init__(
+        self,
+        name: str,  # of the stage
+        section: str | None,  # of params.yaml that it reads
+        smoke: bool = False,  # in a temporary study, on generated imagery
+        upstream: dict | None = None,  # of `smoke_study`
+        **identity,  # which cell of the study, in the order of the results' folders
     ):
-        import matplotlib # here, so that the command need not load it
-        warnings.filterwarnings('ignore', category=FutureWarning); self.begun = time.perf_counter()
-        matplotlib.rcParams['text.parse_math'] = False                            # names of classes and files are names, dollars and all
+        import matplotlib  # here, so that the command need not load it
+
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        self.begun = time.perf_counter()
+        matplotlib.rcParams["text.parse_math"] = False  # names of classes and files are names, dollars and all
         self.name, self.identity = name, {k: plain_name(v, k) for k, v in identity.items()}
-        self.params = check_all(Params(_smoke(upstream) if smoke else root())); self.root = self.params.root
+        self.params = check_all(Params(_smoke(upstream) if smoke else root()))
+        self.root = self.params.root
         self.settings = getattr(self.params, section) if section else None
         self.run = self.params.run
-        if 'torch' in sys.modules: seed_everything(self.run.seed, self.run.deterministic)
-        self.results = self.root/'results'/name/Path(*identity.values())
-        _hold(self.results, ' '.join([name, *identity.values()]))
+        if "torch" in sys.modules:
+            seed_everything(self.run.seed, self.run.deterministic)
+        self.results = self.root / "results" / name / Path(*identity.values())
+        _hold(self.results, " ".join([name, *identity.values()]))
 
     @property
-    def device(self): return device(self.run.device)
+    def device(self):
+        return device(self.run.device)
 
     @property
     def code(self) -> str:
         "Digest of the code that this stage reaches."
-        return digest(root()/'nbs/pipeline'/f'{self.name}.ipynb', Path(cmid.__file__).parent)['all']
+        return digest(root() / "nbs/pipeline" / f"{self.name}.ipynb", Path(cmid.__file__).parent)["all"]
 
     def path(self, *parts) -> Path:
         "A path of the study."
         return self.root.joinpath(*parts)
 
     def __repr__(self):
-        shown = dict(stage=self.name) | self.identity | self.run.model_dump() | (self.settings.model_dump() if self.settings else {})
-        return '\n'.join(f'{k:28} {v}' for k, v in shown.items())
+        shown = (
+            dict(stage=self.name)
+            | self.identity
+            | self.run.model_dump()
+            | (self.settings.model_dump() if self.settings else {})
+        )
+        return "\n".join(f"{k:28} {v}" for k, v in shown.items())
 
-    def figure(self,
-        fig, # matplotlib Figure
-        name:str='figure', # of the file
-    ): # the figure, to be shown
+    def figure(
+        self,
+        fig,  # matplotlib Figure
+        name: str = "figure",  # of the file
+    ):  # the figure, to be shown
         "Save a figure beside the results, and show it."
-        fig.savefig(f := io.BytesIO(), format='png', dpi=110, metadata={'Software': None}); write_whole(self.results/f'{name}.png', f.getvalue()); return fig
+        fig.savefig(f := io.BytesIO(), format="png", dpi=110, metadata={"Software": None})
+        write_whole(self.results / f"{name}.png", f.getvalue())
+        return fig
 
-    def finish(self,
-        metrics:dict, # numbers that repeat
-        **facts, # further facts for run.json, such as images/s and data hashes
+    def finish(
+        self,
+        metrics: dict,  # numbers that repeat
+        **facts,  # further facts for run.json, such as images/s and data hashes
     ):
         "Write metrics.json and run.json, whole or not at all."
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == 'darwin' else 2**10)
-        record = dict(stage=self.name) | self.identity | dict(seconds=round(time.perf_counter() - self.begun, 1), peak_memory_mb=round(peak)) | facts
-        record |= provenance(self.device if 'torch' in sys.modules else None, self.root) | dict(run=self.run.model_dump(), parameters=self.settings.model_dump() if self.settings else {})
-        write_json(self.results/'metrics.json', metrics); write_json(self.results/'run.json', record)
-        print(f"{' '.join([self.name, *self.identity.values()])}: done in {record['seconds']:.0f} s, {record['peak_memory_mb']} MB at most")
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+        record = (
+            dict(stage=self.name)
+            | self.identity
+            | dict(seconds=round(time.perf_counter() - self.begun, 1), peak_memory_mb=round(peak))
+            | facts
+        )
+        record |= provenance(self.device if "torch" in sys.modules else None, self.root) | dict(
+            run=self.run.model_dump(), parameters=self.settings.model_dump() if self.settings else {}
+        )
+        write_json(self.results / "metrics.json", metrics)
+        write_json(self.results / "run.json", record)
+        print(
+            f"{' '.join([self.name, *self.identity.values()])}: done in {record['seconds']:.0f} s, {record['peak_memory_mb']} MB at most"
+        )
 
 # %% ../nbs/26_stage.ipynb #c1524af2
 def known_parameters(
-    notebook, # a stage's path
-) -> list: # names in its parameters cell
+    notebook,  # a stage's path
+) -> list:  # names in its parameters cell
     "What a stage can be told with -p. Raises `CmidError` where no cell is tagged `parameters`."
     import papermill
-    try: found = [k for k in papermill.inspect_notebook(str(notebook))]
-    except OSError: raise CmidError(f"{notebook}: no such stage{near(Path(notebook).stem, [o.stem for o in Path(notebook).parent.glob('*.ipynb')])}") from None
-    if not found: raise CmidError(f"{notebook}: no cell is tagged 'parameters'")
+
+    try:
+        found = [k for k in papermill.inspect_notebook(str(notebook))]
+    except OSError:
+        raise CmidError(
+            f"{notebook}: no such stage{near(Path(notebook).stem, [o.stem for o in Path(notebook).parent.glob('*.ipynb')])}"
+        ) from None
+    if not found:
+        raise CmidError(f"{notebook}: no cell is tagged 'parameters'")
     return found
 
 # %% ../nbs/26_stage.ipynb #8c2135dd
-MENDED = 'CmidError', 'Damaged', 'Unusable', 'FileNotFoundError', 'FileExistsError', 'PermissionError', 'NotADirectoryError', 'IsADirectoryError'  # errors of a notebook that end in one line
+MENDED = (
+    "CmidError",
+    "Damaged",
+    "Unusable",
+    "FileNotFoundError",
+    "FileExistsError",
+    "PermissionError",
+    "NotADirectoryError",
+    "IsADirectoryError",
+)  # errors of a notebook that end in one line
+
 
 def _one_line(e, name):
     "Raise, for what went wrong in a notebook, what `cli` says in one line; a fault of ours passes"
-    if e.ename in MENDED: raise CmidError(e.evalue) from None
-    if e.ename == 'OutOfMemoryError': raise CmidError(f"{name}: the memory of the GPU is full; lower {name}.batch in params.yaml, or end what else is on it") from None
-    if e.ename == 'KeyboardInterrupt': raise KeyboardInterrupt(e.evalue or f'{name}: stopped') from None
-    with writing(): raise OSError(e.evalue) if e.ename == 'OSError' else e
+    if e.ename in MENDED:
+        raise CmidError(e.evalue) from None
+    if e.ename == "OutOfMemoryError":
+        raise CmidError(
+            f"{name}: the memory of the GPU is full; lower {name}.batch in params.yaml, or end what else is on it"
+        ) from None
+    if e.ename == "KeyboardInterrupt":
+        raise KeyboardInterrupt(e.evalue or f"{name}: stopped") from None
+    with writing():
+        raise OSError(e.evalue) if e.ename == "OSError" else e
+
 
 def run_notebook(
-    notebook, # a stage's path
-    out, # where the executed copy goes
-    parameters:dict, # set in the copy, after the parameters cell
-    **hooks, # of nbclient, such as on_cell_execute
+    notebook,  # a stage's path
+    out,  # where the executed copy goes
+    parameters: dict,  # set in the copy, after the parameters cell
+    **hooks,  # of nbclient, such as on_cell_execute
 ):
     "Run a stage. Raises `CmidError` with its one line where the input was wrong, `KeyboardInterrupt` where it was stopped."
     import papermill
     from nbclient.exceptions import DeadKernelError
+
     known = known_parameters(notebook)
-    end = 'graceful' if parameters.get('smoke') else 'immediate'             # everything is on disk; only a temporary study is left to be removed, and a process with torch takes more than a second to end by itself
+    end = (
+        "graceful" if parameters.get("smoke") else "immediate"
+    )  # everything is on disk; only a temporary study is left to be removed, and a process with torch takes more than a second to end by itself
     for o in parameters:
-        if o not in known: raise CmidError(f"{notebook}: has no parameter {o!r}{near(o, known)}; known: {', '.join(known)}")
-    name = Path(notebook).stem; logging.getLogger('papermill').setLevel(logging.CRITICAL)   # what is wrong is said below, once
+        if o not in known:
+            raise CmidError(f"{notebook}: has no parameter {o!r}{near(o, known)}; known: {', '.join(known)}")
+    name = Path(notebook).stem
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # what is wrong is said below, once
     with writing(out):
         Path(out).parent.mkdir(parents=True, exist_ok=True)
-        try: papermill.execute_notebook(str(notebook), str(out), parameters, kernel_name='python3', progress_bar=False, log_output=True, stdout_file=sys.stdout, stderr_file=sys.stderr, cwd=str(Path.cwd()), extra_arguments=['--IPKernelApp.log_level=50'], shutdown_kernel=end, **hooks)
-        except papermill.PapermillExecutionError as e: _one_line(e, name)
-        except DeadKernelError: raise CmidError(f"{name}: its process was killed (out of memory?); run again, it goes on where it was") from None
-        except OSError: Path(out).unlink(missing_ok=True); raise # the copy was cut short
+        try:
+            papermill.execute_notebook(
+                str(notebook),
+                str(out),
+                parameters,
+                kernel_name="python3",
+                progress_bar=False,
+                log_output=True,
+                stdout_file=sys.stdout,
+                stderr_file=sys.stderr,
+                cwd=str(Path.cwd()),
+                extra_arguments=["--IPKernelApp.log_level=50"],
+                shutdown_kernel=end,
+                **hooks,
+            )
+        except papermill.PapermillExecutionError as e:
+            _one_line(e, name)
+        except DeadKernelError:
+            raise CmidError(
+                f"{name}: its process was killed (out of memory?); run again, it goes on where it was"
+            ) from None
+        except OSError:
+            Path(out).unlink(missing_ok=True)
+            raise  # the copy was cut short
 
 # %% ../nbs/26_stage.ipynb #fc30cca9
-class _Stopped(Exception): pass
+class _Stopped(Exception):
+    pass
+
 
 def _is_kernel(process):
-    try: return 'ipykernel_launcher' in ' '.join(process.cmdline())
-    except psutil.Error: return False # it has just ended
+    try:
+        return "ipykernel_launcher" in " ".join(process.cmdline())
+    except psutil.Error:
+        return False  # it has just ended
+
 
 class _Stop:
     "Takes the signals that end a run, and passes them on to the notebook's process"
-    def __init__(self): self.times, self.busy = 0, False
+
+    def __init__(self):
+        self.times, self.busy = 0, False
 
     def __call__(self, *_):
         self.times += 1
-        if self.times == 1: print("stopping (a training ends its step); press Ctrl-C again to kill", file=sys.stderr, flush=True)
+        if self.times == 1:
+            print("stopping (a training ends its step); press Ctrl-C again to kill", file=sys.stderr, flush=True)
         number = signal.SIGKILL if self.times > 1 else signal.SIGINT
-        if self.times > 1 or self.busy: [o.send_signal(number) for o in psutil.Process().children() if _is_kernel(o)]
+        if self.times > 1 or self.busy:
+            [o.send_signal(number) for o in psutil.Process().children() if _is_kernel(o)]
 
     def begin(self, **_):
-        if self.times: raise _Stopped()
+        if self.times:
+            raise _Stopped()
         self.busy = True
 
-    def end(self, **_): self.busy = False
+    def end(self, **_):
+        self.busy = False
+
 
 def _stoppable(run, name):
     "Call `run(on_cell_execute, on_cell_executed)` in a thread while this one takes the signals"
     stop, failed = _Stop(), []
+
     def work():
-        try: run(on_cell_execute=stop.begin, on_cell_executed=stop.end)
-        except BaseException as e: failed.append(e)
-    before = {o: signal.signal(o, stop) for o in (signal.SIGINT, signal.SIGTERM)}; thread = threading.Thread(target=work); thread.start()
+        try:
+            run(on_cell_execute=stop.begin, on_cell_executed=stop.end)
+        except BaseException as e:
+            failed.append(e)
+
+    before = {o: signal.signal(o, stop) for o in (signal.SIGINT, signal.SIGTERM)}
+    thread = threading.Thread(target=work)
+    thread.start()
     try:
-        while thread.is_alive(): thread.join(.2)
-    finally: [signal.signal(*o) for o in before.items()]
-    if failed: raise KeyboardInterrupt(f'{name}: stopped') if stop.times > 1 or isinstance(failed[0], _Stopped) else failed[0]
+        while thread.is_alive():
+            thread.join(0.2)
+    finally:
+        [signal.signal(*o) for o in before.items()]
+    if failed:
+        raise KeyboardInterrupt(f"{name}: stopped") if stop.times > 1 or isinstance(failed[0], _Stopped) else failed[0]
 
 # %% ../nbs/26_stage.ipynb #2228e47b
 @cli
 def cmid_stage():
     "Run one stage of the pipeline through papermill."
-    parser = argparse.ArgumentParser(prog='cmid_stage', description=cmid_stage.__doc__)
-    parser.add_argument('stage', help='name of a notebook in nbs/pipeline, such as pretrain')
-    parser.add_argument('-p', nargs=2, action='append', default=[], metavar=('NAME', 'VALUE'), dest='given', help='which cell of the study, such as -p dataset scenes; text; may be repeated')
-    parser.add_argument('--smoke', action='store_true', help='in a temporary folder, on generated imagery, in seconds')
-    a = parser.parse_args(); at = root(); os.chdir(at); os.environ.update(KEEP | os.environ)
+    parser = argparse.ArgumentParser(prog="cmid_stage", description=cmid_stage.__doc__)
+    parser.add_argument("stage", help="name of a notebook in nbs/pipeline, such as pretrain")
+    parser.add_argument(
+        "-p",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        dest="given",
+        help="which cell of the study, such as -p dataset scenes; text; may be repeated",
+    )
+    parser.add_argument("--smoke", action="store_true", help="in a temporary folder, on generated imagery, in seconds")
+    a = parser.parse_args()
+    at = root()
+    os.chdir(at)
+    os.environ.update(KEEP | os.environ)
     for k, n in Counter(k for k, _ in a.given).items():
-        if n > 1: raise CmidError(f"-p {k}: is given {n} times; give it once")
-    identity = '-'.join([plain_name(a.stage, 'stage'), *(plain_name(v, f'-p {k}') for k, v in a.given)])
+        if n > 1:
+            raise CmidError(f"-p {k}: is given {n} times; give it once")
+    identity = "-".join([plain_name(a.stage, "stage"), *(plain_name(v, f"-p {k}") for k, v in a.given)])
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        _stoppable(partial(run_notebook, Path('nbs/pipeline')/f'{a.stage}.ipynb', Path(tempfile.gettempdir() if a.smoke else 'reports')/f'{identity}.ipynb', {'smoke': a.smoke} | dict(a.given)), identity)
+        warnings.simplefilter("ignore")
+        _stoppable(
+            partial(
+                run_notebook,
+                Path("nbs/pipeline") / f"{a.stage}.ipynb",
+                Path(tempfile.gettempdir() if a.smoke else "reports") / f"{identity}.ipynb",
+                {"smoke": a.smoke} | dict(a.given),
+            ),
+            identity,
+        )

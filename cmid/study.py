@@ -10,148 +10,239 @@ import argparse, os, shutil, subprocess, sys
 from copy import deepcopy
 from pathlib import Path
 import yaml
-from .params import FORMATS, CmidError, Params, check_all, cli, load_yaml, merge, near, parse_yaml, plain_name, root, write_whole
+from .params import FORMATS, CmidError, Params, check_all, cli, load_yaml, merge, near, parse_yaml, plain_name, root, write_whole  # fmt: skip
 
 # %% ../nbs/27_study.ipynb #b4640c55
 def with_set(
-    values:dict, # parameters
-    assignment:str, # dotted.key=value, the value as YAML
-) -> dict: # new parameters
+    values: dict,  # parameters
+    assignment: str,  # dotted.key=value, the value as YAML
+) -> dict:  # new parameters
     "Set one parameter. Raises `CmidError` where the key is not there, or the text is no assignment."
-    key, eq, text = assignment.partition('=')
-    if not eq: raise CmidError(f"--set {assignment}: write KEY=VALUE, such as pretrain.epochs=20")
-    at, path = values, key.split('.')
+    key, eq, text = assignment.partition("=")
+    if not eq:
+        raise CmidError(f"--set {assignment}: write KEY=VALUE, such as pretrain.epochs=20")
+    at, path = values, key.split(".")
     for i, o in enumerate(path):
-        if not isinstance(at, dict) or o not in at: raise CmidError(f"--set {key}: {'.'.join(path[:i + 1])} is no parameter{near(o, at) if isinstance(at, dict) else ''}")
+        if not isinstance(at, dict) or o not in at:
+            raise CmidError(
+                f"--set {key}: {'.'.join(path[: i + 1])} is no parameter{near(o, at) if isinstance(at, dict) else ''}"
+            )
         at = at[o]
     over = parse_yaml(text, f"--set {key}")
-    for o in reversed(path): over = {o: over}
-    overlay = ((values.get('profiles') or {}).get(values.get('profile')) or {}).get(path[0])
-    hidden = isinstance(overlay, dict) and len(path) > 1 and path[1] in overlay                       # the profile speaks of it too, and would win
-    return merge(values, merge(over, {'profiles': {values['profile']: deepcopy(over)}}) if hidden else over)      # a copy: YAML would write an alias
+    for o in reversed(path):
+        over = {o: over}
+    overlay = ((values.get("profiles") or {}).get(values.get("profile")) or {}).get(path[0])
+    hidden = (
+        isinstance(overlay, dict) and len(path) > 1 and path[1] in overlay
+    )  # the profile speaks of it too, and would win
+    return merge(
+        values, merge(over, {"profiles": {values["profile"]: deepcopy(over)}}) if hidden else over
+    )  # a copy: YAML would write an alias
 
 # %% ../nbs/27_study.ipynb #f8d20c6b
-HOW = 'seeds', 'stages', 'models'
+HOW = "seeds", "stages", "models"
+
 
 def study_params(
-    base:dict, # the project's params.yaml
-    over:dict, # the study's
-    sets=(), # assignments, see `with_set`
-) -> dict: # what the study runs with
+    base: dict,  # the project's params.yaml
+    over: dict,  # the study's
+    sets=(),  # assignments, see `with_set`
+) -> dict:  # what the study runs with
     "The project's parameters with a study's laid over. A study that names `datasets` or `tasks` brings all of its labelled images: `tasks`, and which of them are run, are its own."
     values = merge(base, {k: v for k, v in over.items() if k not in HOW})
-    if 'datasets' in over: values['datasets'] = over['datasets']
-    if {'datasets', 'tasks'} & {*over}:
-        own = over.get('study') if isinstance(over.get('study'), dict) else {}; values['tasks'] = over.get('tasks', {})
-        if isinstance(study := values.get('study', {}), dict): values['study'] = study | {k: own.get(k, []) for k in FORMATS}   # what is none is refused by its check
-    for o in sets: values = with_set(values, o)
+    if "datasets" in over:
+        values["datasets"] = over["datasets"]
+    if {"datasets", "tasks"} & {*over}:
+        own = over.get("study") if isinstance(over.get("study"), dict) else {}
+        values["tasks"] = over.get("tasks", {})
+        if isinstance(study := values.get("study", {}), dict):
+            values["study"] = study | {k: own.get(k, []) for k in FORMATS}  # what is none is refused by its check
+    for o in sets:
+        values = with_set(values, o)
     return values
 
 # %% ../nbs/27_study.ipynb #de12149d
-OWN = 'dvc.lock', 'results'  # of a study: the project's stay out of it
+OWN = "dvc.lock", "results"  # of a study: the project's stay out of it
+
 
 def _git(work, *args):
     "What git says. Raises `CmidError` with the last line of what it complains of."
-    done = subprocess.run(['git', *args], cwd=work, capture_output=True, text=True)
-    if done.returncode: raise CmidError(f"{work}: git {args[0]}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}; a study runs in a clone of a commit")
+    done = subprocess.run(["git", *args], cwd=work, capture_output=True, text=True)
+    if done.returncode:
+        raise CmidError(
+            f"{work}: git {args[0]}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}; a study runs in a clone of a commit"
+        )
     return done.stdout.strip()
 
-def _remove(path): shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+def _remove(path):
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
 
 def _clone(at, work):
     "A clone of the commit that the project is at; a study's own results stay in it."
-    fresh = not (work/'.git').exists(); kept = work/'.git/kept'
-    if fresh: _git(at, 'clone', '--quiet', '--no-checkout', str(at), str(work))
+    fresh = not (work / ".git").exists()
+    kept = work / ".git/kept"
+    if fresh:
+        _git(at, "clone", "--quiet", "--no-checkout", str(at), str(work))
     kept.mkdir(exist_ok=True)
     for o in OWN:
-        if not fresh and (work/o).exists() and not (kept/o).exists(): (work/o).rename(kept/o)
-    _git(work, 'fetch', '--quiet', 'origin', 'HEAD'); _git(work, 'checkout', '--quiet', '--force', '--detach', 'FETCH_HEAD')
-    for o in (*OWN, 'data.dvc'): _remove(work/o)                                            # a study brings its own images
+        if not fresh and (work / o).exists() and not (kept / o).exists():
+            (work / o).rename(kept / o)
+    _git(work, "fetch", "--quiet", "origin", "HEAD")
+    _git(work, "checkout", "--quiet", "--force", "--detach", "FETCH_HEAD")
+    for o in (*OWN, "data.dvc"):
+        _remove(work / o)  # a study brings its own images
     for o in OWN:
-        if (kept/o).exists(): (kept/o).rename(work/o)
-    if _git(at, 'status', '--porcelain', '--', 'cmid', 'nbs', 'dvc.yaml'): print("note: changes that are not committed are not in a study")
+        if (kept / o).exists():
+            (kept / o).rename(work / o)
+    if _git(at, "status", "--porcelain", "--", "cmid", "nbs", "dvc.yaml"):
+        print("note: changes that are not committed are not in a study")
+
 
 def _anchored(values, at):
     "Folders that are relative are those of the project, where it has them"
-    for group, keys in dict(datasets=('folder', 'lists'), tasks=('folder',)).items():
+    for group, keys in dict(datasets=("folder", "lists"), tasks=("folder",)).items():
         held = values[group].values() if isinstance(values.get(group), dict) else ()
-        for o in (o for o in held if isinstance(o, dict)): o.update({k: str(at/o[k]) for k in keys if isinstance(o.get(k), str) and (at/o[k]).exists()})
+        for o in (o for o in held if isinstance(o, dict)):
+            o.update({k: str(at / o[k]) for k in keys if isinstance(o.get(k), str) and (at / o[k]).exists()})
     return values
+
 
 def _check_folders(p, own):
     "The folders of every dataset, unless none is read, and of every task must be there before anything is run."
-    for name in () if 'models' in own else p.values.get('datasets') or {}:
+    for name in () if "models" in own else p.values.get("datasets") or {}:
         d = p.dataset(name)
-        for k in ('folder', 'lists'):
-            if not p.path(getattr(d, k)).is_dir(): raise CmidError(f"datasets.{name}.{k}: {getattr(d, k)} is no folder; name it with --set datasets.{name}.{k}=/where/it/is")
-    for name in p.values.get('tasks') or {}:
-        if not p.path(folder := p.task(name).folder).is_dir(): raise CmidError(f"tasks.{name}.folder: {folder} is no folder; name it with --set tasks.{name}.folder=/where/it/is")
+        for k in ("folder", "lists"):
+            if not p.path(getattr(d, k)).is_dir():
+                raise CmidError(
+                    f"datasets.{name}.{k}: {getattr(d, k)} is no folder; name it with --set datasets.{name}.{k}=/where/it/is"
+                )
+    for name in p.values.get("tasks") or {}:
+        if not p.path(folder := p.task(name).folder).is_dir():
+            raise CmidError(
+                f"tasks.{name}.folder: {folder} is no folder; name it with --set tasks.{name}.folder=/where/it/is"
+            )
+
 
 def _borrow(at, work, own, inits):
     "Backbones of another study, copied"
     for o in inits:
-        there = at/'.studies'/plain_name(own['models'], 'models')/'models'/o
-        if not (there/'card.json').is_file(): raise CmidError(f"models: {there.relative_to(at)} is not there; run cmid_study studies/{own['models']} first")
-        if (work/'models'/o).exists(): shutil.rmtree(work/'models'/o)
-        shutil.copytree(there, work/'models'/o)
+        there = at / ".studies" / plain_name(own["models"], "models") / "models" / o
+        if not (there / "card.json").is_file():
+            raise CmidError(
+                f"models: {there.relative_to(at)} is not there; run cmid_study studies/{own['models']} first"
+            )
+        if (work / "models" / o).exists():
+            shutil.rmtree(work / "models" / o)
+        shutil.copytree(there, work / "models" / o)
 
 # %% ../nbs/27_study.ipynb #43fe181b
 def bring_back(
-    work, # the clone
-    to, # studies/<name>, or a folder in it for one seed
+    work,  # the clone
+    to,  # studies/<name>, or a folder in it for one seed
 ):
     "Results (JSON only) take the place of those in the study's folder, all at once; a run that scored nothing leaves those that are there."
-    made, (now, new, old) = Path(work)/'results', (Path(to)/o for o in ('results', '.results.part', '.results.replaced'))
-    if old.exists() and not now.exists(): old.rename(now)                                     # an earlier one was stopped between the two renames
-    files = [o for o in sorted(made.rglob('*.json')) if 'curves' not in o.relative_to(made).parts]
-    if not any(o.name == 'metrics.json' for o in files): return
-    _remove(new); _remove(old)
-    for o in files: write_whole(new/o.relative_to(made), o.read_text(encoding='utf-8'))
-    if now.exists(): now.rename(old)
-    new.rename(now); _remove(old)
+    made, (now, new, old) = (
+        Path(work) / "results",
+        (Path(to) / o for o in ("results", ".results.part", ".results.replaced")),
+    )
+    if old.exists() and not now.exists():
+        old.rename(now)  # an earlier one was stopped between the two renames
+    files = [o for o in sorted(made.rglob("*.json")) if "curves" not in o.relative_to(made).parts]
+    if not any(o.name == "metrics.json" for o in files):
+        return
+    _remove(new)
+    _remove(old)
+    for o in files:
+        write_whole(new / o.relative_to(made), o.read_text(encoding="utf-8"))
+    if now.exists():
+        now.rename(old)
+    new.rename(now)
+    _remove(old)
 
 # %% ../nbs/27_study.ipynb #91e6836c
 def run_study(
-    folder, # studies/<name>
-    sets=(), # assignments, see `with_set`
-    command=('dvc', 'repro'), # what runs the pipeline
-) -> Path: # where it ran (the last seed)
+    folder,  # studies/<name>
+    sets=(),  # assignments, see `with_set`
+    command=("dvc", "repro"),  # what runs the pipeline
+) -> Path:  # where it ran (the last seed)
     "Run a study in a clone of the repository, or in one a seed, and bring its results back."
     at, folder = root(), Path(folder).resolve()
-    if not (folder/'params.yaml').is_file(): raise CmidError(f"{folder}: holds no params.yaml; known: {', '.join(o.parent.name for o in at.glob('studies/*/params.yaml')) or 'none'}")
-    own = load_yaml(folder/'params.yaml'); seeds = own.get('seeds')
-    if seeds is not None and not (isinstance(seeds, list) and seeds and all(type(o) is int for o in seeds)): raise CmidError(f"{folder/'params.yaml'}: seeds: must be a list of whole numbers (got {seeds!r})")
-    runs = [(folder.name, folder, sets)] if seeds is None else [(f'{folder.name}-seed-{o}', folder/f'seed-{o}', [*sets, f'seed={o}']) for o in seeds]
-    for name, to, told in runs: work = _run(at, at/'.studies'/name, own, told, to, [*command, *_targets(own, folder)])
+    if not (folder / "params.yaml").is_file():
+        raise CmidError(
+            f"{folder}: holds no params.yaml; known: {', '.join(o.parent.name for o in at.glob('studies/*/params.yaml')) or 'none'}"
+        )
+    own = load_yaml(folder / "params.yaml")
+    seeds = own.get("seeds")
+    if seeds is not None and not (isinstance(seeds, list) and seeds and all(type(o) is int for o in seeds)):
+        raise CmidError(f"{folder / 'params.yaml'}: seeds: must be a list of whole numbers (got {seeds!r})")
+    runs = (
+        [(folder.name, folder, sets)]
+        if seeds is None
+        else [(f"{folder.name}-seed-{o}", folder / f"seed-{o}", [*sets, f"seed={o}"]) for o in seeds]
+    )
+    for name, to, told in runs:
+        work = _run(at, at / ".studies" / name, own, told, to, [*command, *_targets(own, folder)])
     return work
+
 
 def _targets(own, folder):
     "Stages that a study names"
-    known, named = load_yaml(root()/'dvc.yaml')['stages'] if (root()/'dvc.yaml').exists() else {}, own.get('stages', [])
-    if not isinstance(named, list): raise CmidError(f"{folder/'params.yaml'}: stages: must be a list of stages (got {named!r})")
+    known, named = (
+        load_yaml(root() / "dvc.yaml")["stages"] if (root() / "dvc.yaml").exists() else {},
+        own.get("stages", []),
+    )
+    if not isinstance(named, list):
+        raise CmidError(f"{folder / 'params.yaml'}: stages: must be a list of stages (got {named!r})")
     for o in named:
-        if o not in known: raise CmidError(f"{folder/'params.yaml'}: stages: {o!r} is none of dvc.yaml's{near(o, known)}")
-    if 'models' in own and not named: raise CmidError(f"{folder/'params.yaml'}: models: names a study whose backbones are taken; name the stages to run with them too (stages: [labels, segment])")
-    return ['--single-item', 'digest', *named] if 'models' in own else named
+        if o not in known:
+            raise CmidError(f"{folder / 'params.yaml'}: stages: {o!r} is none of dvc.yaml's{near(o, known)}")
+    if "models" in own and not named:
+        raise CmidError(
+            f"{folder / 'params.yaml'}: models: names a study whose backbones are taken; name the stages to run with them too (stages: [labels, segment])"
+        )
+    return ["--single-item", "digest", *named] if "models" in own else named
+
 
 def _run(at, work, own, sets, to, command):
     "One run of a study: clone, parameters, pipeline, results"
-    _clone(at, work); values = study_params(load_yaml(work/'params.yaml'), own, sets)
-    write_whole(work/'params.yaml', yaml.safe_dump(_anchored(values, at), sort_keys=False)); _check_folders(p := check_all(Params(work)), own)
-    if 'models' in own: _borrow(at, work, own, p.study.inits)
-    env = os.environ | dict(PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get('PATH', '')]), PYTHONPATH=str(work), CMID_ROOT=str(work))
-    try: subprocess.run([*command], cwd=work, env=env, check=True)
-    except subprocess.CalledProcessError as e: raise CmidError(f"{' '.join(command)} ended with status {e.returncode} in {work}; what went wrong stands above; run again, it goes on where it was") from None
-    finally: bring_back(work, to)
+    _clone(at, work)
+    values = study_params(load_yaml(work / "params.yaml"), own, sets)
+    write_whole(work / "params.yaml", yaml.safe_dump(_anchored(values, at), sort_keys=False))
+    _check_folders(p := check_all(Params(work)), own)
+    if "models" in own:
+        _borrow(at, work, own, p.study.inits)
+    env = os.environ | dict(
+        PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+        PYTHONPATH=str(work),
+        CMID_ROOT=str(work),
+    )
+    try:
+        subprocess.run([*command], cwd=work, env=env, check=True)
+    except subprocess.CalledProcessError as e:
+        raise CmidError(
+            f"{' '.join(command)} ended with status {e.returncode} in {work}; what went wrong stands above; run again, it goes on where it was"
+        ) from None
+    finally:
+        bring_back(work, to)
     return work
 
 # %% ../nbs/27_study.ipynb #6dbdc30a
 @cli
 def cmid_study():
     "Run a study of studies/ on your own images and bring its results back."
-    parser = argparse.ArgumentParser(prog='cmid_study', description=cmid_study.__doc__)
-    parser.add_argument('folder', help='the study, such as studies/aid')
-    parser.add_argument('--set', action='append', default=[], metavar='KEY=VALUE', help='a parameter, such as datasets.aid.folder=/images; may be repeated')
-    a = parser.parse_args(); work = run_study(a.folder, a.set)
+    parser = argparse.ArgumentParser(prog="cmid_study", description=cmid_study.__doc__)
+    parser.add_argument("folder", help="the study, such as studies/aid")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a parameter, such as datasets.aid.folder=/images; may be repeated",
+    )
+    a = parser.parse_args()
+    work = run_study(a.folder, a.set)
     print(f"results: {a.folder}\nfigures: {work}/results")
-    if (report := work/'reports/report.html').is_file(): print(f"report:  {report}")
+    if (report := work / "reports/report.html").is_file():
+        print(f"report:  {report}")

@@ -14,30 +14,31 @@ from torch import nn
 
 # %% ../nbs/15_teacher.ipynb #3f0be799
 def momentum_at(
-    step:int, # optimiser steps done
-    steps:int, # optimiser steps of the whole run
-    start:float=.996, # momentum at step 0
-    end:float=1., # momentum from the last step on
-) -> float: # share of the teacher that stays
+    step: int,  # optimiser steps done
+    steps: int,  # optimiser steps of the whole run
+    start: float = 0.996,  # momentum at step 0
+    end: float = 1.0,  # momentum from the last step on
+) -> float:  # share of the teacher that stays
     "Half a cosine from `start` to `end` (BYOL, arXiv 2006.07733)"
     return end - (end - start) * (1 + cos(pi * min(step / steps, 1))) / 2
 
 # %% ../nbs/15_teacher.ipynb #fc2e7890
 def copy_of(
-    student:nn.Module, # any module
-) -> nn.Module: # the same values in a module of its own, no parameter of which wants a gradient
+    student: nn.Module,  # any module
+) -> nn.Module:  # the same values in a module of its own, no parameter of which wants a gradient
     "A teacher that starts where the student is"
     return deepcopy(student).requires_grad_(False)
 
 # %% ../nbs/15_teacher.ipynb #32d5d945
 @torch.no_grad()
 def update(
-    teacher:nn.Module, # changed in place
-    student:nn.Module, # has every parameter that `teacher` has, by name
-    momentum:float, # share of the teacher that stays, see `momentum_at`
-    excluding:tuple=(), # last parts of the names of parameters that stay as they are: `('mask_token',)`
+    teacher: nn.Module,  # changed in place
+    student: nn.Module,  # has every parameter that `teacher` has, by name
+    momentum: float,  # share of the teacher that stays, see `momentum_at`
+    excluding: tuple = (),  # last parts of the names of parameters that stay as they are: `('mask_token',)`
 ):
     "Average the student's parameters into the teacher's, by name; buffers stay. `KeyError` names one that the student lacks"
     source = dict(student.named_parameters())
-    pairs = [(p, source[name]) for name, p in teacher.named_parameters() if name.split('.')[-1] not in excluding]
-    if pairs: torch._foreach_lerp_(*map(list, zip(*pairs)), 1 - momentum)
+    pairs = [(p, source[name]) for name, p in teacher.named_parameters() if name.split(".")[-1] not in excluding]
+    if pairs:
+        torch._foreach_lerp_(*map(list, zip(*pairs)), 1 - momentum)

@@ -18,63 +18,117 @@ from .processes import followed, joined, launch, own_device, rank
 
 # %% ../nbs/28_train.ipynb #f73af205
 def study_learner(
-    p:Params, # of the study
-    method:str, backbone:str, # cmid | byol; timm name
-    on, # torch.device
-    code:str, # digest of the code that trains
-    say=print, # takes a line
-): # fastai Learner, ready for `pretrain.run`
+    p: Params,  # of the study
+    method: str,
+    backbone: str,  # cmid | byol; timm name
+    on,  # torch.device
+    code: str,  # digest of the code that trains
+    say=print,  # takes a line
+):  # fastai Learner, ready for `pretrain.run`
     "The learner of one cell of a study. Raises `CmidError` naming the key or folder that is wrong."
     settings, health = p.pretrain, p.health
-    prepared, labelled = (Prepared(p.path('prepared')/o) for o in (settings.dataset, health.labelled))
+    prepared, labelled = (Prepared(p.path("prepared") / o) for o in (settings.dataset, health.labelled))
     index = corpus(prepared, settings.split)
-    if isinstance(index, Mix) and rank() == 0 and 'CMID_LAUNCHER' not in os.environ: say("an epoch mixes " + ', '.join(f'{n:,} of {k}' for k, n in zip(settings.split, shares((settings.epoch_images or len(index)) // settings.batch * settings.batch, index.weights))))
-    return learner(prepared, index, settings, backbone, method, p.run.seed, on, p.path('checkpoints')/f'{method}-{backbone}', prepared.hash, code, provenance(folder=p.root)['commit'], say, health, labelled)
+    if isinstance(index, Mix) and rank() == 0 and "CMID_LAUNCHER" not in os.environ:
+        say(
+            "an epoch mixes "
+            + ", ".join(
+                f"{n:,} of {k}"
+                for k, n in zip(
+                    settings.split,
+                    shares((settings.epoch_images or len(index)) // settings.batch * settings.batch, index.weights),
+                )
+            )
+        )
+    return learner(
+        prepared,
+        index,
+        settings,
+        backbone,
+        method,
+        p.run.seed,
+        on,
+        p.path("checkpoints") / f"{method}-{backbone}",
+        prepared.hash,
+        code,
+        provenance(folder=p.root)["commit"],
+        say,
+        health,
+        labelled,
+    )
 
 # %% ../nbs/28_train.ipynb #608c4df1
-def trained_by() -> str: # hexadecimal
+def trained_by() -> str:  # hexadecimal
     "Digest of the code that the stage pretrain reaches."
-    return digest(root()/'nbs/pipeline/pretrain.ipynb', Path(cmid.__file__).parent)['all']
+    return digest(root() / "nbs/pipeline/pretrain.ipynb", Path(cmid.__file__).parent)["all"]
+
 
 def _after_the_first():
     "An error that all processes meet is said by the first, which ends the others"
-    if int(os.environ.get('RANK', 0)): time.sleep(10)
+    if int(os.environ.get("RANK", 0)):
+        time.sleep(10)
+
 
 def pretrain_study(
-    method:str, backbone:str, # cmid | byol; timm name
-    code:str='', # digest of the code that trains; empty: found out
+    method: str,
+    backbone: str,  # cmid | byol; timm name
+    code: str = "",  # digest of the code that trains; empty: found out
 ):
     "Pretrain one cell of the study to its last checkpoint, alone or as one of the processes that torchrun started. Raises `CmidError` naming the key that is wrong."
-    p = check_all(Params(root())); seed_everything(p.run.seed, p.run.deterministic); on = own_device(p.run.device)
+    p = check_all(Params(root()))
+    seed_everything(p.run.seed, p.run.deterministic)
+    on = own_device(p.run.device)
     with joined(on):
         learn = run(study_learner(p, method, backbone, on, code or trained_by()))
         learn.journal.say(f"trained to step {learn.cmid.done}: {learn.checkpoints.folder}")
 
+
 @cli
 def cmid_pretrain():
     "Pretrain one backbone of the study to its last checkpoint; under torchrun, together with the other processes. The stage pretrain then finds it, and draws."
-    parser = argparse.ArgumentParser(prog='cmid_pretrain', description=cmid_pretrain.__doc__)
-    parser.add_argument('method', choices=['cmid', 'byol']); parser.add_argument('backbone', help='timm name, such as resnet50')
-    parser.add_argument('--code', default='', help='digest of the code that trains; found out if not given')
-    a = parser.parse_args(); followed(); warnings.filterwarnings('ignore', category=FutureWarning)
-    try: pretrain_study(a.method, a.backbone, a.code)
-    except (CmidError, OSError): _after_the_first(); raise
+    parser = argparse.ArgumentParser(prog="cmid_pretrain", description=cmid_pretrain.__doc__)
+    parser.add_argument("method", choices=["cmid", "byol"])
+    parser.add_argument("backbone", help="timm name, such as resnet50")
+    parser.add_argument("--code", default="", help="digest of the code that trains; found out if not given")
+    a = parser.parse_args()
+    followed()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        pretrain_study(a.method, a.backbone, a.code)
+    except (CmidError, OSError):
+        _after_the_first()
+        raise
 
 # %% ../nbs/28_train.ipynb #f97b7693
 def train_study(
-    learn, # of `study_learner`
-    curves=None, # folder for DVCLive
-    say=print, # takes a line
-): # the same, trained
+    learn,  # of `study_learner`
+    curves=None,  # folder for DVCLive
+    say=print,  # takes a line
+):  # the same, trained
     "Train as `pretrain.processes` says: here, or in processes of their own whose last checkpoint is then loaded."
     n, k = learn.cmid.settings.processes, learn.checkpoints
     if n > 1 and not _finished(learn):
-        learn.model.cpu()                                                          # its GPU belongs to the first process
-        launch(n, ['-c', 'from cmid.train import cmid_pretrain; cmid_pretrain()', k.parameters['variant'], k.parameters['backbone'], '--code', k.parameters['code']], 'cmid_pretrain', say, CMID_ROOT=str(k.folder.parent.parent.parent))
-        if not _finished(learn): raise CmidError(f"{k.folder}: the {n} processes left no last checkpoint; what went wrong stands above")
+        learn.model.cpu()  # its GPU belongs to the first process
+        launch(
+            n,
+            [
+                "-c",
+                "from cmid.train import cmid_pretrain; cmid_pretrain()",
+                k.parameters["variant"],
+                k.parameters["backbone"],
+                "--code",
+                k.parameters["code"],
+            ],
+            "cmid_pretrain",
+            say,
+            CMID_ROOT=str(k.folder.parent.parent.parent),
+        )
+        if not _finished(learn):
+            raise CmidError(f"{k.folder}: the {n} processes left no last checkpoint; what went wrong stands above")
         learn.model.to(learn.cmid.on)
     return run(learn, curves=curves)
 
+
 def _finished(learn):
     "Is the run's last checkpoint there?"
-    return (learn.checkpoints.folder/f'step-{len(learn.dls.train) * learn.cmid.settings.epochs:09d}.ckpt').exists()
+    return (learn.checkpoints.folder / f"step-{len(learn.dls.train) * learn.cmid.settings.epochs:09d}.ckpt").exists()

@@ -15,16 +15,17 @@ from .params import CmidError
 
 # %% ../nbs/04_views.ipynb #a729d49b
 def random_boxes(
-    batch:int, # B
-    size:tuple, # (H, W) of the source images, px
-    scale:tuple=(.3, 1.), # share of the area
-    aspect:tuple=(3/4, 4/3), # width / height
-    generator:torch.Generator|None=None, # on `device`
-    device=None, # where to draw
-    tries:int=10, # candidates an image
-) -> torch.Tensor: # float (B, 4): top, left, height, width, whole pixels
+    batch: int,  # B
+    size: tuple,  # (H, W) of the source images, px
+    scale: tuple = (0.3, 1.0),  # share of the area
+    aspect: tuple = (3 / 4, 4 / 3),  # width / height
+    generator: torch.Generator | None = None,  # on `device`
+    device=None,  # where to draw
+    tries: int = 10,  # candidates an image
+) -> torch.Tensor:  # float (B, 4): top, left, height, width, whole pixels
     "Boxes of random area and aspect inside the image (section III-A)."
-    H, W = size; u = torch.rand(4, batch, tries, generator=generator, device=device)
+    H, W = size
+    u = torch.rand(4, batch, tries, generator=generator, device=device)
     area = H * W * (scale[0] + (scale[1] - scale[0]) * u[0])
     ratio = torch.exp(math.log(aspect[0]) + math.log(aspect[1] / aspect[0]) * u[1])
     w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
@@ -35,6 +36,7 @@ def random_boxes(
     central = torch.stack([torch.full_like(box[:, 0], o) for o in _central(H, W, aspect)], 1)
     return torch.where(fits.any(1, keepdim=True), box, central)
 
+
 def _central(H, W, aspect):
     "The largest central box whose aspect is allowed: where no candidate fits."
     h, w = (H, min(W, round(H * aspect[1]))) if W / H > aspect[1] else (min(H, round(W / aspect[0])), W)
@@ -42,44 +44,46 @@ def _central(H, W, aspect):
 
 # %% ../nbs/04_views.ipynb #0d0326cf
 def cubic(
-    d:torch.Tensor, # distances, px
-) -> torch.Tensor: # weights
+    d: torch.Tensor,  # distances, px
+) -> torch.Tensor:  # weights
     "Keys' cubic kernel with a = -1/2."
     d = d.abs()
-    return torch.where(d <= 1, (1.5 * d - 2.5) * d * d + 1, torch.where(d < 2, ((-.5 * d + 2.5) * d - 4) * d + 2, torch.zeros_like(d)))
+    return torch.where(
+        d <= 1, (1.5 * d - 2.5) * d * d + 1, torch.where(d < 2, ((-0.5 * d + 2.5) * d - 4) * d + 2, torch.zeros_like(d))
+    )
 
 # %% ../nbs/04_views.ipynb #fb8fb59f
 def crop_matrix(
-    start:torch.Tensor, # (B,) first pixel of the crop
-    length:torch.Tensor, # (B,) pixels of the crop
-    source:int, # pixels of the source axis
-    out:int, # pixels of the output axis
-) -> torch.Tensor: # float (B, out, source)
+    start: torch.Tensor,  # (B,) first pixel of the crop
+    length: torch.Tensor,  # (B,) pixels of the crop
+    source: int,  # pixels of the source axis
+    out: int,  # pixels of the output axis
+) -> torch.Tensor:  # float (B, out, source)
     "Rows of bicubic weights that cut [start, start + length) and resize it to `out`."
-    at = (torch.arange(out, device=start.device) + .5) * (length / out)[:, None] - .5        # (B, out), px within the crop
+    at = (torch.arange(out, device=start.device) + 0.5) * (length / out)[:, None] - 0.5  # (B, out), px within the crop
     base = at.floor()
     m = torch.zeros(len(start), out, source, device=start.device)
     for k in (-1, 0, 1, 2):
-        tap = torch.minimum((base + k).clamp_min(0), length[:, None] - 1)                     # the crop's border repeats
+        tap = torch.minimum((base + k).clamp_min(0), length[:, None] - 1)  # the crop's border repeats
         m.scatter_add_(2, (start[:, None] + tap).long()[..., None], cubic(at - base - k)[..., None])
     return m
 
 # %% ../nbs/04_views.ipynb #82bed30c
 def resample(
-    images:torch.Tensor, # float (B, C, H, W)
-    rows:torch.Tensor, # (B, H', H)
-    cols:torch.Tensor, # (B, W', W)
-) -> torch.Tensor: # (B, C, H', W')
+    images: torch.Tensor,  # float (B, C, H, W)
+    rows: torch.Tensor,  # (B, H', H)
+    cols: torch.Tensor,  # (B, W', W)
+) -> torch.Tensor:  # (B, C, H', W')
     "One linear filter along the rows and one along the columns of each image."
     return rows[:, None] @ images @ cols.mT[:, None]
 
 # %% ../nbs/04_views.ipynb #9d8d5c1d
 def crop(
-    images:torch.Tensor, # float (B, C, H, W)
-    boxes:torch.Tensor, # (B, 4) top, left, height, width, px
-    flipped:torch.Tensor, # bool (B,): mirror left and right
-    size:tuple|None=None, # (H', W'); None keeps (H, W)
-) -> torch.Tensor: # (B, C, H', W')
+    images: torch.Tensor,  # float (B, C, H, W)
+    boxes: torch.Tensor,  # (B, 4) top, left, height, width, px
+    flipped: torch.Tensor,  # bool (B,): mirror left and right
+    size: tuple | None = None,  # (H', W'); None keeps (H, W)
+) -> torch.Tensor:  # (B, C, H', W')
     "Cut a box from each image, resize it (bicubic) and flip it (section III-A)."
     (H, W), (top, left, h, w) = images.shape[-2:], boxes.T
     rows, cols = crop_matrix(top, h, H, (size or (H, W))[0]), crop_matrix(left, w, W, (size or (H, W))[1])
@@ -87,156 +91,194 @@ def crop(
 
 # %% ../nbs/04_views.ipynb #91b8df9e
 def cell_centres(
-    boxes:torch.Tensor, # (B, 4) top, left, height, width in source pixels
-    flipped:torch.Tensor, # bool (B,)
-    n:int|tuple, # cells a side, or (rows, columns)
-) -> torch.Tensor: # float (B, rows * columns, 2) as (y, x), row-major
+    boxes: torch.Tensor,  # (B, 4) top, left, height, width in source pixels
+    flipped: torch.Tensor,  # bool (B,)
+    n: int | tuple,  # cells a side, or (rows, columns)
+) -> torch.Tensor:  # float (B, rows * columns, 2) as (y, x), row-major
     "Centres of a view's cells in the pixels of the source image (section III-A)."
     (r, c), (top, left, h, w) = (n, n) if isinstance(n, int) else n, boxes[..., None].unbind(1)
-    i, j = ((torch.arange(k, device=boxes.device, dtype=boxes.dtype) + .5) / k for k in (r, c))
+    i, j = ((torch.arange(k, device=boxes.device, dtype=boxes.dtype) + 0.5) / k for k in (r, c))
     y, x = top + i * h, left + torch.where(flipped[:, None], j.flip(0), j) * w
     return torch.stack([y[:, :, None].expand(-1, r, c), x[:, None, :].expand(-1, r, c)], -1).flatten(1, 2)
 
 # %% ../nbs/04_views.ipynb #bc115cc8
 def published_centres(
-    boxes:torch.Tensor, # (B, 4) top, left, height, width in source pixels
-    flipped:torch.Tensor, # bool (B,)
-    n:int|tuple, # cells a side, or (rows, columns)
-    size:tuple, # (H, W) of the source, px
-) -> torch.Tensor: # float (B, rows * columns, 2)
+    boxes: torch.Tensor,  # (B, 4) top, left, height, width in source pixels
+    flipped: torch.Tensor,  # bool (B,)
+    n: int | tuple,  # cells a side, or (rows, columns)
+    size: tuple,  # (H, W) of the source, px
+) -> torch.Tensor:  # float (B, rows * columns, 2)
     "Cell centres as the authors' release computes them: starts as fractions, sizes in pixels."
     top, left, h, w = boxes.unbind(1)
     return cell_centres(torch.stack([top / size[0], left / size[1], h, w], 1), flipped, n)
 
 # %% ../nbs/04_views.ipynb #312e3853
 def blend(
-    a:torch.Tensor, # (B, C, H, W)
-    b:torch.Tensor|float, # what a factor of 0 gives
-    factor:torch.Tensor, # (B,): 1 keeps a
-) -> torch.Tensor: # (B, C, H, W) in [0, 1]
+    a: torch.Tensor,  # (B, C, H, W)
+    b: torch.Tensor | float,  # what a factor of 0 gives
+    factor: torch.Tensor,  # (B,): 1 keeps a
+) -> torch.Tensor:  # (B, C, H, W) in [0, 1]
     "Move between two images, or beyond the first."
     f = factor.view(-1, 1, 1, 1)
     return (a * f + b * (1 - f)).clamp(0, 1)
 
+
 def grey(
-    x:torch.Tensor, # (B, 3, H, W)
-) -> torch.Tensor: # (B, 1, H, W)
+    x: torch.Tensor,  # (B, 3, H, W)
+) -> torch.Tensor:  # (B, 1, H, W)
     "Luma of RGB (ITU-R BT.601)."
-    return .299 * x[:, :1] + .587 * x[:, 1:2] + .114 * x[:, 2:]
+    return 0.299 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
 
 # %% ../nbs/04_views.ipynb #45a3b9ae
 def shift_hue(
-    x:torch.Tensor, # (B, 3, H, W) in [0, 1]
-    turn:torch.Tensor, # (B,), share of the colour circle
-) -> torch.Tensor: # (B, 3, H, W)
+    x: torch.Tensor,  # (B, 3, H, W) in [0, 1]
+    turn: torch.Tensor,  # (B,), share of the colour circle
+) -> torch.Tensor:  # (B, 3, H, W)
     "Turn the hue, keeping HSV's value and saturation."
-    v, s = x.amax(1, keepdim=True), x.amax(1, keepdim=True) - x.amin(1, keepdim=True)      # value, chroma
-    r, g, b = x.split(1, 1); d = s.clamp_min(1e-8)
+    v, s = x.amax(1, keepdim=True), x.amax(1, keepdim=True) - x.amin(1, keepdim=True)  # value, chroma
+    r, g, b = x.split(1, 1)
+    d = s.clamp_min(1e-8)
     hue = torch.where(v == r, (g - b) / d, torch.where(v == g, 2 + (b - r) / d, 4 + (r - g) / d))
     k = torch.cat([hue + o for o in (5, 3, 1)], 1).add_(6 * turn.view(-1, 1, 1, 1)).remainder_(6)
     return v - s * torch.minimum(k, 4 - k).clamp(0, 1)
 
 # %% ../nbs/04_views.ipynb #9ed09284
 def jitter(
-    x:torch.Tensor, # (B, C, H, W) in [0, 1]
-    brightness:torch.Tensor, # (B,) factors, 1 keeps
-    contrast:torch.Tensor, # (B,) factors, 1 keeps
-    saturation:torch.Tensor, # (B,) factors, 1 keeps; RGB only
-    hue:torch.Tensor, # (B,) shares of the circle, 0 keeps; RGB only
-    order=(0, 1, 2, 3), # in which the four are applied
-) -> torch.Tensor: # (B, C, H, W)
+    x: torch.Tensor,  # (B, C, H, W) in [0, 1]
+    brightness: torch.Tensor,  # (B,) factors, 1 keeps
+    contrast: torch.Tensor,  # (B,) factors, 1 keeps
+    saturation: torch.Tensor,  # (B,) factors, 1 keeps; RGB only
+    hue: torch.Tensor,  # (B,) shares of the circle, 0 keeps; RGB only
+    order=(0, 1, 2, 3),  # in which the four are applied
+) -> torch.Tensor:  # (B, C, H, W)
     "Brightness, contrast, saturation and hue, each image by its own amount."
     rgb = x.shape[1] == 3
-    steps = (lambda o: blend(o, 0., brightness),
-             lambda o: blend(o, (grey(o) if rgb else o).mean((2, 3) if rgb else (1, 2, 3), keepdim=True), contrast),
-             lambda o: blend(o, grey(o), saturation) if rgb else o,
-             lambda o: shift_hue(o, hue) if rgb else o)
-    for k in order: x = steps[k](x)
+    steps = (
+        lambda o: blend(o, 0.0, brightness),
+        lambda o: blend(o, (grey(o) if rgb else o).mean((2, 3) if rgb else (1, 2, 3), keepdim=True), contrast),
+        lambda o: blend(o, grey(o), saturation) if rgb else o,
+        lambda o: shift_hue(o, hue) if rgb else o,
+    )
+    for k in order:
+        x = steps[k](x)
     return x
 
 # %% ../nbs/04_views.ipynb #7fd68920
 def blur_matrix(
-    sigma:torch.Tensor, # (B,) px
-    radius:torch.Tensor, # (B,) 1, 2 or 3: kernel 3, 5 or 7
-    size:int, # pixels of the axis
-) -> torch.Tensor: # (B, size, size)
+    sigma: torch.Tensor,  # (B,) px
+    radius: torch.Tensor,  # (B,) 1, 2 or 3: kernel 3, 5 or 7
+    size: int,  # pixels of the axis
+) -> torch.Tensor:  # (B, size, size)
     "Rows of Gaussian weights with mirrored borders."
     offsets = torch.arange(-3, 4, device=sigma.device)
-    w = torch.exp(-.5 * (offsets / sigma[:, None])**2) * (offsets.abs() <= radius[:, None])
+    w = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2) * (offsets.abs() <= radius[:, None])
     at = (torch.arange(size, device=sigma.device)[:, None] + offsets).abs()
-    at = torch.where(at >= size, 2 * (size - 1) - at, at)                                    # mirrored about the border pixel
+    at = torch.where(at >= size, 2 * (size - 1) - at, at)  # mirrored about the border pixel
     m = torch.zeros(len(sigma), size, size, device=sigma.device)
     return m.scatter_add_(2, at.expand(len(sigma), -1, -1), (w / w.sum(1, keepdim=True))[:, None].expand(-1, size, -1))
 
 # %% ../nbs/04_views.ipynb #59971144
-def _uniform(g, B, low, high, device): return low + (high - low) * torch.rand(B, generator=g, device=device)
+def _uniform(g, B, low, high, device):
+    return low + (high - low) * torch.rand(B, generator=g, device=device)
+
 
 def strong(
-    x:torch.Tensor, # float (B, C, H, W) in [0, 1]
-    generator:torch.Generator, # on the images' device
-) -> torch.Tensor: # (B, C, H, W)
+    x: torch.Tensor,  # float (B, C, H, W) in [0, 1]
+    generator: torch.Generator,  # on the images' device
+) -> torch.Tensor:  # (B, C, H, W)
     "View B's colour, blur and noise, drawn for each image (section III-A)."
-    B, C, H, W = x.shape; dev = x.device
-    u = lambda low=0., high=1.: _uniform(generator, B, low, high, dev)
-    on = u() < .8; keep = lambda v, none: torch.where(on, v, torch.full_like(v, none))
-    order = torch.rand(4, generator=torch.Generator().manual_seed(generator.initial_seed() % 2**63)).argsort().tolist()  # on the host: no wait
-    x = jitter(x, keep(u(.6, 1.4), 1.), keep(u(.6, 1.4), 1.), keep(u(.8, 1.2), 1.), keep(u(-.1, .1), 0.), order)
-    sigma, radius = u(.1, 2.), (u(1., 4.)).floor()
+    B, C, H, W = x.shape
+    dev = x.device
+    u = lambda low=0.0, high=1.0: _uniform(generator, B, low, high, dev)
+    on = u() < 0.8
+    keep = lambda v, none: torch.where(on, v, torch.full_like(v, none))
+    order = (
+        torch.rand(4, generator=torch.Generator().manual_seed(generator.initial_seed() % 2**63)).argsort().tolist()
+    )  # on the host: no wait
+    x = jitter(
+        x, keep(u(0.6, 1.4), 1.0), keep(u(0.6, 1.4), 1.0), keep(u(0.8, 1.2), 1.0), keep(u(-0.1, 0.1), 0.0), order
+    )
+    sigma, radius = u(0.1, 2.0), (u(1.0, 4.0)).floor()
     x = resample(x, blur_matrix(sigma, radius, H), blur_matrix(sigma, radius, W))
-    noise = torch.where(u() < .6, u(.012, .028), torch.zeros(B, device=dev)).view(-1, 1, 1, 1)
+    noise = torch.where(u() < 0.6, u(0.012, 0.028), torch.zeros(B, device=dev)).view(-1, 1, 1, 1)
     x = (x + noise * torch.randn(x.shape, generator=generator, device=dev)).clamp(0, 1)
-    x = torch.where((u() < .2).view(-1, 1, 1, 1) & (x >= 128 / 255), 1 - x, x)
-    return torch.where((u() < .2).view(-1, 1, 1, 1), grey(x).expand_as(x), x) if C == 3 else x
+    x = torch.where((u() < 0.2).view(-1, 1, 1, 1) & (x >= 128 / 255), 1 - x, x)
+    return torch.where((u() < 0.2).view(-1, 1, 1, 1), grey(x).expand_as(x), x) if C == 3 else x
 
 # %% ../nbs/04_views.ipynb #4d0168c4
 class View(NamedTuple):
     "What the networks are given of one view."
-    images: torch.Tensor # float (B, C, S, S), normalised
-    masks: torch.Tensor # bool (B, S/32, S/32), True = masked
-    centres: torch.Tensor # float (B, n * n, 2), source pixels as (y, x)
+
+    images: torch.Tensor  # float (B, C, S, S), normalised
+    masks: torch.Tensor  # bool (B, S/32, S/32), True = masked
+    centres: torch.Tensor  # float (B, n * n, 2), source pixels as (y, x)
 
 # %% ../nbs/04_views.ipynb #f5aa21d1
 def step_generator(
-    seed:int, # of the run
-    step:int, # from 0, over the whole run
-    rank:int=0, # of the process
-    device='cpu', # where to draw
-) -> torch.Generator: # seeded by the three
+    seed: int,  # of the run
+    step: int,  # from 0, over the whole run
+    rank: int = 0,  # of the process
+    device="cpu",  # where to draw
+) -> torch.Generator:  # seeded by the three
     "Chance of one step, whatever came before it."
     mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + rank * 0x94D049BB133111EB + 1) % 2**64
-    mixed = ((mixed ^ (mixed >> 31)) * 0xD6E8FEB86659FD93) % 2**63                          # neighbouring steps far apart
+    mixed = ((mixed ^ (mixed >> 31)) * 0xD6E8FEB86659FD93) % 2**63  # neighbouring steps far apart
     return torch.Generator(device).manual_seed(mixed)
 
 # %% ../nbs/04_views.ipynb #18116f9f
 class TwoViews:
     "Two views of a batch of uint8 images, made on their device (section III-A)."
-    def __init__(self,
-        mean, # per band, of images in [0, 1]
-        std, # per band
-        stride:int=32, # of the last feature map, px
-        mask_ratio:float=.6, # share of the 32 px blocks
-        scale=(.3, 1.), # crop area / image area
-        aspect=(3/4, 4/3), # crop width / height
-        fidelity:str='corrected', # corrected | published cell centres
+
+    def __init__(
+        self,
+        mean,  # per band, of images in [0, 1]
+        std,  # per band
+        stride: int = 32,  # of the last feature map, px
+        mask_ratio: float = 0.6,  # share of the 32 px blocks
+        scale=(0.3, 1.0),  # crop area / image area
+        aspect=(3 / 4, 4 / 3),  # crop width / height
+        fidelity: str = "corrected",  # corrected | published cell centres
     ):
         self.mean, self.std = (torch.as_tensor(o, dtype=torch.float32).view(1, -1, 1, 1) for o in (mean, std))
-        self.stride, self.ratio, self.scale, self.aspect, self.fidelity = stride, mask_ratio, tuple(scale), tuple(aspect), fidelity
+        self.stride, self.ratio, self.scale, self.aspect, self.fidelity = (
+            stride,
+            mask_ratio,
+            tuple(scale),
+            tuple(aspect),
+            fidelity,
+        )
 
-    def __call__(self,
-        images:torch.Tensor, # uint8 (B, C, S, S)
-        generator:torch.Generator, # on the images' device
-    ) -> tuple: # view A (weak), view B (strong)
+    def __call__(
+        self,
+        images: torch.Tensor,  # uint8 (B, C, S, S)
+        generator: torch.Generator,  # on the images' device
+    ) -> tuple:  # view A (weak), view B (strong)
         "Draw, crop, colour, normalise and mask."
         x = images.float().div_(255)
-        if x.shape[1] != self.mean.numel(): raise CmidError(f"images have {x.shape[1]} bands, the normalisation {self.mean.numel()}")
-        return self._view(x, generator, lambda o: o.clamp(0, 1)), self._view(x, generator, lambda o: strong(o.clamp(0, 1), generator))
+        if x.shape[1] != self.mean.numel():
+            raise CmidError(f"images have {x.shape[1]} bands, the normalisation {self.mean.numel()}")
+        return self._view(x, generator, lambda o: o.clamp(0, 1)), self._view(
+            x, generator, lambda o: strong(o.clamp(0, 1), generator)
+        )
 
     def _view(self, x, g, colour):
-        B, _, H, W = x.shape; dev = x.device
-        boxes, flipped = random_boxes(B, (H, W), self.scale, self.aspect, g, dev), torch.rand(B, generator=g, device=dev) < .5
+        B, _, H, W = x.shape
+        dev = x.device
+        boxes, flipped = (
+            random_boxes(B, (H, W), self.scale, self.aspect, g, dev),
+            torch.rand(B, generator=g, device=dev) < 0.5,
+        )
         n = H // self.stride, W // self.stride
-        centres = cell_centres(boxes, flipped, n) if self.fidelity == 'corrected' else published_centres(boxes, flipped, n, (H, W))
-        return View(self.normalise(colour(crop(x, boxes, flipped))), block_masks(B, (H, W), self.ratio, generator=g, device=dev), centres)
+        centres = (
+            cell_centres(boxes, flipped, n)
+            if self.fidelity == "corrected"
+            else published_centres(boxes, flipped, n, (H, W))
+        )
+        return View(
+            self.normalise(colour(crop(x, boxes, flipped))),
+            block_masks(B, (H, W), self.ratio, generator=g, device=dev),
+            centres,
+        )
 
     def normalise(self, x):
         "Images in [0, 1] to zero mean and unit deviation."
@@ -248,4 +290,7 @@ class TwoViews:
         return (x * self.std.to(x.device) + self.mean.to(x.device)).clamp(0, 1)
 
 # %% ../nbs/04_views.ipynb #05f80137
-RGB_MEAN, RGB_STD = (.33797, .3605, .3348), (.1359, .1352, .1407)  # of the paper's pretraining corpus, for images in [0, 1]
+RGB_MEAN, RGB_STD = (
+    (0.33797, 0.3605, 0.3348),
+    (0.1359, 0.1352, 0.1407),
+)  # of the paper's pretraining corpus, for images in [0, 1]

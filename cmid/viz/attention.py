@@ -22,15 +22,21 @@ from .reconstruct import shown
 # %% ../../nbs/41_attention.ipynb #569fc70b
 @contextmanager
 def captured(
-    attention, # attention layer of a timm Swin or ViT block
-): # list; each forward pass adds the softmaxed weights (B * windows, heads, N, N): query, key
+    attention,  # attention layer of a timm Swin or ViT block
+):  # list; each forward pass adds the softmaxed weights (B * windows, heads, N, N): query, key
     "Collect the attention weights that a layer computes; raises `CmidError` for a layer that has none of its own."
-    if not hasattr(attention, 'fused_attn') or not hasattr(attention, 'attn_drop'): raise CmidError(f"{type(attention).__name__}: its attention weights cannot be captured; name a plain ViT, a Swin or a ResNet")
+    if not hasattr(attention, "fused_attn") or not hasattr(attention, "attn_drop"):
+        raise CmidError(
+            f"{type(attention).__name__}: its attention weights cannot be captured; name a plain ViT, a Swin or a ResNet"
+        )
     seen, fused = [], attention.fused_attn
     hook = attention.attn_drop.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
     attention.fused_attn = False
-    try: yield seen
-    finally: hook.remove(); attention.fused_attn = fused
+    try:
+        yield seen
+    finally:
+        hook.remove()
+        attention.fused_attn = fused
 
 # %% ../../nbs/41_attention.ipynb #116b4511
 def _shares(x):
@@ -38,61 +44,73 @@ def _shares(x):
     x = x.float() + torch.finfo(torch.float32).tiny
     return x / x.sum((-2, -1), keepdim=True)
 
+
 def assemble(
-    weights:torch.Tensor, # (B * windows, heads, N, N): query, key
-    window:tuple, # (rows, columns) of a window; N places
-    shift:tuple, # (rows, columns) that the map was rolled up and left
-    size:tuple, # (h, w) of the map
-) -> torch.Tensor: # float (B, heads, h, w), each of sum 1
+    weights: torch.Tensor,  # (B * windows, heads, N, N): query, key
+    window: tuple,  # (rows, columns) of a window; N places
+    shift: tuple,  # (rows, columns) that the map was rolled up and left
+    size: tuple,  # (h, w) of the map
+) -> torch.Tensor:  # float (B, heads, h, w), each of sum 1
     "What each place receives from the places of its window, put together to the map (Swin, arXiv 2103.14030, section 3.2)."
-    (wh, ww), (h, w) = window, size; rows, cols = math.ceil(h / wh), math.ceil(w / ww)
+    (wh, ww), (h, w) = window, size
+    rows, cols = math.ceil(h / wh), math.ceil(w / ww)
     real = F.pad(torch.ones(h, w, device=weights.device), (0, cols * ww - w, 0, rows * wh - h))
     real = real.view(rows, wh, cols, ww).transpose(1, 2).reshape(rows * cols, wh * ww)
-    got = torch.einsum('bwaqk,wq->bwak', weights.float().unflatten(0, (-1, rows * cols)), real)
-    tiles = got.unflatten(3, (wh, ww)).unflatten(1, (rows, cols)).permute(0, 3, 1, 4, 2, 5)         # B, heads, rows, wh, cols, ww
+    got = torch.einsum("bwaqk,wq->bwak", weights.float().unflatten(0, (-1, rows * cols)), real)
+    tiles = (
+        got.unflatten(3, (wh, ww)).unflatten(1, (rows, cols)).permute(0, 3, 1, 4, 2, 5)
+    )  # B, heads, rows, wh, cols, ww
     return _shares(tiles.flatten(4).flatten(2, 3)[..., :h, :w].roll(tuple(shift), (2, 3)))
 
 # %% ../../nbs/41_attention.ipynb #2ac3bb0c
 @torch.no_grad()
 def swin_attention(
-    encoder:SwinEncoder, # in eval mode
-    images:torch.Tensor, # float (B, C, H, W), normalised
-) -> torch.Tensor: # float (B, heads, H/32, W/32), each of sum 1
+    encoder: SwinEncoder,  # in eval mode
+    images: torch.Tensor,  # float (B, C, H, W), normalised
+) -> torch.Tensor:  # float (B, heads, H/32, W/32), each of sum 1
     "What each place receives in the last block of a Swin, averaged over the places that ask."
     block = encoder.model.layers[-1].blocks[-1]
-    with captured(block.attn) as seen: size = encoder(images)[-1].shape[-2:]
+    with captured(block.attn) as seen:
+        size = encoder(images)[-1].shape[-2:]
     return assemble(seen[0], block.window_size, block.shift_size, size)
+
 
 @torch.no_grad()
 def vit_attention(
-    encoder:ViTEncoder, # in eval mode
-    images:torch.Tensor, # float (B, C, H, W), normalised
-    queries:str='places', # places | class: whose attention; places where there is no class token
-) -> torch.Tensor: # float (B, heads, H/16, W/16) for patches of 16 px, each of sum 1
+    encoder: ViTEncoder,  # in eval mode
+    images: torch.Tensor,  # float (B, C, H, W), normalised
+    queries: str = "places",  # places | class: whose attention; places where there is no class token
+) -> torch.Tensor:  # float (B, heads, H/16, W/16) for patches of 16 px, each of sum 1
     "What each place receives in the last block of a ViT, from all places or from the class token; class and register tokens receive nothing."
-    m = encoder.model; block = m.blocks[-1]; prefix = m.num_prefix_tokens
-    with captured(getattr(block, 'attn', block)) as seen: size = encoder(images)[-1].shape[-2:]
-    asking = slice(0, 1) if queries == 'class' and m.has_class_token else slice(prefix, None)
+    m = encoder.model
+    block = m.blocks[-1]
+    prefix = m.num_prefix_tokens
+    with captured(getattr(block, "attn", block)) as seen:
+        size = encoder(images)[-1].shape[-2:]
+    asking = slice(0, 1) if queries == "class" and m.has_class_token else slice(prefix, None)
     return _shares(seen[0][:, :, asking, prefix:].mean(2).unflatten(-1, size))
+
 
 @torch.no_grad()
 def cosine_map(
-    encoder, # any, in eval mode
-    images:torch.Tensor, # float (B, C, H, W), normalised
-) -> torch.Tensor: # float (B, 1, h, w), of sum 1
+    encoder,  # any, in eval mode
+    images: torch.Tensor,  # float (B, C, H, W), normalised
+) -> torch.Tensor:  # float (B, 1, h, w), of sum 1
     "Cosine of each place's feature in the last map with the pooled feature, at least 0 (a ResNet's never is less), scaled to the sum 1."
     x = encoder(images)[-1].float()
     return _shares(F.cosine_similarity(x, x.mean((2, 3), keepdim=True), 1).clamp_min(0)[:, None])
 
 # %% ../../nbs/41_attention.ipynb #73122a49
-SELF, COSINE = 'self-attention', 'cosine with the pooled feature'
+SELF, COSINE = "self-attention", "cosine with the pooled feature"
+
 
 class Looks(NamedTuple):
     "Where a backbone looks."
-    heads: torch.Tensor # float (B, heads, h, w), on the CPU, each of sum 1; of a CNN one
-    kind: str # what it is: `SELF` or `COSINE`
-    asking: str # who: 'all places', 'places of the same window', 'the class token', 'the pooled feature'
-    where: str # in which part of the network
+
+    heads: torch.Tensor  # float (B, heads, h, w), on the CPU, each of sum 1; of a CNN one
+    kind: str  # what it is: `SELF` or `COSINE`
+    asking: str  # who: 'all places', 'places of the same window', 'the class token', 'the pooled feature'
+    where: str  # in which part of the network
 
     @property
     def mean(self):
@@ -102,121 +120,172 @@ class Looks(NamedTuple):
     @property
     def words(self):
         "What it is, for people"
-        return f'{self.kind}, received from {self.asking}' if self.kind == SELF else f'{self.kind} (not attention: a CNN has none)'
+        return (
+            f"{self.kind}, received from {self.asking}"
+            if self.kind == SELF
+            else f"{self.kind} (not attention: a CNN has none)"
+        )
 
 # %% ../../nbs/41_attention.ipynb #a81c8e57
 def _swin_words(encoder, size):
     "Who asks in the last block, and in which windows"
-    block = encoder.model.layers[-1].blocks[-1]; window, shifted = tuple(block.window_size), any(block.shift_size)
+    block = encoder.model.layers[-1].blocks[-1]
+    window, shifted = tuple(block.window_size), any(block.shift_size)
     whole = not shifted and window[0] >= size[0] and window[1] >= size[1]
-    return 'all places' if whole else 'places of the same window', f"last block, {'one window' if whole else 'windows'} of {window[0]} x {window[1]}{', shifted' * shifted}"
+    return (
+        "all places" if whole else "places of the same window",
+        f"last block, {'one window' if whole else 'windows'} of {window[0]} x {window[1]}{', shifted' * shifted}",
+    )
+
 
 def _words(encoder, size, queries):
     "Kind, who asks, and where"
-    if isinstance(encoder, SwinEncoder): return SELF, *_swin_words(encoder, size)
-    if not isinstance(encoder, ViTEncoder): return COSINE, 'the pooled feature', 'last map'
-    return SELF, 'the class token' if queries == 'class' and encoder.model.has_class_token else 'all places', 'last block'
+    if isinstance(encoder, SwinEncoder):
+        return SELF, *_swin_words(encoder, size)
+    if not isinstance(encoder, ViTEncoder):
+        return COSINE, "the pooled feature", "last map"
+    return (
+        SELF,
+        "the class token" if queries == "class" and encoder.model.has_class_token else "all places",
+        "last block",
+    )
 
 # %% ../../nbs/41_attention.ipynb #49b68b40
-BATCH = 16 # images at a time: a ViT's weights are heads x places^2 an image
+BATCH = 16  # images at a time: a ViT's weights are heads x places^2 an image
+
 
 def _maps(encoder, images, queries):
     "Maps (B, heads, h, w) of a few images"
-    if isinstance(encoder, SwinEncoder): return swin_attention(encoder, images)
+    if isinstance(encoder, SwinEncoder):
+        return swin_attention(encoder, images)
     return vit_attention(encoder, images, queries) if isinstance(encoder, ViTEncoder) else cosine_map(encoder, images)
 
+
 def look(
-    encoder, # from `load_backbone`, in eval mode
-    images:torch.Tensor, # float (B, C, H, W), normalised, on the encoder's device
-    queries:str='places', # places | class: whose attention, of a ViT with a class token
+    encoder,  # from `load_backbone`, in eval mode
+    images: torch.Tensor,  # float (B, C, H, W), normalised, on the encoder's device
+    queries: str = "places",  # places | class: whose attention, of a ViT with a class token
 ) -> Looks:
     "Where a backbone looks: self-attention of a Swin or ViT, its equivalent of a CNN; raises `CmidError` where the maps are not finite."
     heads = torch.cat([_maps(encoder, o, queries).cpu() for o in images.split(BATCH)])
-    if not heads.isfinite().all(): raise CmidError("attention is not finite: the backbone is damaged, or its training diverged")
+    if not heads.isfinite().all():
+        raise CmidError("attention is not finite: the backbone is damaged, or its training diverged")
     return Looks(heads, *_words(encoder, heads.shape[-2:], queries))
 
 # %% ../../nbs/41_attention.ipynb #db4037bb
 def entropy(
-    maps:torch.Tensor, # (..., h, w), each of sum 1
-) -> torch.Tensor: # (...) in [0, 1]
+    maps: torch.Tensor,  # (..., h, w), each of sum 1
+) -> torch.Tensor:  # (...) in [0, 1]
     "Entropy of each map over that of an even one: 1 is even, 0 all on one place; of a single place, 1."
-    p = maps.double(); n = maps.shape[-2] * maps.shape[-1]
+    p = maps.double()
+    n = maps.shape[-2] * maps.shape[-1]
     return -(p * p.clamp_min(1e-300).log()).sum((-2, -1)) / math.log(n) if n > 1 else torch.ones_like(p[..., 0, 0])
 
+
 def keep_mass(
-    maps:torch.Tensor, # (..., h, w), each of sum 1
-    mass:float, # share to hold, in (0, 1]
-) -> torch.Tensor: # bool (..., h, w), True = kept
+    maps: torch.Tensor,  # (..., h, w), each of sum 1
+    mass: float,  # share to hold, in (0, 1]
+) -> torch.Tensor:  # bool (..., h, w), True = kept
     "The fewest places that hold `mass` of each map (DINO, arXiv 2104.14294, figure 4); of equals the first."
     p, order = maps.double().flatten(-2).sort(dim=-1, descending=True, stable=True)
-    kept = p.cumsum(-1) - p < mass * (1 - 1e-6)                                                 # what comes before does not hold it yet
+    kept = p.cumsum(-1) - p < mass * (1 - 1e-6)  # what comes before does not hold it yet
     return torch.zeros_like(kept).scatter_(-1, order, kept).view(maps.shape)
 
 # %% ../../nbs/41_attention.ipynb #2a203adc
 def attention_metrics(
-    looks:Looks, # of `look`
-    mass:float, # share to hold
-) -> dict: # numbers, and what they are numbers of
+    looks: Looks,  # of `look`
+    mass: float,  # share to hold
+) -> dict:  # numbers, and what they are numbers of
     "Entropy of the mean map and of the heads, and the share of the area that holds `mass`, averaged over images; beside it what an even map would need."
-    n = looks.heads[0, 0].numel(); area = keep_mass(looks.mean, mass).double().mean()
-    return dict(kind=looks.kind, asking=looks.asking, where=looks.where, images=len(looks.heads), heads=looks.heads.shape[1], places=n, mass=mass,
-                entropy=float(entropy(looks.mean).mean()), entropy_heads=float(entropy(looks.heads).mean()),
-                mass_area=float(area), mass_area_even=float(keep_mass(torch.full((n, 1), 1 / n), mass).double().mean()))
+    n = looks.heads[0, 0].numel()
+    area = keep_mass(looks.mean, mass).double().mean()
+    return dict(
+        kind=looks.kind,
+        asking=looks.asking,
+        where=looks.where,
+        images=len(looks.heads),
+        heads=looks.heads.shape[1],
+        places=n,
+        mass=mass,
+        entropy=float(entropy(looks.mean).mean()),
+        entropy_heads=float(entropy(looks.heads).mean()),
+        mass_area=float(area),
+        mass_area_even=float(keep_mass(torch.full((n, 1), 1 / n), mass).double().mean()),
+    )
 
 # %% ../../nbs/41_attention.ipynb #2b163ec3
-BASELINES = 'random', 'imagenet' # methods of backbones that never had a teacher
+BASELINES = "random", "imagenet"  # methods of backbones that never had a teacher
+
 
 def load_branch(
-    folder, # models/<init>
-    branch:str, # student | teacher
-) -> tuple: # encoder in eval mode, card, what to call it
+    folder,  # models/<init>
+    branch: str,  # student | teacher
+) -> tuple:  # encoder in eval mode, card, what to call it
     "A backbone's student or teacher, or a baseline's one network; raises `CmidError` where a pretrained one has no such file."
     one = read_card(folder).method in BASELINES
-    return *load_backbone(folder, branch='student' if one else branch), 'its one network' if one else branch
+    return *load_backbone(folder, branch="student" if one else branch), "its one network" if one else branch
+
 
 def spread(
-    n:int, # how many
-    total:int, # of how many
-) -> np.ndarray: # int, ascending, no number twice; all where there are no more
+    n: int,  # how many
+    total: int,  # of how many
+) -> np.ndarray:  # int, ascending, no number twice; all where there are no more
     "Numbers spread evenly from the first to the last."
     return np.linspace(0, total - 1, min(n, total)).round().astype(int)
 
+
 def network_input(
-    prepared, # `Prepared`
-    index, # numbers of images
-    card, # of the backbone
-    device=None, # where to
-) -> torch.Tensor: # float (B, C, S, S), normalised by the card
+    prepared,  # `Prepared`
+    index,  # numbers of images
+    card,  # of the backbone
+    device=None,  # where to
+) -> torch.Tensor:  # float (B, C, S, S), normalised by the card
     "Whole images as a backbone takes them; raises `CmidError` where the bands do not fit."
-    if prepared.bands != len(card.mean): raise CmidError(f"{prepared.folder}: has {prepared.bands} bands, the backbone's normalisation {len(card.mean)}")
-    return TwoViews(card.mean, card.std).normalise(torch.from_numpy(prepared[np.asarray(index)]).to(device).float().div_(255))
+    if prepared.bands != len(card.mean):
+        raise CmidError(f"{prepared.folder}: has {prepared.bands} bands, the backbone's normalisation {len(card.mean)}")
+    return TwoViews(card.mean, card.std).normalise(
+        torch.from_numpy(prepared[np.asarray(index)]).to(device).float().div_(255)
+    )
+
 
 def class_names(
-    prepared, # `Prepared`
-    index, # numbers of images
-) -> list: # a name each, '' where there is none
+    prepared,  # `Prepared`
+    index,  # numbers of images
+) -> list:  # a name each, '' where there is none
     "Classes of images, for titles."
-    return [prepared.classes[prepared.labels[i]] if prepared.classes and prepared.labels[i] >= 0 else '' for i in index]
+    return [prepared.classes[prepared.labels[i]] if prepared.classes and prepared.labels[i] >= 0 else "" for i in index]
 
 # %% ../../nbs/41_attention.ipynb #c92b6fbb
-SHOWN_HEADS = 6 # at most, spread evenly over the heads
+SHOWN_HEADS = 6  # at most, spread evenly over the heads
+
 
 def _resized(maps, size):
     "Maps (B, h, w) as blocks of pixels (B, H, W)"
-    return F.interpolate(maps[:, None].float(), size, mode='nearest')[:, 0]
+    return F.interpolate(maps[:, None].float(), size, mode="nearest")[:, 0]
 
-SPREAD = .25 # of an even map's value: colours span this much to both sides at least, so that what is nearly even looks even
+
+SPREAD = 0.25  # of an even map's value: colours span this much to both sides at least, so that what is nearly even looks even
+
 
 def _colours(x):
     "Least and most of a map's colours"
-    even = float(x.mean()); return dict(cmap='viridis', vmin=min(float(x.min()), (1 - SPREAD) * even), vmax=max(float(x.max()), (1 + SPREAD) * even))
+    even = float(x.mean())
+    return dict(
+        cmap="viridis", vmin=min(float(x.min()), (1 - SPREAD) * even), vmax=max(float(x.max()), (1 + SPREAD) * even)
+    )
 
-def _draw(ax, name, picture, over=None, below=''):
+
+def _draw(ax, name, picture, over=None, below=""):
     "One panel: a picture or a map, with a map laid over it"
     ax.imshow(picture, **(_colours(picture) if picture.ndim == 2 else {}))
-    if over is not None: ax.imshow(over, alpha=.6, **_colours(over))
-    ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False); ax.set_xlabel(below, fontsize=8, labelpad=2)
-    if name: ax.set_ylabel(name, fontsize=9)
+    if over is not None:
+        ax.imshow(over, alpha=0.6, **_colours(over))
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
+    ax.set_xlabel(below, fontsize=8, labelpad=2)
+    if name:
+        ax.set_ylabel(name, fontsize=9)
+
 
 def _caption(looks, mass, called):
     "What the picture is, in the picture"
@@ -224,23 +293,28 @@ def _caption(looks, mass, called):
 
 # %% ../../nbs/41_attention.ipynb #c9b15896
 def attention_figure(
-    images:torch.Tensor, # float (B, C, S, S) in [0, 1]
-    looks:Looks, # of the same images
-    mass:float, # share that the kept part holds
-    called:str, # student, teacher or its one network
-    titles=None, # a word an image
-): # matplotlib Figure, as wide as a phone
+    images: torch.Tensor,  # float (B, C, S, S) in [0, 1]
+    looks: Looks,  # of the same images
+    mass: float,  # share that the kept part holds
+    called: str,  # student, teacher or its one network
+    titles=None,  # a word an image
+):  # matplotlib Figure, as wide as a phone
     "Image, mean map, kept part and heads, a column an image; what it is stands below."
     from matplotlib.figure import Figure
+
     n, heads = len(images), spread(SHOWN_HEADS, looks.heads.shape[1]) if looks.heads.shape[1] > 1 else []
     size, mean, kept, x = images.shape[-2:], looks.mean, keep_mass(looks.mean, mass), shown(images)
-    side = 4 / n * size[0] / size[1]; fig = Figure(figsize=(4.4, (3 + len(heads)) * side + 1.55), dpi=80, layout='constrained')
-    axes = fig.subplots(3 + len(heads), n, squeeze=False); dark = x * _resized(kept, size)[..., None].mul(.8).add(.2)
+    side = 4 / n * size[0] / size[1]
+    fig = Figure(figsize=(4.4, (3 + len(heads)) * side + 1.55), dpi=80, layout="constrained")
+    axes = fig.subplots(3 + len(heads), n, squeeze=False)
+    dark = x * _resized(kept, size)[..., None].mul(0.8).add(0.2)
     for i, (column, ratio) in enumerate(zip(axes.T, mean * mean[0].numel())):
-        first = lambda o: o if i == 0 else ''
-        _draw(column[0], first('image'), x[i]); column[0].set_title((titles[i] if titles else '')[:16], fontsize=8 if n > 3 else 9)
-        _draw(column[1], first('mean'), x[i], _resized(mean, size)[i], f'{ratio.min():.2f}–{ratio.max():.2f}x')
-        _draw(column[2], first(f'holds {mass:.0%}'), dark[i], below=f'{kept[i].float().mean():.0%} of area')
-        for ax, a in zip(column[3:], heads): _draw(ax, first(f'head {a + 1}'), looks.heads[i, a])
+        first = lambda o: o if i == 0 else ""
+        _draw(column[0], first("image"), x[i])
+        column[0].set_title((titles[i] if titles else "")[:16], fontsize=8 if n > 3 else 9)
+        _draw(column[1], first("mean"), x[i], _resized(mean, size)[i], f"{ratio.min():.2f}–{ratio.max():.2f}x")
+        _draw(column[2], first(f"holds {mass:.0%}"), dark[i], below=f"{kept[i].float().mean():.0%} of area")
+        for ax, a in zip(column[3:], heads):
+            _draw(ax, first(f"head {a + 1}"), looks.heads[i, a])
     fig.supxlabel(_caption(looks, mass, called), fontsize=8)
     return fig

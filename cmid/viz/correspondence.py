@@ -20,79 +20,95 @@ from .reconstruct import shown
 # %% ../../nbs/43_correspondence.ipynb #e0a0c4ba
 class Matches(NamedTuple):
     "The nearest cell of B for each cell of A."
-    index: torch.Tensor # int64 (B, N): cell of B, row by row
-    cosine: torch.Tensor # float (B, N)
-    mutual: torch.Tensor # bool (B, N): the cell of B has this cell of A as its own nearest
+
+    index: torch.Tensor  # int64 (B, N): cell of B, row by row
+    cosine: torch.Tensor  # float (B, N)
+    mutual: torch.Tensor  # bool (B, N): the cell of B has this cell of A as its own nearest
+
 
 @torch.no_grad()
 def match_features(
-    a:torch.Tensor, # (B, C, h, w), features of A's cells
-    b:torch.Tensor, # (B, C, h', w'), of B's
+    a: torch.Tensor,  # (B, C, h, w), features of A's cells
+    b: torch.Tensor,  # (B, C, h', w'), of B's
 ) -> Matches:
     "Match every cell of A to the nearest of B by cosine; of equals the first."
-    x, y = (F.normalize(o.float().flatten(2), dim=1) for o in (a, b)); cosines = x.mT @ y
+    x, y = (F.normalize(o.float().flatten(2), dim=1) for o in (a, b))
+    cosines = x.mT @ y
     cosine, index = cosines.max(2)
-    return Matches(index, cosine, cosines.argmax(1).gather(1, index) == torch.arange(index.shape[1], device=index.device))
+    return Matches(
+        index, cosine, cosines.argmax(1).gather(1, index) == torch.arange(index.shape[1], device=index.device)
+    )
 
 # %% ../../nbs/43_correspondence.ipynb #9e754ed4
 class Truth(NamedTuple):
     "Where each cell of A really is in B: a row a cell of A, a column a cell of B."
-    visible: torch.Tensor # bool (B, N): the centre of A's cell lies in B
-    holds: torch.Tensor # bool (B, N, M): B's cell holds it
-    near: torch.Tensor # bool (B, N, M): it is within one cell of the centre of B's cell
-    pixels: torch.Tensor # float (B, N, M): its distance from that centre, px of the source image
+
+    visible: torch.Tensor  # bool (B, N): the centre of A's cell lies in B
+    holds: torch.Tensor  # bool (B, N, M): B's cell holds it
+    near: torch.Tensor  # bool (B, N, M): it is within one cell of the centre of B's cell
+    pixels: torch.Tensor  # float (B, N, M): its distance from that centre, px of the source image
+
 
 def cell_sides(
-    centres:torch.Tensor, # (B, h * w, 2) as (y, x), from `cell_centres`
-    size:tuple, # (h, w)
-) -> torch.Tensor: # float (B, 2): height and width of a cell
+    centres: torch.Tensor,  # (B, h * w, 2) as (y, x), from `cell_centres`
+    size: tuple,  # (h, w)
+) -> torch.Tensor:  # float (B, 2): height and width of a cell
     "Sides of a view's cells, in the pixels of the source image; raises `CmidError` below 2 x 2 cells."
-    if min(size) < 2: raise CmidError(f"the last map has {size[0]} x {size[1]} places: correspondence needs 2 x 2 or more; prepare larger images (prepare.side)")
+    if min(size) < 2:
+        raise CmidError(
+            f"the last map has {size[0]} x {size[1]} places: correspondence needs 2 x 2 or more; prepare larger images (prepare.side)"
+        )
     grid = centres.unflatten(1, size)
     return torch.stack([grid[:, 1, 0, 0] - grid[:, 0, 0, 0], (grid[:, 0, 1, 1] - grid[:, 0, 0, 1]).abs()], 1)
 
+
 def true_places(
-    a:torch.Tensor, # (B, N, 2), centres of A's cells, px of the source image
-    b:torch.Tensor, # (B, M, 2), of B's
-    size:tuple, # (h, w) of B's cells
+    a: torch.Tensor,  # (B, N, 2), centres of A's cells, px of the source image
+    b: torch.Tensor,  # (B, M, 2), of B's
+    size: tuple,  # (h, w) of B's cells
 ) -> Truth:
     "Which matches would be right, from the geometry of two views (section III-A)."
-    apart = a[:, :, None] - b[:, None]; cells = apart / cell_sides(b, size)[:, None, None]
-    holds = (cells.abs() <= .5 + 1e-4).all(-1)                                                # borders belong to both sides
+    apart = a[:, :, None] - b[:, None]
+    cells = apart / cell_sides(b, size)[:, None, None]
+    holds = (cells.abs() <= 0.5 + 1e-4).all(-1)  # borders belong to both sides
     return Truth(holds.any(-1), holds, cells.norm(dim=-1) <= 1 + 1e-4, apart.norm(dim=-1))
 
 # %% ../../nbs/43_correspondence.ipynb #27b29362
 def draw_views(
-    images, # uint8 (B, C, S, S)
-    numbers, # of the images in the dataset
-    views:TwoViews, # whose stride is that of the last map
-    seed:int, # of the stage
-) -> tuple: # view A (weak), view B (strong): unmasked images, and their cells' centres
+    images,  # uint8 (B, C, S, S)
+    numbers,  # of the images in the dataset
+    views: TwoViews,  # whose stride is that of the last map
+    seed: int,  # of the stage
+) -> tuple:  # view A (weak), view B (strong): unmasked images, and their cells' centres
     "Two views of each image, drawn by seed and number (section III-A)."
     pairs = [views(torch.from_numpy(x[None]), step_generator(seed, int(k))) for x, k in zip(images, numbers)]
     return tuple(type(o[0])(*map(torch.cat, zip(*o))) for o in zip(*pairs))
 
+
 @torch.no_grad()
 def cell_features(
-    encoder, # from `load_backbone`, in eval mode
-    images:torch.Tensor, # float (B, C, S, S), normalised
-    device=None, # where to compute; the encoder is there
-) -> torch.Tensor: # float (B, C', h, w), on the CPU
+    encoder,  # from `load_backbone`, in eval mode
+    images: torch.Tensor,  # float (B, C, S, S), normalised
+    device=None,  # where to compute; the encoder is there
+) -> torch.Tensor:  # float (B, C', h, w), on the CPU
     "Last maps; raises `CmidError` where they are not finite."
     maps = torch.cat([encoder(o.to(device))[-1].float().cpu() for o in images.split(BATCH)])
-    if not maps.isfinite().all(): raise CmidError("features are not finite: the backbone is damaged, or its training diverged")
+    if not maps.isfinite().all():
+        raise CmidError("features are not finite: the backbone is damaged, or its training diverged")
     return maps
 
 # %% ../../nbs/43_correspondence.ipynb #d22b5fdf
-RESAMPLES = 1000 # of the bootstrap
+RESAMPLES = 1000  # of the bootstrap
+
 
 def bootstrap(
-    right, # (images,): matches that are right, of each image
-    total, # (images,): matches
-    seed:int=0, # of the draws
-) -> tuple: # (low, high) in [0, 1]
+    right,  # (images,): matches that are right, of each image
+    total,  # (images,): matches
+    seed: int = 0,  # of the draws
+) -> tuple:  # (low, high) in [0, 1]
     "95 % interval of sum(right) / sum(total) over images drawn with replacement."
-    right, total = (np.asarray(o, np.float64) for o in (right, total)); at = np.random.default_rng(seed).integers(len(right), size=(RESAMPLES, len(right)))
+    right, total = (np.asarray(o, np.float64) for o in (right, total))
+    at = np.random.default_rng(seed).integers(len(right), size=(RESAMPLES, len(right)))
     r, n = right[at].sum(1), total[at].sum(1)
     return tuple(float(o) for o in np.percentile(r[n > 0] / n[n > 0], (2.5, 97.5)))
 
@@ -101,55 +117,85 @@ def _mean(x, cells):
     "Mean over some cells; None where there are none"
     return float(x[cells].double().mean()) if cells.any() else None
 
+
 def correspondence_metrics(
-    matches:Matches, # of `match_features`
-    truth:Truth, # of `true_places`
-    seed:int=0, # of the bootstrap
-) -> dict: # numbers
+    matches: Matches,  # of `match_features`
+    truth: Truth,  # of `true_places`
+    seed: int = 0,  # of the bootstrap
+) -> dict:  # numbers
     "Accuracy of matches over the visible cells, with its interval over images, chance, position, and of the cells that moved; raises `CmidError` where no cell is visible."
-    v, cells, at = truth.visible, truth.holds.shape[2], matches.index[..., None]; right = truth.near.gather(2, at)[..., 0]
-    if not v.any(): raise CmidError("no place is seen in both views of any image; raise correspondence.crop_scale or correspondence.images")
-    low, high = bootstrap((right & v).sum(1), v.sum(1), seed); stays = truth.near.diagonal(dim1=1, dim2=2); random = truth.near.double().mean(2)
-    return dict(images=len(v), places=cells, cells=int(v.sum()), accuracy=_mean(right, v), low=low, high=high, chance=_mean(random, v), position=_mean(stays, v),
-                moved=_mean(right, v & ~stays), moved_chance=_mean(random, v & ~stays), exact=_mean(truth.holds.gather(2, at)[..., 0], v), exact_chance=_mean(truth.holds.double().mean(2), v), error_px=_mean(truth.pixels.gather(2, at)[..., 0], v), error_px_chance=_mean(truth.pixels.mean(2), v))
+    v, cells, at = truth.visible, truth.holds.shape[2], matches.index[..., None]
+    right = truth.near.gather(2, at)[..., 0]
+    if not v.any():
+        raise CmidError(
+            "no place is seen in both views of any image; raise correspondence.crop_scale or correspondence.images"
+        )
+    low, high = bootstrap((right & v).sum(1), v.sum(1), seed)
+    stays = truth.near.diagonal(dim1=1, dim2=2)
+    random = truth.near.double().mean(2)
+    return dict(
+        images=len(v),
+        places=cells,
+        cells=int(v.sum()),
+        accuracy=_mean(right, v),
+        low=low,
+        high=high,
+        chance=_mean(random, v),
+        position=_mean(stays, v),
+        moved=_mean(right, v & ~stays),
+        moved_chance=_mean(random, v & ~stays),
+        exact=_mean(truth.holds.gather(2, at)[..., 0], v),
+        exact_chance=_mean(truth.holds.double().mean(2), v),
+        error_px=_mean(truth.pixels.gather(2, at)[..., 0], v),
+        error_px_chance=_mean(truth.pixels.mean(2), v),
+    )
 
 # %% ../../nbs/43_correspondence.ipynb #012cee52
 class Found(NamedTuple):
     "Two views of some images, and what was matched between them."
-    a: View # weak
-    b: View # strong
-    size: tuple # (h, w) of the cells
+
+    a: View  # weak
+    b: View  # strong
+    size: tuple  # (h, w) of the cells
     matches: Matches
     truth: Truth
 
+
 def find(
-    encoder, # from `load_backbone`, in eval mode
-    images, # uint8 (B, C, S, S)
-    numbers, # of the images in the dataset
-    views:TwoViews, # whose stride is that of the last map
-    seed:int, # of the stage
-    device=None, # where the encoder is
-) -> Found: # on the CPU
+    encoder,  # from `load_backbone`, in eval mode
+    images,  # uint8 (B, C, S, S)
+    numbers,  # of the images in the dataset
+    views: TwoViews,  # whose stride is that of the last map
+    seed: int,  # of the stage
+    device=None,  # where the encoder is
+) -> Found:  # on the CPU
     "Draw two views of each image, match their cells, and say where they should have gone."
-    a, b = draw_views(images, numbers, views, seed); f, g = (cell_features(encoder, o.images, device) for o in (a, b)); size = tuple(g.shape[2:])
+    a, b = draw_views(images, numbers, views, seed)
+    f, g = (cell_features(encoder, o.images, device) for o in (a, b))
+    size = tuple(g.shape[2:])
     return Found(a, b, size, match_features(f, g), true_places(a.centres, b.centres, size))
 
 # %% ../../nbs/43_correspondence.ipynb #6fd2e089
 def class_pairs(
-    labels, # int (images,), below 0 = none; or None
-    pairs:int, # how many, at most
-    seed:int, # of the images
-) -> list: # of (i, j), i < j
+    labels,  # int (images,), below 0 = none; or None
+    pairs: int,  # how many, at most
+    seed: int,  # of the images
+) -> list:  # of (i, j), i < j
     "Two images each of classes spread evenly over those that have two."
     names, counts = np.unique(labels[labels >= 0], return_counts=True) if labels is not None else ([], np.zeros(0))
-    able = np.asarray(names)[counts > 1]; rng = np.random.default_rng(seed)
-    return [tuple(int(o) for o in sorted(rng.choice(np.flatnonzero(labels == able[k]), 2, replace=False))) for k in (spread(pairs, len(able)) if len(able) else ())]
+    able = np.asarray(names)[counts > 1]
+    rng = np.random.default_rng(seed)
+    return [
+        tuple(int(o) for o in sorted(rng.choice(np.flatnonzero(labels == able[k]), 2, replace=False)))
+        for k in (spread(pairs, len(able)) if len(able) else ())
+    ]
+
 
 def best(
-    cosine:torch.Tensor, # (N,) of one image's matches
-    allowed:torch.Tensor, # bool (N,)
-    matches:int, # how many, at most
-) -> torch.Tensor: # int64, cells of A, the best first
+    cosine: torch.Tensor,  # (N,) of one image's matches
+    allowed: torch.Tensor,  # bool (N,)
+    matches: int,  # how many, at most
+) -> torch.Tensor:  # int64, cells of A, the best first
     "The best matches that may be drawn."
     order = cosine.argsort(descending=True, stable=True)
     return order[allowed[order]][:matches]
@@ -157,89 +203,144 @@ def best(
 # %% ../../nbs/43_correspondence.ipynb #1a70b8a0
 class Pair(NamedTuple):
     "Two images and the matches between them."
-    left: torch.Tensor # float (S, S, 3) in [0, 1]
-    right: torch.Tensor # float (S, S, 3)
-    ends: torch.Tensor # float (K, 4): y, x in the left image, y, x in the right, px
-    ok: torch.Tensor|None # bool (K,): right or wrong; None: nobody knows
+
+    left: torch.Tensor  # float (S, S, 3) in [0, 1]
+    right: torch.Tensor  # float (S, S, 3)
+    ends: torch.Tensor  # float (K, 4): y, x in the left image, y, x in the right, px
+    ok: torch.Tensor | None  # bool (K,): right or wrong; None: nobody knows
     title: str
 
+
 def cell_ends(
-    cells:torch.Tensor, # int64 (K,): cells of A
-    partners:torch.Tensor, # int64 (K,): cells of B
-    size:tuple, # (h, w) of either's cells
-    side:tuple, # (H, W) of either's image, px
-) -> torch.Tensor: # float (K, 4)
+    cells: torch.Tensor,  # int64 (K,): cells of A
+    partners: torch.Tensor,  # int64 (K,): cells of B
+    size: tuple,  # (h, w) of either's cells
+    side: tuple,  # (H, W) of either's image, px
+) -> torch.Tensor:  # float (K, 4)
     "Centres of matched cells in the pixels of their own view."
-    at = lambda k: torch.stack([(k // size[1] + .5) * side[0] / size[0], (k % size[1] + .5) * side[1] / size[1]], 1)
+    at = lambda k: torch.stack([(k // size[1] + 0.5) * side[0] / size[0], (k % size[1] + 0.5) * side[1] / size[1]], 1)
     return torch.cat([at(cells), at(partners)], 1)
 
 # %% ../../nbs/43_correspondence.ipynb #77222f92
 def view_pairs(
-    found:Found, # of `find`
-    at, # which of its images
-    k:int, # matches to draw, a pair
-    restore, # normalised images to [0, 1], such as `TwoViews.restore`
-    names, # a word for each of them
-) -> list: # of `Pair`
+    found: Found,  # of `find`
+    at,  # which of its images
+    k: int,  # matches to draw, a pair
+    restore,  # normalised images to [0, 1], such as `TwoViews.restore`
+    names,  # a word for each of them
+) -> list:  # of `Pair`
     "An image with itself: the best matches of its visible cells, right or wrong."
     side, out = found.a.images.shape[-2:], []
     for i, name in zip(at, names):
-        seen, index = found.truth.visible[i], found.matches.index[i]; right = found.truth.near[i].gather(1, index[:, None])[:, 0]
-        cells = best(found.matches.cosine[i], seen, k); title = ': '.join(filter(None, [name, f'{int((right & seen).sum())} of {int(seen.sum())} cells right']))
-        out.append(Pair(*(shown(restore(o.images[i:i + 1]))[0] for o in found[:2]), cell_ends(cells, index[cells], found.size, side), right[cells], title))
+        seen, index = found.truth.visible[i], found.matches.index[i]
+        right = found.truth.near[i].gather(1, index[:, None])[:, 0]
+        cells = best(found.matches.cosine[i], seen, k)
+        title = ": ".join(filter(None, [name, f"{int((right & seen).sum())} of {int(seen.sum())} cells right"]))
+        out.append(
+            Pair(
+                *(shown(restore(o.images[i : i + 1]))[0] for o in found[:2]),
+                cell_ends(cells, index[cells], found.size, side),
+                right[cells],
+                title,
+            )
+        )
     return out
 
+
 def class_matches(
-    encoder, # from `load_backbone`, in eval mode
-    images:torch.Tensor, # float (2 P, C, S, S), normalised: pair after pair
-    k:int, # matches to draw, a pair
-    restore, # normalised images to [0, 1]
-    names, # a word for each pair
-    device=None, # where the encoder is
-) -> list: # of P `Pair`
+    encoder,  # from `load_backbone`, in eval mode
+    images: torch.Tensor,  # float (2 P, C, S, S), normalised: pair after pair
+    k: int,  # matches to draw, a pair
+    restore,  # normalised images to [0, 1]
+    names,  # a word for each pair
+    device=None,  # where the encoder is
+) -> list:  # of P `Pair`
     "Two images of a class: the best of the matches that both agree on; nobody knows which are right."
-    f = cell_features(encoder, images, device); m, size, x = match_features(f[::2], f[1::2]), f.shape[2:], shown(restore(images))
+    f = cell_features(encoder, images, device)
+    m, size, x = match_features(f[::2], f[1::2]), f.shape[2:], shown(restore(images))
     ends = [cell_ends(o := best(c, both, k), i[o], size, images.shape[-2:]) for i, c, both in zip(*m)]
-    return [Pair(x[2 * i], x[2 * i + 1], o, None, f'two images: {name}') for i, (o, name) in enumerate(zip(ends, names))]
+    return [
+        Pair(x[2 * i], x[2 * i + 1], o, None, f"two images: {name}") for i, (o, name) in enumerate(zip(ends, names))
+    ]
 
 # %% ../../nbs/43_correspondence.ipynb #01ce0b63
-GAP = .06 # between the two images, of their width
-STYLES = {True: dict(color=COLOURS[0], ls='-', marker='o', ms=4), False: dict(color=COLOURS[1], ls=(0, (3, 1.5)), marker='X', ms=6), None: dict(color=COLOURS[3], ls='-', marker='D', ms=3.5)}
+GAP = 0.06  # between the two images, of their width
+STYLES = {
+    True: dict(color=COLOURS[0], ls="-", marker="o", ms=4),
+    False: dict(color=COLOURS[1], ls=(0, (3, 1.5)), marker="X", ms=6),
+    None: dict(color=COLOURS[3], ls="-", marker="D", ms=3.5),
+}
+
 
 def _lines(ax, pair, shift):
     "The matches of a pair, on a white edge that shows them on any ground"
     from matplotlib.patheffects import Normal, Stroke
+
     way = np.linspace(0, 1, 33)
     for k, (y, x, v, u) in enumerate(pair.ends.tolist()):
-        style = STYLES[None if pair.ok is None else bool(pair.ok[k])]; bend = (k % 5 - 2) * .02 * shift * 4 * way * (1 - way)     # lines along one row stay apart
-        ax.plot(x + (u + shift - x) * way, y + (v - y) * way + bend, markevery=[0, 32], lw=1.4, markeredgecolor='white', markeredgewidth=.6, path_effects=[Stroke(linewidth=2.6, foreground='white'), Normal()], **style)
+        style = STYLES[None if pair.ok is None else bool(pair.ok[k])]
+        bend = (k % 5 - 2) * 0.02 * shift * 4 * way * (1 - way)  # lines along one row stay apart
+        ax.plot(
+            x + (u + shift - x) * way,
+            y + (v - y) * way + bend,
+            markevery=[0, 32],
+            lw=1.4,
+            markeredgecolor="white",
+            markeredgewidth=0.6,
+            path_effects=[Stroke(linewidth=2.6, foreground="white"), Normal()],
+            **style,
+        )
+
 
 def _draw_pair(ax, pair):
     "Two images side by side, and their matches"
-    H, W = pair.left.shape[:2]; shift = round(W * (1 + GAP))
-    for at, o in ((0, pair.left), (shift, pair.right)): ax.imshow(o, extent=(at, at + W, H, 0))
-    _lines(ax, pair, shift); ax.set(xlim=(0, shift + W), ylim=(H, 0), xticks=[], yticks=[]); ax.set_title(pair.title, fontsize=9); ax.spines[:].set_visible(False)
+    H, W = pair.left.shape[:2]
+    shift = round(W * (1 + GAP))
+    for at, o in ((0, pair.left), (shift, pair.right)):
+        ax.imshow(o, extent=(at, at + W, H, 0))
+    _lines(ax, pair, shift)
+    ax.set(xlim=(0, shift + W), ylim=(H, 0), xticks=[], yticks=[])
+    ax.set_title(pair.title, fontsize=9)
+    ax.spines[:].set_visible(False)
+
 
 def _title(metrics, called):
     "What was counted, in the figure"
-    m = {k: f'{v:.0%}' for k, v in metrics.items() if isinstance(v, float)}; moved = f"of places that moved in the view: {m['moved']} (at random {m['moved_chance']})\n" if 'moved' in m else ''
-    return (f"{m['accuracy']} of matches are right (95 %: {m['low']} to {m['high']})\nat random {m['chance']}, by position in the view {m['position']}\n{moved}"
-            f"{metrics['cells']:,} cells of {metrics['images']:,} images; {called}")
+    m = {k: f"{v:.0%}" for k, v in metrics.items() if isinstance(v, float)}
+    moved = f"of places that moved in the view: {m['moved']} (at random {m['moved_chance']})\n" if "moved" in m else ""
+    return (
+        f"{m['accuracy']} of matches are right (95 %: {m['low']} to {m['high']})\nat random {m['chance']}, by position in the view {m['position']}\n{moved}"
+        f"{metrics['cells']:,} cells of {metrics['images']:,} images; {called}"
+    )
 
 # %% ../../nbs/43_correspondence.ipynb #e2c4b071
 def correspondence_figure(
-    views:list, # of `Pair`: an image with itself
-    classes:list, # of `Pair`: two images of a class; may be empty
-    metrics:dict, # of `correspondence_metrics`
-    called:str, # student, teacher or its one network
-): # matplotlib Figure, as wide as a phone
+    views: list,  # of `Pair`: an image with itself
+    classes: list,  # of `Pair`: two images of a class; may be empty
+    metrics: dict,  # of `correspondence_metrics`
+    called: str,  # student, teacher or its one network
+):  # matplotlib Figure, as wide as a phone
     "Matches of images with themselves and with others of their class; what was counted stands above, what the lines mean below."
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
-    rows = views + classes; H, W = rows[0].left.shape[:2]
-    fig = Figure(figsize=(4.4, len(rows) * (4.3 / (2 + GAP) * H / W + .3) + 1.9), dpi=80, layout='constrained'); fig.suptitle(_title(metrics, called), fontsize=10)
-    for ax, o in zip(fig.subplots(len(rows), 1, squeeze=False)[:, 0], rows): _draw_pair(ax, o)
-    words = {True: 'right: within one cell of the truth', False: 'wrong'} | ({None: 'two images: the truth is not known'} if classes else {})
-    fig.legend([Line2D([], [], lw=1.4, **STYLES[k]) for k in words], words.values(), loc='outside lower center', fontsize=9, frameon=False, title_fontsize=9,
-               title='drawn: the best matches by cosine,\nof one image in two views' + (', and of two of a class' if classes else ' (no class has two images)'))
+
+    rows = views + classes
+    H, W = rows[0].left.shape[:2]
+    fig = Figure(figsize=(4.4, len(rows) * (4.3 / (2 + GAP) * H / W + 0.3) + 1.9), dpi=80, layout="constrained")
+    fig.suptitle(_title(metrics, called), fontsize=10)
+    for ax, o in zip(fig.subplots(len(rows), 1, squeeze=False)[:, 0], rows):
+        _draw_pair(ax, o)
+    words = {True: "right: within one cell of the truth", False: "wrong"} | (
+        {None: "two images: the truth is not known"} if classes else {}
+    )
+    fig.legend(
+        [Line2D([], [], lw=1.4, **STYLES[k]) for k in words],
+        words.values(),
+        loc="outside lower center",
+        fontsize=9,
+        frameon=False,
+        title_fontsize=9,
+        title="drawn: the best matches by cosine,\nof one image in two views"
+        + (", and of two of a class" if classes else " (no class has two images)"),
+    )
     return fig

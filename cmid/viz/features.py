@@ -15,138 +15,216 @@ from ..params import CmidError, Features, near
 from ..scores import mean_interval
 
 # %% ../../nbs/42_features.ipynb #13bf44db
-def cosine(a, b): "Cosines of all pairs of rows, (A, B)"; return F.normalize(a, dim=1) @ F.normalize(b, dim=1).T
-def proximity(a, b): "Euclidean distances of all pairs of rows, negative, (A, B)"; return -torch.cdist(a, b, compute_mode='donot_use_mm_for_euclid_dist')
+def cosine(a, b):
+    "Cosines of all pairs of rows, (A, B)"
+    return F.normalize(a, dim=1) @ F.normalize(b, dim=1).T
+
+
+def proximity(a, b):
+    "Euclidean distances of all pairs of rows, negative, (A, B)"
+    return -torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+
 
 def _closeness(x, rows, measure):
     "Closeness of some rows to all, each to itself never"
-    c = measure(x[rows], x); c[torch.arange(len(rows)), rows] = -torch.inf
+    c = measure(x[rows], x)
+    c[torch.arange(len(rows)), rows] = -torch.inf
     return c
 
 # %% ../../nbs/42_features.ipynb #e5e1b4dd
-TIE = 1e-6 # closenesses that differ by less are equal: float32 says no more
+TIE = 1e-6  # closenesses that differ by less are equal: float32 says no more
+
 
 def _share(c, mine, k):
     "Share of the k closest that are mine, (B,)"
-    last = c.topk(k).values[:, -1:]; above = c > last + TIE; tied = (c >= last - TIE) & ~above
+    last = c.topk(k).values[:, -1:]
+    above = c > last + TIE
+    tied = (c >= last - TIE) & ~above
     return ((above & mine).sum(1) + (k - above.sum(1)) * (tied & mine).sum(1) / tied.sum(1)) / k
 
+
 def knn_purity(
-    x:torch.Tensor, # float (N, C), a row an image
-    labels, # (N,) integers
-    k:int, # neighbours, fewer than N
-    measure=cosine, # of closeness: cosine | proximity
-) -> torch.Tensor: # float (N,), in [0, 1]
+    x: torch.Tensor,  # float (N, C), a row an image
+    labels,  # (N,) integers
+    k: int,  # neighbours, fewer than N
+    measure=cosine,  # of closeness: cosine | proximity
+) -> torch.Tensor:  # float (N,), in [0, 1]
     "Share of each image's k nearest others that have its class; ties for the last places share them"
     x, y = x.float(), torch.as_tensor(labels)
-    if k >= len(x): raise CmidError(f"neighbours: {k} asks for more than {len(x)} images; lower it")
+    if k >= len(x):
+        raise CmidError(f"neighbours: {k} asks for more than {len(x)} images; lower it")
     chunks = torch.arange(len(x)).split(max(1, SIMILARITIES // len(x)))
     return torch.cat([_share(_closeness(x, rows, measure), y[rows, None] == y, k) for rows in chunks])
 
 # %% ../../nbs/42_features.ipynb #2645807b
 def chance_purity(
-    labels, # (N,) integers
-) -> float: # in [0, 1]
+    labels,  # (N,) integers
+) -> float:  # in [0, 1]
     "Purity of neighbours that are drawn blindly, exactly"
-    n = np.bincount(labels); return float((n * (n - 1)).sum() / (n.sum() * (n.sum() - 1)))
+    n = np.bincount(labels)
+    return float((n * (n - 1)).sum() / (n.sum() * (n.sum() - 1)))
 
 # %% ../../nbs/42_features.ipynb #7ebbc4cc
 def _ranked(y, images):
     "Positions of the first of each class, so that classes keep their shares"
     at = np.empty(len(y))
-    for c in np.unique(y): mine = y == c; at[mine] = (np.arange(mine.sum()) + .5) / mine.sum()
-    return np.argsort(at, kind='stable')[:images]
+    for c in np.unique(y):
+        mine = y == c
+        at[mine] = (np.arange(mine.sum()) + 0.5) / mine.sum()
+    return np.argsort(at, kind="stable")[:images]
+
 
 def choose(
-    prepared, # `Prepared`
-    split:str|None, # only the images of this list; None takes all
-    images:int, # at most
-    seed:int=0, # of the draw
-): # int array, ascending
+    prepared,  # `Prepared`
+    split: str | None,  # only the images of this list; None takes all
+    images: int,  # at most
+    seed: int = 0,  # of the draw
+):  # int array, ascending
     "Images to embed, stratified by class; where some have a class, only those that do. `CmidError` when the split is not there, or fewer than four are left"
-    if split is not None and split not in prepared.splits: raise CmidError(f"params.yaml: features.split: {split!r} is no list of {prepared.folder}{near(split, prepared.splits)}; known: {', '.join(prepared.splits) or 'none'}")
+    if split is not None and split not in prepared.splits:
+        raise CmidError(
+            f"params.yaml: features.split: {split!r} is no list of {prepared.folder}{near(split, prepared.splits)}; known: {', '.join(prepared.splits) or 'none'}"
+        )
     index = np.sort(np.arange(len(prepared)) if split is None else np.asarray(prepared.splits[split]))
-    y = np.zeros(len(index), int) if prepared.labels is None or (prepared.labels[index] < 0).all() else prepared.labels[index]
+    y = (
+        np.zeros(len(index), int)
+        if prepared.labels is None or (prepared.labels[index] < 0).all()
+        else prepared.labels[index]
+    )
     order = np.random.default_rng(seed).permutation(np.flatnonzero(y >= 0))
-    if len(order) < 4: raise CmidError(f"params.yaml: features.split: {split!r} of {prepared.folder} has {len(order)} images to embed; name one with more")
+    if len(order) < 4:
+        raise CmidError(
+            f"params.yaml: features.split: {split!r} of {prepared.folder} has {len(order)} images to embed; name one with more"
+        )
     return np.sort(index[order[_ranked(y[order], images)]])
 
+
 def labels_of(
-    prepared, # `Prepared`
-    index, # images, from `choose`
-): # int (N,), or None without classes
+    prepared,  # `Prepared`
+    index,  # images, from `choose`
+):  # int (N,), or None without classes
     "Their classes, where they have any"
     return None if prepared.labels is None or (prepared.labels[index] < 0).all() else prepared.labels[index]
 
 # %% ../../nbs/42_features.ipynb #6083b0d7
 def embed(
-    x:torch.Tensor, # float (N, C), a row an image
-    perplexity:float=30., # about how many neighbours are kept; below N
-    seed:int=0,
-): # float32 (N, 2)
+    x: torch.Tensor,  # float (N, C), a row an image
+    perplexity: float = 30.0,  # about how many neighbours are kept; below N
+    seed: int = 0,
+):  # float32 (N, 2)
     "t-SNE of unit-length features, the same each time; `CmidError` when perplexity is too large, or all features are equal"
     from sklearn.manifold import TSNE
     from threadpoolctl import threadpool_limits
+
     z = F.normalize(x.float(), dim=1).numpy()
-    if perplexity >= len(z): raise CmidError(f"params.yaml: features.perplexity: {perplexity:g} asks for more than {len(z)} images; lower it")
-    if np.ptp(z, axis=0).max() < TIE: raise CmidError(f"all {len(z)} images have the same features: the backbone has collapsed, there is no map of it")
-    with threadpool_limits(1): return TSNE(perplexity=perplexity, init='pca', random_state=seed).fit_transform(z)
+    if perplexity >= len(z):
+        raise CmidError(
+            f"params.yaml: features.perplexity: {perplexity:g} asks for more than {len(z)} images; lower it"
+        )
+    if np.ptp(z, axis=0).max() < TIE:
+        raise CmidError(
+            f"all {len(z)} images have the same features: the backbone has collapsed, there is no map of it"
+        )
+    with threadpool_limits(1):
+        return TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(z)
 
 # %% ../../nbs/42_features.ipynb #70e32b9c
 def _purities(x, flat, y, names, k):
     "What is known where there are classes, and each image's purity"
-    p = knn_purity(x, y, k).double().numpy(); mean, low, high = mean_interval(p)
-    return dict(classes=len(np.unique(y)), neighbours=k, purity=float(mean), low=float(max(low, 0)), high=float(min(high, 1)), chance=chance_purity(y),
-                purity_2d=float(knn_purity(torch.from_numpy(flat), y, k, proximity).mean()), per_class={names[c]: float(p[y == c].mean()) for c in np.unique(y)}), p
+    p = knn_purity(x, y, k).double().numpy()
+    mean, low, high = mean_interval(p)
+    return dict(
+        classes=len(np.unique(y)),
+        neighbours=k,
+        purity=float(mean),
+        low=float(max(low, 0)),
+        high=float(min(high, 1)),
+        chance=chance_purity(y),
+        purity_2d=float(knn_purity(torch.from_numpy(flat), y, k, proximity).mean()),
+        per_class={names[c]: float(p[y == c].mean()) for c in np.unique(y)},
+    ), p
+
 
 def feature_space(
-    x:torch.Tensor, # float (N, C), a row an image
-    labels, # int (N,), or None without classes
-    classes:list|None, # their names
-    settings:Features, # params.yaml's section
-    seed:int=0, # of the map
-) -> tuple: # (metrics, embedding): dicts as JSON takes them
+    x: torch.Tensor,  # float (N, C), a row an image
+    labels,  # int (N,), or None without classes
+    classes: list | None,  # their names
+    settings: Features,  # params.yaml's section
+    seed: int = 0,  # of the map
+) -> tuple:  # (metrics, embedding): dicts as JSON takes them
     "Map and purity of features; `CmidError` when there are too few images for perplexity or neighbours"
     k, n = settings.neighbours, len(x)
-    if k >= n: raise CmidError(f"params.yaml: features.neighbours: {k} asks for more than {n} images; lower it")
-    flat = embed(x, settings.perplexity, seed); place = dict(zip('xy', flat.round(2).astype(float).T.round(2).tolist()))
-    if labels is None: return dict(images=n, classes=0, neighbours=k, **dict.fromkeys(('purity', 'low', 'high', 'chance', 'purity_2d')), per_class={}, perplexity=settings.perplexity), dict(classes=[], label=None, purity=None, chance=None) | place
+    if k >= n:
+        raise CmidError(f"params.yaml: features.neighbours: {k} asks for more than {n} images; lower it")
+    flat = embed(x, settings.perplexity, seed)
+    place = dict(zip("xy", flat.round(2).astype(float).T.round(2).tolist()))
+    if labels is None:
+        return dict(
+            images=n,
+            classes=0,
+            neighbours=k,
+            **dict.fromkeys(("purity", "low", "high", "chance", "purity_2d")),
+            per_class={},
+            perplexity=settings.perplexity,
+        ), dict(classes=[], label=None, purity=None, chance=None) | place
     known, p = _purities(x, flat, np.asarray(labels), classes, k)
-    return dict(images=n) | known | dict(perplexity=settings.perplexity), dict(classes=list(classes), label=np.asarray(labels).tolist(), purity=p.round(4).tolist(), chance=known['chance']) | place
+    return dict(images=n) | known | dict(perplexity=settings.perplexity), dict(
+        classes=list(classes), label=np.asarray(labels).tolist(), purity=p.round(4).tolist(), chance=known["chance"]
+    ) | place
 
 # %% ../../nbs/42_features.ipynb #c6ab8f1f
-NEAREST = 6 # in a strip
+NEAREST = 6  # in a strip
+
 
 def strips(
-    x:torch.Tensor, # float (N, C), a row an image
-    labels, # int (N,), or None
-    queries:int, # how many; N at most
-    nearest:int=NEAREST, # neighbours of each; N - 1 at most
-) -> torch.Tensor: # int (queries, 1 + nearest): rows of x, the query first
+    x: torch.Tensor,  # float (N, C), a row an image
+    labels,  # int (N,), or None
+    queries: int,  # how many; N at most
+    nearest: int = NEAREST,  # neighbours of each; N - 1 at most
+) -> torch.Tensor:  # int (queries, 1 + nearest): rows of x, the query first
     "Images spread over the classes, with their nearest by cosine"
-    x, n = x.float(), len(x); order = torch.arange(n) if labels is None else torch.as_tensor(labels).argsort(stable=True)
-    if queries > n: raise CmidError(f"params.yaml: features.queries: {queries} asks for more than {n} images; lower it")
-    rows = order[((torch.arange(queries) + .5) * n / queries).long()]
-    return torch.cat([rows[:, None], _closeness(x, rows, cosine).argsort(dim=1, descending=True, stable=True)[:, :min(nearest, n - 1)]], 1)
+    x, n = x.float(), len(x)
+    order = torch.arange(n) if labels is None else torch.as_tensor(labels).argsort(stable=True)
+    if queries > n:
+        raise CmidError(f"params.yaml: features.queries: {queries} asks for more than {n} images; lower it")
+    rows = order[((torch.arange(queries) + 0.5) * n / queries).long()]
+    return torch.cat(
+        [
+            rows[:, None],
+            _closeness(x, rows, cosine).argsort(dim=1, descending=True, stable=True)[:, : min(nearest, n - 1)],
+        ],
+        1,
+    )
 
 # %% ../../nbs/42_features.ipynb #b7272842
-FRAMES = {True: dict(color='#009E73', ls='-', lw=2.), False: dict(color='#D55E00', ls=(0, (2.5, 1.5)), lw=2.)}
+FRAMES = {True: dict(color="#009E73", ls="-", lw=2.0), False: dict(color="#D55E00", ls=(0, (2.5, 1.5)), lw=2.0)}
+
 
 def _framed(ax, picture, right):
     "A neighbour; None: nobody knows its class"
-    ax.imshow(picture); ax.set(xticks=[], yticks=[])
-    if right is None: return ax.spines[:].set_visible(False)
-    ax.spines[:].set(**FRAMES[right]); ax.set_xlabel('✓' if right else '✗', fontsize=9, labelpad=1, color=FRAMES[right]['color'], fontweight='bold')
+    ax.imshow(picture)
+    ax.set(xticks=[], yticks=[])
+    if right is None:
+        return ax.spines[:].set_visible(False)
+    ax.spines[:].set(**FRAMES[right])
+    ax.set_xlabel("✓" if right else "✗", fontsize=9, labelpad=1, color=FRAMES[right]["color"], fontweight="bold")
+
 
 def neighbours_figure(
-    pictures, # float (Q, 1 + K, S, S, 3) in [0, 1], the query first
-    labels, # int (Q, 1 + K), or None
-    classes:list|None, # their names
-): # matplotlib Figure, as wide as a phone
+    pictures,  # float (Q, 1 + K, S, S, 3) in [0, 1], the query first
+    labels,  # int (Q, 1 + K), or None
+    classes: list | None,  # their names
+):  # matplotlib Figure, as wide as a phone
     "A row a query: the image, then its nearest, framed by whether they have its class"
     from matplotlib.figure import Figure
-    q, n = pictures.shape[:2]; fig = Figure(figsize=(4.4, q * (4.4 / n + (.36 if labels is not None else .08))), dpi=80, layout='constrained'); axes = fig.subplots(q, n, squeeze=False)
+
+    q, n = pictures.shape[:2]
+    fig = Figure(figsize=(4.4, q * (4.4 / n + (0.36 if labels is not None else 0.08))), dpi=80, layout="constrained")
+    axes = fig.subplots(q, n, squeeze=False)
     for i, row in enumerate(axes):
-        for j, (ax, o) in enumerate(zip(row, pictures[i])): _framed(ax, o, None if labels is None or not j else bool(labels[i][j] == labels[i][0]))
-        if labels is not None: row[0].set_title(classes[labels[i][0]], fontsize=9, loc='left', pad=3)
-    fig.get_layout_engine().set(w_pad=.02, h_pad=.02, wspace=.02); return fig
+        for j, (ax, o) in enumerate(zip(row, pictures[i])):
+            _framed(ax, o, None if labels is None or not j else bool(labels[i][j] == labels[i][0]))
+        if labels is not None:
+            row[0].set_title(classes[labels[i][0]], fontsize=9, loc="left", pad=3)
+    fig.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.02)
+    return fig

@@ -16,51 +16,65 @@ from ..reconstruction import masked_error
 
 # %% ../../nbs/40_reconstruct.ipynb #7aad5a1b
 def load_decoder(
-    folder, # models/<init>, as pretraining exports it
-    encoder, # of the same folder, from `load_backbone`
-) -> PixelDecoder: # in eval mode
+    folder,  # models/<init>, as pretraining exports it
+    encoder,  # of the same folder, from `load_backbone`
+) -> PixelDecoder:  # in eval mode
     "The decoder that was trained with a backbone; raises `CmidError` where there is none, or where it is another encoder's."
-    weights = {k.removeprefix('decoder.'): v for k, v in load_extras(folder).items() if k.startswith('decoder.')}
-    if not weights: raise CmidError(f"{folder}: has no decoder, so it cannot reconstruct; name an init that CMID pretrained, not a baseline")
+    weights = {k.removeprefix("decoder."): v for k, v in load_extras(folder).items() if k.startswith("decoder.")}
+    if not weights:
+        raise CmidError(
+            f"{folder}: has no decoder, so it cannot reconstruct; name an init that CMID pretrained, not a baseline"
+        )
     decoder = PixelDecoder(encoder.feature_channels[-1], encoder.strides[-1], encoder.in_chans)
     got, need = ({k: tuple(v.shape) for k, v in o.items()} for o in (weights, decoder.state_dict()))
-    if got != need: raise CmidError(f"{Path(folder)/'extras.safetensors'}: its decoder is {got}, this encoder needs {need}; export it again")
+    if got != need:
+        raise CmidError(
+            f"{Path(folder) / 'extras.safetensors'}: its decoder is {got}, this encoder needs {need}; export it again"
+        )
     decoder.load_state_dict(weights)
     return decoder.eval().to(next(encoder.parameters()).device)
 
 # %% ../../nbs/40_reconstruct.ipynb #3ce44e54
 @torch.no_grad()
 def reconstruct(
-    encoder, # student, from `load_backbone`, in eval mode
-    decoder, # from `load_decoder`
-    images:torch.Tensor, # float (B, C, S, S), normalised
-    masks:torch.Tensor, # bool (B, S/32, S/32), True = masked
-) -> torch.Tensor: # float (B, C, S, S), normalised
+    encoder,  # student, from `load_backbone`, in eval mode
+    decoder,  # from `load_decoder`
+    images: torch.Tensor,  # float (B, C, S, S), normalised
+    masks: torch.Tensor,  # bool (B, S/32, S/32), True = masked
+) -> torch.Tensor:  # float (B, C, S, S), normalised
     "What the student paints when it is shown the masked images (section III-C)."
     return decoder(encoder(fill_mean(images, masks), masks)[-1])
 
 # %% ../../nbs/40_reconstruct.ipynb #33800d60
 def reconstruction_skill(
-    images:torch.Tensor, # float (B, C, S, S), normalised
-    masks:torch.Tensor, # bool (B, S/32, S/32), True = masked
-    predictions:torch.Tensor, # float (B, C, S, S), normalised
-) -> dict: # images; mae and mae_mean in standard deviations; skill; each: skill of every image
+    images: torch.Tensor,  # float (B, C, S, S), normalised
+    masks: torch.Tensor,  # bool (B, S/32, S/32), True = masked
+    predictions: torch.Tensor,  # float (B, C, S, S), normalised
+) -> dict:  # images; mae and mae_mean in standard deviations; skill; each: skill of every image
     "Mean absolute error over the masked pixels against that of the image's own mean; skill is None where the mean is already exact."
     error, plain = (masked_error(images, masks, o) for o in (predictions, fill_mean(images, masks)))
     count = (repeat_to(masks, images.shape[-2:]).sum() * images.shape[1]).clamp_min(1)
     skill = lambda e, p: float(1 - e / p) if p > 0 else None
-    return dict(images=len(images), mae=float(error.sum() / count), mae_mean=float(plain.sum() / count),
-                skill=skill(error.sum(), plain.sum()), each=[skill(*o) for o in zip(error, plain)])
+    return dict(
+        images=len(images),
+        mae=float(error.sum() / count),
+        mae_mean=float(plain.sum() / count),
+        skill=skill(error.sum(), plain.sum()),
+        each=[skill(*o) for o in zip(error, plain)],
+    )
 
 # %% ../../nbs/40_reconstruct.ipynb #8ea3cafe
 def shown(
-    x:torch.Tensor, # float (B, C, S, S) in [0, 1]
-) -> torch.Tensor: # float (B, S, S, 3)
+    x: torch.Tensor,  # float (B, C, S, S) in [0, 1]
+) -> torch.Tensor:  # float (B, S, S, 3)
     "The first three bands as red, green and blue; the first as grey where there are fewer."
-    return (x[:, :3] if x.shape[1] >= 3 else x[:, :1].expand(-1, 3, -1, -1)).permute(0, 2, 3, 1).clamp(0, 1).float().cpu()
+    return (
+        (x[:, :3] if x.shape[1] >= 3 else x[:, :1].expand(-1, 3, -1, -1)).permute(0, 2, 3, 1).clamp(0, 1).float().cpu()
+    )
 
 # %% ../../nbs/40_reconstruct.ipynb #2886f086
-ROWS = 'image', 'seen', 'painted', 'filled in', 'error'
+ROWS = "image", "seen", "painted", "filled in", "error"
+
 
 def _errors(images, hidden, predictions):
     "Mean absolute error over bands, (B, S, S); NaN, which is drawn as nothing, where not masked"
@@ -68,19 +82,29 @@ def _errors(images, hidden, predictions):
 
 # %% ../../nbs/40_reconstruct.ipynb #2db90b3f
 def reconstruction_figure(
-    images:torch.Tensor, # float (B, C, S, S), normalised, any bands
-    masks:torch.Tensor, # bool (B, S/32, S/32), True = masked
-    predictions:torch.Tensor, # float (B, C, S, S), normalised
-    restore, # normalised images to [0, 1], such as `TwoViews.restore`
-): # matplotlib Figure
+    images: torch.Tensor,  # float (B, C, S, S), normalised, any bands
+    masks: torch.Tensor,  # bool (B, S/32, S/32), True = masked
+    predictions: torch.Tensor,  # float (B, C, S, S), normalised
+    restore,  # normalised images to [0, 1], such as `TwoViews.restore`
+):  # matplotlib Figure
     "Image, masked input, prediction, prediction in the masked blocks and its error, a column an image."
     from matplotlib.figure import Figure
-    hidden = repeat_to(masks, images.shape[-2:]).unsqueeze(1); n = len(images)
-    rows = [shown(restore(o)) for o in (images, fill_mean(images, masks), predictions, torch.where(hidden, predictions, images))] + [_errors(images, hidden, predictions)]
-    fig = Figure(figsize=(1.1 * n + .75, 5.65), dpi=72, layout='constrained'); axes = fig.subplots(5, n, squeeze=False)
+
+    hidden = repeat_to(masks, images.shape[-2:]).unsqueeze(1)
+    n = len(images)
+    rows = [
+        shown(restore(o))
+        for o in (images, fill_mean(images, masks), predictions, torch.where(hidden, predictions, images))
+    ] + [_errors(images, hidden, predictions)]
+    fig = Figure(figsize=(1.1 * n + 0.75, 5.65), dpi=72, layout="constrained")
+    axes = fig.subplots(5, n, squeeze=False)
     for ax_row, pictures, name in zip(axes, rows, ROWS):
-        for ax, o in zip(ax_row, pictures): drawn = ax.imshow(o, cmap='magma', vmin=0, vmax=2); ax.set(xticks=[], yticks=[]); ax.spines[:].set_visible(False)
+        for ax, o in zip(ax_row, pictures):
+            drawn = ax.imshow(o, cmap="magma", vmin=0, vmax=2)
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
         ax_row[0].set_ylabel(name, fontsize=9)
-    for ax, o in zip(axes[0], reconstruction_skill(images, masks, predictions)['each']): ax.set_title('flat' if o is None else f'skill {o:.2f}', fontsize=9)
-    fig.colorbar(drawn, ax=list(axes[4]), aspect=8, extend='max', ticks=[0, 1, 2])
+    for ax, o in zip(axes[0], reconstruction_skill(images, masks, predictions)["each"]):
+        ax.set_title("flat" if o is None else f"skill {o:.2f}", fontsize=9)
+    fig.colorbar(drawn, ax=list(axes[4]), aspect=8, extend="max", ticks=[0, 1, 2])
     return fig
