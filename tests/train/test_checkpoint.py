@@ -1,0 +1,179 @@
+"Checkpoints in whole processes: killed while writing, read from strangers, converted on the command line."
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+import timm.optim
+import torch
+
+from cmid.base.errors import CmidError
+from cmid.base.runtime import provenance
+from cmid.method.backbones import create
+from cmid.train.checkpoint import (
+    PREFIX,
+    STUDY,
+    checkpoints,
+    export_backbone,
+    from_cmid,
+    latest,
+    load,
+    load_backbone,
+    save,
+    to_cmid,
+    to_published,
+)
+
+SWIN = "swin_tiny_patch4_window7_224"
+FACTS = STUDY | dict(method="random", parameters=dict(lr=0.1), data_hash="0", data_licence=None, health={})
+
+
+def python(code, *args):
+    return subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True)
+
+
+def convert(*args):  # called as a console script calls it: from the body of a file that is run
+    script = "import sys\nfrom cmid.train.checkpoint import cmid_convert\nsys.exit(cmid_convert())\n"
+    path = args[0]
+    path.write_text(script)
+    return subprocess.run([sys.executable, str(path), *map(str, args[1:])], capture_output=True, text=True)
+
+
+def test_killed_while_writing_the_old_one_stays(tmp_path):
+    save(tmp_path / "epoch_1.ckpt", dict(w=torch.ones(3)), dict(parameters={}))
+    code = """
+import sys, torch
+from pathlib import Path
+import cmid.train.checkpoint as c
+write = torch.save
+def half(o, f): write(o, f); f.truncate(f.tell()//2); f.flush(); print('half', flush=True); import time; time.sleep(600)
+torch.save = half
+c.save(Path(sys.argv[1])/'epoch_2.ckpt', dict(w=torch.zeros(10**5)), dict(parameters={}))"""
+    run = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert run.stdout.readline() == "half\n"
+    finally:
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+        run.stdout.close()
+    assert [p.name for p in checkpoints(tmp_path)] == ["epoch_1.ckpt"] and list(tmp_path.glob(".*.part"))
+    assert torch.equal(latest(tmp_path)[1]["w"], torch.ones(3))
+    save(tmp_path / "epoch_3.ckpt", dict(w=torch.zeros(3)), dict(parameters={}))
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "epoch_1.ckpt",
+        "epoch_3.ckpt",
+    ]  # what the killed one left is gone
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
+def test_any_cut_falls_back(tmp_path, share, capsys):
+    for i in (1, 2):
+        save(tmp_path / f"epoch_{i}.ckpt", dict(w=torch.full((1000,), i)), dict(parameters={}))
+    new = tmp_path / "epoch_2.ckpt"
+    whole = new.read_bytes()
+    new.write_bytes(whole[: int(len(whole) * share)])
+    path, state, _ = latest(tmp_path)
+    assert path.name == "epoch_1.ckpt" and (state["w"] == 1).all()
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_optimiser_goes_on_bit_for_bit(tmp_path):
+    def run(net, opt, steps):
+        for i in steps:
+            opt.zero_grad()
+            net(torch.full((2, 3), i + 1.0)).square().sum().backward()
+            opt.step()
+        return net.weight.detach().clone()
+
+    def fresh():
+        torch.manual_seed(0)
+        net = torch.nn.Linear(3, 2)
+        return net, timm.optim.Adan(net.parameters(), lr=0.1)
+
+    straight = run(*fresh(), range(6))
+    net, opt = fresh()
+    run(net, opt, range(3))
+    save(tmp_path / "step_3.ckpt", dict(net=net.state_dict(), opt=opt.state_dict()), dict(parameters={}))
+    torch.manual_seed(1)
+    net = torch.nn.Linear(3, 2)
+    opt = timm.optim.Adan(net.parameters(), lr=0.5)
+    state, _ = load(tmp_path / "step_3.ckpt")
+    net.load_state_dict(state["net"])
+    opt.load_state_dict(state["opt"])
+    assert torch.equal(run(net, opt, range(3, 6)), straight)
+
+
+def test_other_parameters_are_refused_by_name(tmp_path):
+    save(tmp_path / "a_1.ckpt", {}, dict(parameters=dict(pretrain=dict(lr=0.1, betas=[0.9, 0.99]))))
+    load(tmp_path / "a_1.ckpt", dict(pretrain=dict(lr=0.1, betas=(0.9, 0.99))))
+    with pytest.raises(CmidError, match=r"a_1.ckpt.*pretrain\.lr: 0\.1 then, 0\.2 now") as e:
+        load(tmp_path / "a_1.ckpt", dict(pretrain=dict(lr=0.2, betas=[0.9, 0.99])))
+    assert "betas" not in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "name,size", [("resnet18", {}), (SWIN, dict(img_size=128)), ("vit_small_patch16_224", dict(img_size=128))]
+)
+def test_timm_loads_an_export_in_another_process(tmp_path, name, size):
+    torch.manual_seed(0)
+    e = create(name, in_chans=3, img_size=128).eval()
+    export_backbone(e, tmp_path / "b", FACTS | dict(provenance=provenance()))
+    x = torch.randn(1, 3, 128, 128)
+    with torch.no_grad():
+        torch.save(dict(x=x, y=e.model(x)), tmp_path / "io.pt")
+    done = python(
+        """
+import sys, json, timm, torch
+folder, name, size = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+m = timm.create_model(name, num_classes=0, checkpoint_path=folder + '/b/model.safetensors', **size).eval()
+io = torch.load(folder + '/io.pt', weights_only=True)
+assert 'cmid' not in sys.modules
+with torch.no_grad(): assert torch.allclose(m(io['x']), io['y'], rtol=0, atol=1e-5*io['y'].abs().max().item())""",
+        tmp_path,
+        name,
+        json.dumps(size),
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_exports_of_two_processes_are_the_same_bytes(tmp_path):
+    code = """
+import sys, torch, json
+from cmid.method.backbones import create
+from cmid.train.checkpoint import export_backbone
+torch.manual_seed(0); export_backbone(create('resnet18', img_size=64), sys.argv[1], json.loads(sys.argv[2]), extras=dict(b=torch.ones(2), a=torch.zeros(3)))"""
+    for f in "ab":
+        assert python(code, tmp_path / f, json.dumps(FACTS | dict(provenance={}))).returncode == 0
+    for p in (tmp_path / "a").iterdir():
+        assert p.read_bytes() == (tmp_path / "b" / p.name).read_bytes(), p.name
+
+
+def test_converts_both_ways_on_the_command_line(tmp_path):
+    e = create(SWIN)
+    torch.nn.init.normal_(e.mask_token)
+    release = {f"{PREFIX}model.{k}": v for k, v in to_published(e.model.state_dict()).items()} | {
+        f"{PREFIX}mask_token": e.mask_token.data
+    }
+    torch.save(release, tmp_path / "r.pth")
+    script = tmp_path / "cmid_convert.py"
+    done = convert(script, tmp_path / "r.pth", tmp_path / "b", "--backbone", SWIN)
+    assert done.returncode == 0, done.stderr
+    done = convert(script, tmp_path / "b", tmp_path / "back.pth", "--direction", "from_cmid")
+    assert done.returncode == 0, done.stderr
+    back = torch.load(tmp_path / "back.pth", weights_only=True)
+    assert back.keys() == release.keys() and all(torch.equal(back[k], release[k]) for k in back)
+    loaded, card = load_backbone(tmp_path / "b")
+    assert card.mean == STUDY["mean"] and all(torch.equal(v, e.state_dict()[k]) for k, v in loaded.state_dict().items())
+
+
+def test_resnet_keys_pass_as_they_are(tmp_path):
+    e = create("resnet18")
+    torch.save({f"{PREFIX}model.{k}": v for k, v in e.model.state_dict().items()}, tmp_path / "r.pth")
+    to_cmid(tmp_path / "r.pth", tmp_path / "b", "resnet18")
+    from_cmid(tmp_path / "b", tmp_path / "back.pth")
+    back = torch.load(tmp_path / "back.pth", weights_only=True)
+    assert back.pop(f"{PREFIX}mask_token").eq(0).all() and all(
+        torch.equal(back[f"{PREFIX}model.{k}"], v) for k, v in e.model.state_dict().items()
+    )

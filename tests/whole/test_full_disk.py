@@ -1,0 +1,287 @@
+"A full disk: one line with the path and the space that is needed, nothing half-written, the earlier file unchanged, and the same command goes on when there is room."
+
+import io
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+from cmid.base.errors import CmidError, cli
+from cmid.base.files import write_json, write_whole
+from cmid.data.prepare import Prepared, prepare
+from cmid.method.backbones import create
+from cmid.train import checkpoint
+
+FACTS = dict(
+    mean=[0.5] * 3,
+    std=[0.2] * 3,
+    bands=["red", "green", "blue"],
+    method="random",
+    parameters={},
+    data_hash=None,
+    data_licence=None,
+    provenance={},
+    health={},
+)
+
+
+def mounted(folder, options):
+    "A small disk of its own in memory."
+    folder.mkdir()
+    got = (
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, text=True)
+        if shutil.which("mount") and sys.platform == "linux"
+        else None
+    )
+    if got is None or got.returncode:
+        pytest.skip(
+            "no small disk can be mounted here (needs Linux and root): " + (got.stderr.strip() if got else sys.platform)
+        )
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() == 0 or not shutil.which("unshare"),
+    reason="root mounts by itself; others need unshare",
+)
+def test_in_a_namespace_of_ones_own():
+    "Who is not root may mount where nobody else sees it; all of this file again, there."
+    inside = lambda *args: subprocess.run(["unshare", "-rm", *args], capture_output=True, text=True)
+    if inside("true").returncode:
+        pytest.skip("this system gives no namespaces to users who are not root")
+    done = inside(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__)
+    assert done.returncode == 0 and "no small disk" not in done.stdout, done.stdout[-3000:]
+
+
+@pytest.fixture
+def disk(tmp_path):
+    mounted(tmp_path / "disk", "size=8m")
+    yield tmp_path / "disk"
+    subprocess.run(["umount", "-l", str(tmp_path / "disk")], check=True)
+
+
+def files(folder):
+    return {o.relative_to(folder).as_posix(): o.read_bytes() for o in sorted(folder.rglob("*")) if o.is_file()}
+
+
+def fill(disk, leave):
+    "Leave so many bytes free."
+    (disk / "ballast").unlink(missing_ok=True)
+    (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - leave))
+
+
+def stops_and_goes_on(disk, work, path, leave=10_000, needs=r"[\d.]+ MB needed, "):
+    "The whole of what is asked of a writer."
+    fill(disk, leave)
+    before = files(disk)
+    with pytest.raises(CmidError, match=rf"disk is full \({needs}[\d.]+ MB free\); make room and run again") as e:
+        work()
+    assert str(e.value).startswith(f"{path}: ") and "\n" not in str(e.value)
+    assert files(disk) == before, "nothing half-written is left, and what was there is unchanged"
+    (disk / "ballast").unlink()
+    work()
+    assert not [o for o in disk.rglob(".*")]
+
+
+def state(value):
+    return dict(w=torch.full((250_000,), value), more=[torch.zeros(250_000)])
+
+
+def test_checkpoint(disk):
+    checkpoint.save(disk / "run/epoch-1.ckpt", state(1.0), {})
+    stops_and_goes_on(
+        disk,
+        lambda: checkpoint.save(disk / "run/epoch-2.ckpt", state(2.0), {}),
+        disk / "run/epoch-2.ckpt",
+        needs="1.9 MB needed, ",
+    )
+    assert checkpoint.latest(disk / "run")[1]["w"][0] == 2 and len(checkpoint.checkpoints(disk / "run")) == 2
+
+
+def test_checkpoint_at_any_size_of_what_is_free(disk):
+    "torch tells of a full disk in several ways, by how far it came."
+    checkpoint.save(disk / "epoch-1.ckpt", state(1.0), {})
+    for free in (0, 4096, 500_000, 1_000_000, 1_990_000):
+        fill(disk, free)
+        with pytest.raises(CmidError, match="the disk is full"):
+            checkpoint.save(disk / "epoch-2.ckpt", state(2.0), {})
+        assert (
+            sorted(o.name for o in disk.iterdir()) == ["ballast", "epoch-1.ckpt"]
+            and checkpoint.latest(disk)[1]["w"][0] == 1
+        )
+
+
+@pytest.mark.parametrize("leave", [0, 10_000, 1_000_000, 1_550_000])
+def test_export(disk, leave):
+    e = create("test_resnet", 3, 64)
+    make = lambda value: checkpoint.export_backbone(
+        e, disk / "models/b", FACTS | dict(health=dict(value=value)), teacher=e
+    )
+    make(1.0)
+    stops_and_goes_on(disk, lambda: make(2.0), disk / "models/b", leave)
+    assert checkpoint.read_card(disk / "models/b").health["value"] == 2
+
+
+def test_small_files(disk):
+    write_whole(disk / "a/x.txt", b"1" * 300_000)
+    stops_and_goes_on(
+        disk, lambda: write_whole(disk / "a/x.txt", b"2" * 300_000), disk / "a/x.txt", needs="0.3 MB needed, "
+    )
+    write_json(disk / "x.json", [1])
+    stops_and_goes_on(disk, lambda: write_json(disk / "x.json", list(range(100_000))), disk / "x.json")
+
+
+def test_figure_of_a_stage(disk):
+    from cmid.study.stage import Stage
+
+    stage = object.__new__(Stage)
+    stage.results = disk / "results/probe/a"
+    rng = np.random.default_rng(0)
+
+    def noise():
+        f = Figure()
+        f.subplots().imshow(rng.random((300, 300)))
+        return f
+
+    stage.figure(noise())
+    stops_and_goes_on(disk, lambda: stage.figure(noise()), disk / "results/probe/a/figure.png")
+
+
+# A stage of several steps keeps what it has done; the folder that it wrote before stays as it was
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    at = tmp_path_factory.mktemp("pictures")
+    for i in range(100):
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(at / f"{i:03}.png")
+    return at
+
+
+@pytest.mark.parametrize("leave,workers", [(0, 1), (3000, 1), (40_000, 2), (400_000, 1), (1_300_000, 1)])
+def test_prepare(disk, pictures, leave, workers):
+    make = lambda side: prepare(pictures, disk / "prepared/x", side=side, workers=workers, shard_mb=0.5)
+    make(32)
+    before = files(disk / "prepared")
+    fill(disk, leave)
+    with pytest.raises(
+        CmidError, match=r"prepared/x\.partial.*: the disk is full \(.*[\d.]+ MB free\); make room and run again"
+    ) as e:
+        make(64)
+    assert (
+        "\n" not in str(e.value)
+        and {k: v for k, v in files(disk / "prepared").items() if ".partial" not in k} == before
+        and Prepared(disk / "prepared/x").side == 32
+    )
+    (disk / "ballast").unlink()
+    assert make(64).side == 64 and [o.name for o in (disk / "prepared").iterdir()] == ["x"]
+
+
+def test_prepare_when_the_disk_fills_up_on_the_way(disk, pictures, monkeypatch):
+    "The room that was there when it began is gone: another program writes too."
+    monkeypatch.setattr("cmid.data.prepare._enough_room", lambda *_: None)
+    fill(disk, 500_000)
+    with pytest.raises(CmidError, match=r"prepared/x\.partial: the disk is full \([\d.]+ MB free\)"):
+        prepare(pictures, disk / "prepared/x", side=64, workers=2, shard_mb=0.25)
+    (disk / "ballast").unlink()
+    again = prepare(pictures, disk / "prepared/x", side=64, workers=2, shard_mb=0.25)
+    assert files(again.folder) == files(prepare(pictures, disk / "other/x", side=64, workers=1, shard_mb=0.25).folder)
+
+
+# Commands and stages
+
+
+def test_command_line(disk, capsys):
+    @cli
+    def cmid_example():
+        (disk / "x").write_bytes(bytes(2**20))
+
+    fill(disk, 1000)
+    with pytest.raises(SystemExit) as e:
+        cmid_example()
+    said = capsys.readouterr().err
+    assert e.value.code == 1 and "the disk is full" in said and said.count("\n") == 1
+
+
+def notebook(path, code):
+    nb = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(o) for o in ("smoke = True", code)],
+        metadata=dict(kernelspec=dict(name="python3", language="python", display_name="python3")),
+    )
+    nb.cells[0].metadata["tags"] = ["parameters"]
+    nbformat.write(nb, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "code,out,says",
+    [
+        (
+            "from cmid.base.files import write_whole; write_whole({x!r}, bytes(2**20))",
+            "elsewhere",
+            "disk/x: the disk is full (1.0 MB needed, ",
+        ),  # by our own means
+        ('open({x!r}, "wb").write(bytes(2**20))', "elsewhere", "the disk is full ("),  # by another library's
+        ("pass", "disk/reports", "disk/reports/out.ipynb: the disk is full ("),
+    ],
+)  # the executed copy itself
+def test_notebook(disk, tmp_path, code, out, says):
+    from cmid.study.stage import run_notebook
+
+    path = notebook(tmp_path / "train.ipynb", code.format(x=str(disk / "x")))
+    fill(disk, 0)
+    with pytest.raises(CmidError) as e:
+        run_notebook(path, tmp_path / out / "out.ipynb", {})
+    assert says in str(e.value) and "\n" not in str(e.value) and not (tmp_path / "disk/reports/out.ipynb").exists()
+
+
+# Room for bytes is not all
+
+
+def test_no_number_left_for_another_file(tmp_path):
+    mounted(tmp_path / "disk", "size=8m,nr_inodes=20")
+    try:
+        for i in range(100):
+            try:
+                (tmp_path / f"disk/{i}").touch()
+            except OSError:
+                break
+        with pytest.raises(CmidError, match=r"disk/a\.json: the disk is full \(no number left for another file\)"):
+            write_json(tmp_path / "disk/a.json", 1)
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path / "disk")], check=True)
+
+
+def test_read_only_disk(tmp_path):
+    mounted(tmp_path / "disk", "size=8m,ro")
+    try:
+        for work in (
+            lambda: write_json(tmp_path / "disk/a.json", 1),
+            lambda: checkpoint.save(tmp_path / "disk/run/epoch-1.ckpt", state(1.0), {}),
+            lambda: checkpoint.export_backbone(create("test_resnet", 3, 64), tmp_path / "disk/b", FACTS),
+        ):
+            with pytest.raises(CmidError, match="this disk is read-only; name a folder elsewhere") as e:
+                work()
+            assert "\n" not in str(e.value)
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path / "disk")], check=True)
+
+
+@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write everywhere")
+def test_read_only_folder(tmp_path, capsys):
+    @cli
+    def cmid_example():
+        write_json(tmp_path / "kept/a.json", 1)
+
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept").chmod(0o555)
+    with pytest.raises(SystemExit):
+        cmid_example()
+    assert capsys.readouterr().err.count("\n") == 1

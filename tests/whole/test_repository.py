@@ -1,0 +1,342 @@
+"What is committed: sizes, forms, and nothing of the machine that it was made on."
+
+import ast
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[2]
+INI = ConfigParser(delimiters=["="])
+INI.read(ROOT / "settings.ini", encoding="utf-8")
+INI = INI["DEFAULT"]
+LIBRARY, STAGES = sorted((ROOT / "nbs").glob("*.ipynb")), sorted((ROOT / "nbs/pipeline").glob("*.ipynb"))
+NUMBERED = [o for o in LIBRARY if o.name[0].isdigit()]
+stem = lambda o: o.stem
+
+
+def tracked():
+    "Files that Git knows and that are there."
+    got = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if got.returncode:
+        pytest.skip("this is no Git checkout")
+    return [ROOT / o for o in got.stdout.split("\0") if o and (ROOT / o).is_file()]
+
+
+def cells(path, kind="code"):
+    return [o for o in json.loads(path.read_text(encoding="utf-8"))["cells"] if o["cell_type"] == kind]
+
+
+def python(source):
+    "Code without the lines that are IPython's."
+    return "\n".join("pass" if o.lstrip().startswith(("%", "!")) else o for o in source.splitlines())
+
+
+def said(output):
+    "Text of a cell's output."
+    data = output.get("data", {})
+    return "".join("".join(o) for o in (output.get("text", ""), *(v for k, v in data.items() if k.startswith("text/"))))
+
+
+def text(path):
+    "What people read of a file; of a notebook without its pictures."
+    if path.suffix == ".ipynb":
+        return "\n".join(
+            "".join(c["source"]) + "\n" + "\n".join(said(o) for o in c.get("outputs", []))
+            for c in json.loads(path.read_text(encoding="utf-8"))["cells"]
+        )
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return ""
+
+
+# Size and traces
+
+
+def test_sizes():
+    limit = lambda o: 300_000 if o.suffix == ".ipynb" else 1_000_000
+    large = {o.relative_to(ROOT).as_posix(): o.stat().st_size for o in tracked() if o.stat().st_size > limit(o)}
+    assert not large, f"{large}: notebooks keep below 300 KB (smaller figures), other files below 1 MB (DVC takes them)"
+
+
+# in pieces, so that this file holds none of them
+FOLDERS = "|".join(["work", "root", "home/" r"\w+", "Users/" r"\w+", "var/folders", "opt/" r"\w+", "mnt/" r"\w+"])
+TRACES = re.compile(
+    "|".join(
+        [
+            r"(?<![\w.+:/})~-])/(?:" + FOLDERS + r")(?![\w-])",
+            r'https?://[^\s/"]*(?:proxy|mirror|artifactory|nexus|localhost)',
+            r"https?://\d+\.\d+\.\d+\.\d+",
+            r"(?:py" r"pi|pythonhosted|anaconda)\.org",
+            "--(?:extra-)?index-url",
+            "--trusted-host",
+            "--find-links",
+        ]
+    )
+)
+
+
+def test_traces_are_found():
+    for o in (
+        "cd /work/x",
+        '"/home/ann/x"',
+        "http://10.0.0.1/a",
+        "https://pip-mirror.example/simple",
+        "pip --index-url x",
+        "https://pypi.org/project/x",
+    ):
+        assert TRACES.search(o), o
+    for o in ("https://example.org/work/x", "network/a", "{d}/work", "a/root", "nvidia-curand==10.3.10.19"):
+        assert not TRACES.search(o), o
+
+
+def test_no_traces_of_a_machine():
+    mine = [o for o in (str(ROOT), str(Path.home())) if len(o) > 5]
+    found = {
+        o.relative_to(ROOT).as_posix(): m
+        for o in tracked()
+        if (m := [m[0] for m in TRACES.finditer(text(o))] + [p for p in mine if p in text(o)])
+    }
+    assert not found, f"{found}: paths and hosts of one machine mean nothing on another"
+
+
+# Notebooks
+
+
+@pytest.mark.parametrize("path", LIBRARY + STAGES, ids=stem)
+def test_metadata(path):
+    nb = json.loads(path.read_text(encoding="utf-8"))
+    assert set(nb["metadata"]) == {"kernelspec"} and nb["metadata"]["kernelspec"]["name"] == "python3"
+    assert {k for o in nb["cells"] for k in o["metadata"]} <= {"tags"}, "run nbdev_clean"
+    assert len({o["id"] for o in nb["cells"]}) == len(nb["cells"])
+
+
+@pytest.mark.parametrize("path", STAGES, ids=stem)
+def test_stage_form(path):
+    code = cells(path)
+    tags = [o["metadata"].get("tags", []) for o in json.loads(path.read_text(encoding="utf-8"))["cells"]]
+    assert not [o for c in code for o in c["outputs"]], (
+        "stage notebooks are committed without outputs; their executed copies are in reports/"
+    )
+    assert tags.count(["parameters"]) == 1 and tags[1] == ["parameters"] and sum(map(len, tags)) == 1, (
+        "the second cell, and no other, is tagged parameters"
+    )
+    assert not [o for o in code if re.search(r"^#\| (default_exp|export)", "".join(o["source"]), flags=re.M)], (
+        "what a stage computes belongs in a library notebook"
+    )
+
+
+def shows(source):
+    "Whether a cell ends in a value, which an executed notebook shows."
+    if source.lstrip().startswith(("%", "!")):
+        return False
+    body = ast.parse(python(source)).body
+    last = body[-1].value if body and isinstance(body[-1], ast.Expr) else None
+    quiet = source.rstrip().endswith(";") or last is None or isinstance(last, ast.Constant)
+    return not quiet and (
+        not isinstance(last, ast.Call) or getattr(last.func, "id", "") in ("print", "Markdown", "sorted", "len")
+    )
+
+
+def test_what_a_cell_shows():
+    assert shows("x = 1\nx") and shows("print(x)") and shows("{k: v for k, v in x}")
+    assert not any(
+        map(shows, ("x = 1", "test_eq(a, b)", "%matplotlib inline", "def f(): return 1", '"words"', "x;", "with a: b"))
+    )
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=stem)
+def test_library_is_executed(path):
+    for o in cells(path):
+        source = "".join(o["source"])
+        assert not [x for x in o["outputs"] if x["output_type"] == "error"], source
+        assert not [x for x in o["outputs"] if re.search(r"\w+Warning: |site-packages", said(x))], f"warns:\n{source}"
+        assert o["outputs"] or not shows(source), f"run make notebooks: nothing stands below\n{source}"
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=stem)
+def test_outputs_repeat(path):
+    shown = "\n".join(said(x) for o in cells(path) for x in o["outputs"])
+    assert not (m := re.search(r" at 0x[0-9a-f]{6,}|/tmp/\w|\d(?:it|img)/s\b|\d%\|", shown)), (
+        f"{m[0]!r} is another one each time"
+    )
+
+
+@pytest.mark.parametrize("path", NUMBERED, ids=stem)
+def test_library_form(path):
+    all_ = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    first, last = ("".join(all_[i]["source"]) for i in (0, -1))
+    assert re.match(r"# \S.*\n\n> \S", first), "the first cell is '# Title' and '> one line'"
+    assert last.startswith("## Differences from the paper") and len(last.splitlines()) > 1
+
+
+MODULES = {m[1]: o for o in NUMBERED if (m := re.search(r"#\| default_exp (\S+)", text(o)))}
+
+
+def test_every_module_has_one_notebook():
+    found = {
+        ".".join(o.relative_to(ROOT / "cmid").with_suffix("").parts)
+        for o in (ROOT / "cmid").rglob("*.py")
+        if o.stem not in ("__init__", "_modidx")
+    }
+    assert found == set(MODULES) and len(MODULES) == len(NUMBERED)
+
+
+def imported(source):
+    "Modules of the package that code imports, with what is imported from them."
+    nodes = [*ast.walk(ast.parse(python(source)))]
+    names = [a.name for o in nodes if isinstance(o, ast.Import) for a in o.names] + [
+        f"{o.module}.{a.name}" for o in nodes if isinstance(o, ast.ImportFrom) for a in o.names
+    ]
+    return {o.removeprefix("cmid.") for o in names if o.startswith("cmid.")}
+
+
+def test_what_code_imports():
+    assert imported(
+        "%pip\nfrom cmid import views\nfrom cmid.viz.reconstruct import f\nimport cmid.method.model, numpy.cmid"
+    ) == {"views", "viz.reconstruct.f", "model"}
+
+
+@pytest.mark.parametrize("path", NUMBERED, ids=stem)
+def test_imports_lower_numbers_only(path):
+    used = {
+        MODULES[m]
+        for c in cells(path)
+        for o in imported("".join(c["source"]))
+        for m in (o, o.rpartition(".")[0])
+        if m in MODULES
+    }
+    assert not [o.name for o in used if o.name > path.name]
+
+
+# Safety: the claims of nbs/safety.ipynb
+
+
+def keyword(call, name):
+    return next((o.value.value for o in call.keywords if o.arg == name and isinstance(o.value, ast.Constant)), None)
+
+
+def is_unsafe(call):
+    "Whether a call could run what a stranger wrote, or write where it should not."
+    name = ast.unparse(call.func)
+    last = name.rpartition(".")[2]
+    return (
+        name in ("eval", "exec", "os.system", "os.popen", "torch.jit.load", "torch.hub.load", "joblib.load")
+        or name.startswith(("pickle.", "marshal.", "shelve.", "dill.", "cloudpickle."))
+        or name == "torch.load"
+        and keyword(call, "weights_only") is not True
+        or keyword(call, "shell") is True
+        or keyword(call, "allow_pickle") is True
+        or name in ("yaml.load", "yaml.load_all")
+        and ast.unparse(call.args[1] if len(call.args) > 1 else call) != "_Loader"
+        or name in ("yaml.unsafe_load", "yaml.full_load")
+        or last in ("extract", "extractall", "unpack_archive")
+    )
+
+
+def unsafe(source):
+    return [ast.unparse(o) for o in ast.walk(ast.parse(python(source))) if isinstance(o, ast.Call) and is_unsafe(o)]
+
+
+def test_unsafe_calls_are_found():
+    for o in (
+        "eval(x)",
+        "pickle.loads(x)",
+        "torch.load(p)",
+        "torch.load(p, weights_only=False)",
+        "np.load(p, allow_pickle=True)",
+        "subprocess.run(x, shell=True)",
+        "yaml.load(x)",
+        "yaml.load(x, yaml.Loader)",
+        "z.extractall(d)",
+        "shutil.unpack_archive(p)",
+        "os.system(x)",
+    ):
+        assert unsafe(o) == [o]
+    assert not unsafe(
+        "torch.load(p, map_location='cpu', weights_only=True); np.load(p); yaml.safe_load(x); yaml.load(x, _Loader); model.eval(); z.testzip(); load_file(p)"
+    )
+
+
+def test_nothing_runs_what_a_stranger_wrote():
+    import cmid.base.params
+
+    sources = {o: o.read_text(encoding="utf-8") for o in (ROOT / "cmid").rglob("*.py")} | {
+        o: "\n".join("".join(c["source"]) for c in cells(o)) for o in STAGES
+    }
+    assert len(sources) > 30 and not {o.name: found for o, text in sources.items() if (found := unsafe(text))}
+    assert issubclass(cmid.base.params._Loader, yaml.SafeLoader) and not [
+        o for o in cmid.base.params._Loader.yaml_constructors if o and "python" in o
+    ]
+
+
+def test_what_is_ignored_is_explained():
+    ignored = re.search(r"^EXPLAINED :=([^#\n]*)", (ROOT / "Makefile").read_text(), flags=re.M)[1].split()
+    assert ignored and all(o in text(ROOT / "nbs/safety.ipynb") for o in ignored)
+
+
+# Package
+
+SCRIPTS = dict(o.split("=") for o in INI["console_scripts"].split())
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_command_answers_help(name, tmp_path):
+    "As the script does that pip makes of the entry."
+    module, function = SCRIPTS[name].split(":")
+    script = tmp_path / name
+    script.write_text(
+        f"import sys\nfrom {module} import {function}\nif __name__ == '__main__': sys.exit({function}())\n"
+    )
+    got = subprocess.run(
+        [sys.executable, "-W", "ignore", str(script), "--help"],
+        cwd=ROOT,
+        env=os.environ | dict(PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
+    )
+    assert got.returncode == 0 and "usage" in got.stdout and name in got.stdout, got.stdout + got.stderr
+
+
+def test_lock_pins_every_requirement():
+    pins = {}
+    for line in (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines():
+        pin = Requirement(line)
+        assert [o.operator for o in pin.specifier] == ["=="], line
+        pins.setdefault(canonicalize_name(pin.name), []).append(next(iter(pin.specifier)).version)
+    for line in (INI["requirements"] + " " + INI["dev_requirements"]).split():
+        wanted = Requirement(line)
+        found = pins.get(canonicalize_name(wanted.name))
+        assert found, f"{line} is not in requirements.lock; run make lock"
+        assert all(wanted.specifier.contains(o) for o in found), f"{line} against {found}; run make lock"
+
+
+def test_licence_and_citation():
+    "The whole standard text of Apache-2.0, and a citation of this version and of the paper."
+    assert (
+        hashlib.sha256((ROOT / "LICENSE").read_bytes()).hexdigest()
+        == "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"
+    )
+    cff = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert (
+        {"cff-version", "message", "title", "authors", "license", "version"} <= set(cff)
+        and cff["version"] == INI["version"]
+        and cff["license"] == "Apache-2.0"
+    )
+    assert cff["preferred-citation"]["doi"] in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"## [{INI['version']}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_hooks_are_local():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
+    assert [o["repo"] for o in hooks] == ["local"] and {h["language"] for o in hooks for h in o["hooks"]} == {"system"}
