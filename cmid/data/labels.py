@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'TILED', 'PLAIN', 'LABELLED', 'ERODED', 'LAYOUTS', 'TAILS', 'ISPRS', 'LOVEDA', 'DATES', 'DOTA', 'OWN',
-           'IGNORE', 'UNKNOWN', 'GREYS', 'ROWS', 'WORDS', 'FORMAT', 'OURS', 'DATED', 'MASKED', 'CLEAR', 'FAR', 'ROOM',
-           'SHOW', 'pair_files', 'split_files', 'Table', 'read_mask', 'read_dota', 'offset', 'Labelled', 'labels_table',
-           'read_pixels', 'label_dataset', 'palette', 'picture', 'items_figure', 'classes_figure', 'labels_metrics']
+           'UNKNOWN', 'GREYS', 'ROWS', 'WORDS', 'CLEAR', 'FAR', 'ROOM', 'SHOW', 'pair_files', 'split_files', 'Table',
+           'read_mask', 'read_dota', 'offset', 'read_pixels', 'label_dataset', 'items_figure', 'classes_figure',
+           'labels_metrics']
 
 # %% ../../nbs/2_data/23_labels.ipynb #6a33ca42
 import hashlib
@@ -28,6 +28,10 @@ from tqdm import tqdm
 from ..base.errors import CmidError, near, writing
 from ..base.figures import COLOURS
 from ..base.files import write_json, write_whole
+from cmid.data.labelled import (
+    DATED, FORMAT, IGNORE, MASKED, OURS, Labelled, as_rgb, palette,
+    _is_ours,
+)
 from cmid.data.prepare import (
     KINDS,
     _choose_stretch,
@@ -40,7 +44,6 @@ from cmid.data.prepare import (
     open_image,
     stretched,
 )
-from ..settings.task import FORMATS
 
 # %% ../../nbs/2_data/23_labels.ipynb #419c0f69
 ROLES = dict(
@@ -228,7 +231,7 @@ def split_files(
     return found
 
 # %% ../../nbs/2_data/23_labels.ipynb #9b6f43ce
-IGNORE, UNKNOWN = 255, 254  # in stored masks; among the entries of a table
+UNKNOWN = 254  # among the entries of a table
 
 
 def _value(v, where):
@@ -476,209 +479,6 @@ def offset(
     r = np.fft.irfft2(cross / np.maximum(abs(cross), 1e-9), s=shape)
     at = np.unravel_index(r.argmax(), r.shape)
     return tuple(int(o - n if o > n // 2 else o) for o, n in zip(at, shape)), float(r.max() / max(r.std(), 1e-12))
-
-# %% ../../nbs/2_data/23_labels.ipynb #019d80ad
-FORMAT = 1  # of the folder, raised when older versions cannot read it
-OURS = "manifest.json", "images-*.bin", "polygons.npy", "classes.npy", "difficult.npy"
-DATED, MASKED = {"change"}, {"segment", "change"}  # tasks with a second date, with a mask
-
-
-def _is_ours(folder):
-    "Was this folder written here?"
-    try:
-        return json.loads((folder / "manifest.json").read_text())["kind"] == "labelled"
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return False
-
-
-def _sound(m):
-    "Whether each key of a manifest that is read later holds what it must. Raises KeyError for one that is missing"
-    whole = lambda v, low=0, end=2**62: type(v) is int and low <= v < end
-    each = lambda v, ok: isinstance(v, list) and all(map(ok, v))
-    words = lambda v: each(v, lambda o: isinstance(o, str)) and 0 < len(v) == len({*v})
-    n, c = (len(m[k]) if isinstance(m[k], list) else 0 for k in ("names", "classes"))
-    detect = m["task"] == "detect"
-    by_split = lambda v, ok: (
-        isinstance(v, dict)
-        and isinstance(m["splits"], dict)
-        and 0 < len(v)
-        and {*v} == {*m["splits"]}
-        and all(map(ok, v.values()))
-    )
-    return dict(
-        task=isinstance(m["task"], str) and m["task"] in FORMATS,
-        bands=whole(m["bands"], 1, 2**16),
-        names=words(m["names"]),
-        classes=words(m["classes"]) and c < UNKNOWN,
-        hash=isinstance(m["hash"], str) and m["hash"] != "",
-        splits=by_split(m["splits"], lambda v: each(v, lambda o: whole(o, 0, n)) and 0 < len(v) == len({*v})),
-        unlabelled=each(m["unlabelled"], lambda o: isinstance(o, str) and o in m["splits"]),
-        sizes=each(m["sizes"], lambda v: each(v, lambda o: whole(o, 1, 2**31)) and len(v) == 2)
-        and len(m["sizes"]) == n,
-        shards=each(m["shards"], lambda o: isinstance(o, dict) and isinstance(o["file"], str) and whole(o["count"], 1)),
-        histogram=by_split(m["histogram"], lambda v: each(v, whole) and len(v) == c),
-        ignored=by_split(m["ignored"], whole),
-        objects=each(m["objects"], whole) and len(m["objects"]) == n * detect,
-        gsd=each(m["gsd"], lambda o: o is None or isinstance(o, float)) and len(m["gsd"]) == n * detect,
-        audit=each(m["audit"], _is_finding),
-    )
-
-
-def _is_finding(o):
-    return (
-        isinstance(o, dict)
-        and all(isinstance(o[k], str) for k in ("kind", "level", "text"))
-        and type(o["count"]) is int
-        and isinstance(o["examples"], list)
-        and all(isinstance(e, str) for e in o["examples"])
-    )
-
-
-class Labelled:
-    "A folder that `label_dataset` wrote: images with masks, second dates or oriented boxes, memory-mapped."
-
-    def __init__(
-        self,
-        folder,  # prepared/<dataset>; CmidError when it is none, or not whole
-    ):
-        self.folder = Path(folder)
-        if not _is_ours(self.folder):
-            raise CmidError(
-                f"{folder}: holds no images with labels (no manifest.json of the stage labels): run cmid_stage labels -p dataset {self.folder.name}"
-            )
-        try:
-            self.manifest = json.loads((self.folder / "manifest.json").read_text())
-            self._open(self.manifest)
-            self._check()
-        except CmidError:
-            raise
-        except Exception as e:
-            self._damaged(f"is not as the stage labels wrote it ({' '.join(f'{type(e).__name__} {e}'.split())[:160]})")
-
-    def _damaged(self, why):
-        raise CmidError(
-            f"{self.folder}: {why}: remove it and run cmid_stage labels -p dataset {self.folder.name}"
-        ) from None
-
-    def _open(self, m):
-        if m["format"] != FORMAT:
-            self._damaged(f"format {m['format']}, this version of cmid reads {FORMAT}")
-        for k, ok in _sound(m).items():
-            ok or self._damaged(f"manifest.json: {k} is not as the stage labels wrote it")
-        self.task, self.classes, self.bands, self.names, self.hash = (
-            m[k] for k in "task classes bands names hash".split()
-        )
-        self.sizes = np.array(m["sizes"], "i8").reshape(-1, 2)
-        self.splits = {k: np.array(v, "i8") for k, v in m["splits"].items()}
-        self._maps = {}
-        self._planes = self.bands * (1 + (self.task in DATED)) + (self.task in MASKED)
-        self._ends = np.cumsum([o["count"] for o in m["shards"]]).astype("i8")
-        if self.task == "detect":
-            self._boxes = [
-                np.load(self.folder / f"{k}.npy", allow_pickle=False) for k in ("polygons", "classes", "difficult")
-            ]
-            self._last = np.cumsum(m["objects"]).astype("i8")
-
-    def _check(self):
-        "What does not fit together is met here, not in the middle of a training"
-
-        def need(ok, text):
-            if not ok:
-                raise ValueError(text)
-
-        n = len(self.names)
-        need(n == self._ends[-1], "names and shards do not agree")
-        if self.task == "detect":
-            self._check_boxes(need, n, *self._boxes)
-        weights = self._planes * self.sizes.prod(1)
-        self._starts = np.zeros(n, "i8")
-        for shard, a, b in zip(self.manifest["shards"], [0, *self._ends], self._ends):
-            self._starts[a:b] = np.cumsum(weights[a:b]) - weights[a:b]
-            path, due = self.folder / shard["file"], int(weights[a:b].sum())
-            if "/" in shard["file"] or not path.is_file() or path.stat().st_size != due:
-                self._damaged(f"{path.name} is missing or cut short ({due:,} bytes are due)")
-
-    def _check_boxes(self, need, n, xy, c, hard):
-        total = (self._last[-1],)
-        need(xy.shape == (*total, 4, 2) and c.shape == hard.shape == total, "boxes and images do not agree")
-        need(
-            (xy.dtype, c.dtype, hard.dtype) == (np.float32, np.int64, bool)
-            and np.isfinite(xy).all()
-            and (not len(c) or 0 <= c.min() and c.max() < len(self.classes)),
-            "boxes name classes or places that are not there",
-        )
-
-    def __len__(self):
-        return len(self.names)
-
-    def __getstate__(self):
-        return {**self.__dict__, "_maps": {}}
-
-    def _plane(self, i, at, count):
-        "Planes `at` to `at + count` of an item, mapped"
-        i = range(len(self))[i]
-        k = int(np.searchsorted(self._ends, i, "right"))
-        h, w = map(int, self.sizes[i])
-        if k not in self._maps:
-            self._maps[k] = np.memmap(self.folder / self.manifest["shards"][k]["file"], np.uint8, "r")
-        start = int(self._starts[i]) + at * h * w
-        return np.asarray(self._maps[k])[start : start + count * h * w].reshape(count, h, w)
-
-    def _has(self, what, tasks):
-        if self.task not in tasks:
-            raise CmidError(f"{self.folder}: has no {what}: it is for {self.task}")
-
-    def image(self, i: int):
-        "uint8 (C, H, W) of an item (the first of two dates), read-only"
-        return self._plane(i, 0, self.bands)
-
-    def second(self, i: int):
-        "uint8 (C, H, W) of the second date, read-only"
-        self._has("second date", DATED)
-        return self._plane(i, self.bands, self.bands)
-
-    def mask(self, i: int):
-        "uint8 (H, W): classes from 0, 255 = ignored; of two dates 0 = unchanged, 1 = changed"
-        self._has("masks", MASKED)
-        return self._plane(i, self._planes - 1, 1)[0]
-
-    def objects(self, i: int) -> dict:
-        "polygons float32 (n, 4, 2) as x, y in pixels, classes int64 (n,), difficult bool (n,)"
-        self._has("objects", {"detect"})
-        i = range(len(self))[i]
-        a, b = int(self._last[i] - self.manifest["objects"][i]), int(self._last[i])
-        return {k: v[a:b] for k, v in zip(("polygons", "classes", "difficult"), self._boxes)}
-
-    def __str__(self):
-        return labels_table(self.manifest)
-
-# %% ../../nbs/2_data/23_labels.ipynb #0f01d332
-def labels_table(
-    manifest: dict,  # of a labelled folder
-) -> str:  # some lines for people
-    "What a labelled folder holds, and what was noticed on the way"
-    m = manifest
-    unit = "objects" if m["task"] == "detect" else "pixels"
-    low, high = (" x ".join(map(str, o(m["sizes"], 0))) for o in (np.min, np.max))
-    head = [
-        f"{len(m['names']):,} {'pairs' if m['task'] in DATED else 'images'} of {m['bands']} bands for {m['task']}, {low} to {high} px (height x width)"
-    ]
-    share = lambda v: ", ".join(
-        f"{k} {n:,}" if unit == "objects" else f"{k} {n / max(1, sum(v)):.1%}" for k, n in zip(m["classes"], v)
-    )
-    head += [
-        f"{k}: {len(v):,} images; {unit} {share(m['histogram'][k])}; ignored {m['ignored'][k]:,}"
-        for k, v in m["splits"].items()
-    ]
-    show = lambda o: (
-        f"{o['level']:8}{o['text']}: {o['count']:,}"
-        + (
-            f" ({'; '.join(o['examples'])}{'; ...' if o['count'] > len(o['examples']) else ''})"
-            if o["examples"]
-            else ""
-        )
-    )
-    return "\n".join(head + [show(o) for o in sorted(m["audit"], key=lambda o: o["level"] != "warning")])
 
 # %% ../../nbs/2_data/23_labels.ipynb #1fcf2a47
 def _header(path):
@@ -1284,23 +1084,6 @@ def label_dataset(
     return Labelled(out)
 
 # %% ../../nbs/2_data/23_labels.ipynb #3e80ebcd
-def palette(
-    classes: int,  # how many there are
-) -> np.ndarray:  # float (classes, 3)
-    "A fixed colour for each class; after 21 they repeat."
-    from matplotlib.colors import to_rgb
-
-    o = np.array([to_rgb(c) for c in (COLOURS[0], *COLOURS[2:6], "#F0E442", "#999999")])
-    return np.resize(np.concatenate([o, o * 0.5, 1 - (1 - o) * 0.4]), (classes, 3))
-
-
-def picture(
-    image,  # uint8 (C, H, W)
-) -> np.ndarray:  # uint8 (H, W, 3)
-    "The first three bands as red, green and blue; the first as grey where there are fewer."
-    return np.asarray(image)[[0, 1, 2] if len(image) > 2 else [0, 0, 0]].transpose(1, 2, 0)
-
-
 def _thin(x, most=400):
     "Every k-th pixel, so that no side is longer than `most`"
     k = -(-max(x.shape[-2:]) // most)
@@ -1310,7 +1093,7 @@ def _thin(x, most=400):
 def _show_mask(axes, labelled, i):
     "An image beside its mask; ignored pixels are white"
     colours = np.concatenate([palette(len(labelled.classes)), np.ones((256 - len(labelled.classes), 3))])
-    axes[0].imshow(picture(_thin(labelled.image(i))))
+    axes[0].imshow(as_rgb(_thin(labelled.image(i))))
     axes[1].imshow(colours[_thin(labelled.mask(i))], interpolation="nearest")
 
 
@@ -1318,7 +1101,7 @@ def _show_dates(axes, labelled, i):
     "Two dates, what changed outlined in both"
     changed = _thin(labelled.mask(i)) == 1
     for ax, x in zip(axes, (labelled.image(i), labelled.second(i))):
-        ax.imshow(picture(_thin(x)))
+        ax.imshow(as_rgb(_thin(x)))
         if changed.any() and not changed.all():
             ax.contour(changed, [0.5], colors=COLOURS[1], linewidths=1)
 
@@ -1331,7 +1114,7 @@ def _show_boxes(axes, labelled, i, side=400):
     xy, (h, w) = o["polygons"], labelled.sizes[i]
     c = np.median(xy.mean(1), 0) if len(xy) else np.array([w, h]) / 2
     l, t = (int(max(0, min(v - side / 2, n - side))) for v, n in zip(c, (w, h)))
-    axes[0].imshow(picture(labelled.image(i)[:, t : t + side, l : l + side]))
+    axes[0].imshow(as_rgb(labelled.image(i)[:, t : t + side, l : l + side]))
     colours = palette(len(labelled.classes))
     for p, k, hard in zip(xy, o["classes"], o["difficult"]):
         axes[0].add_patch(Polygon(p - [l + 0.5, t + 0.5], fill=False, ec=colours[k], lw=0.8, ls=":" if hard else "-"))

@@ -19,10 +19,11 @@ from tqdm import tqdm
 from ..base.errors import CmidError
 from ..base.figures import panels_figure
 from ..base.runtime import device, seed_everything, step_generator
-from ..data.labels import IGNORE, picture
+from ..data.labelled import IGNORE, as_rgb
 from ..method.views import jitter
 from ..settings.change import Change
-from .finetune import blended, check_masks, decided, linear, normalised, resolved, splits_of, train
+from ..data.labelled import check_masks, splits_of
+from .finetune import blended, decided, linear, normalised, resolved, train
 from .pyramid import Pyramid
 from .segment import pixel_loss
 from ..train.checkpoint import load_backbone, read_card
@@ -441,8 +442,8 @@ def predictions_figure(
     fig.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0.02, hspace=0.02)
     for row, (axes, o) in enumerate(zip(fig.subplots(len(pairs), len(titles), squeeze=False), pairs)):
         pictures = (
-            picture(o["first"]),
-            picture(o["second"]),
+            as_rgb(o["first"]),
+            as_rgb(o["second"]),
             error_image(o["truth"], o["truth"]),
             *(error_image(o["guesses"][k], o["truth"]) for k in heads),
         )

@@ -26,12 +26,13 @@ from tqdm import tqdm
 from ..base.errors import CmidError
 from ..base.figures import COLOURS
 from ..base.runtime import device, seed_everything, step_generator
-from ..data.labels import picture
+from ..data.labelled import as_rgb
 from ..method.backbones import ResNetEncoder
 from ..settings.detect import Detect
 from .boxes import bounds, convert, from_polygon, rotated_iou, rotated_nms, rotated_roi_align, to_polygon
 from .dota import cut, detection_map, matched, merged
-from .finetune import falling, normalised, resolved, splits_of, train, windows
+from ..data.labelled import splits_of, windows
+from .finetune import falling, normalised, resolved, train
 from .pyramid import STRIDES, Pyramid
 from ..train.checkpoint import load_backbone, read_card
 
@@ -788,7 +789,7 @@ def _drawn(ax, image, groups, scores=None):
     from matplotlib.patheffects import withStroke
 
     h, w = image.shape[1:]
-    ax.imshow(picture(image), extent=(0, w, h, 0))
+    ax.imshow(as_rgb(image), extent=(0, w, h, 0))
     ax.set(xticks=[], yticks=[], xlim=(0, w), ylim=(h, 0))
     ax.spines[:].set_visible(False)
     for colour, p in groups:

@@ -19,11 +19,12 @@ from ..base.errors import CmidError
 from ..base.figures import COLOURS
 from ..base.runtime import device, seed_everything, step_generator
 from ..base.scores import mean_iou
-from ..data.labels import IGNORE, palette, picture
+from ..data.labelled import IGNORE, palette, as_rgb
 from ..method.views import blend, jitter, resample
 from ..settings.segment import Segment
 from .classify import class_table
-from .finetune import blended, check_masks, cosine, decided, normalised, resolved, splits_of, train, windows
+from ..data.labelled import check_masks, splits_of, windows
+from .finetune import blended, cosine, decided, normalised, resolved, train
 from .pyramid import Pyramid
 from ..train.checkpoint import load_backbone, read_card
 
@@ -240,7 +241,7 @@ def errors(
     "The image, grey and pale, with wrong pixels in orange; what is ignored is white."
     from matplotlib.colors import to_rgb
 
-    x = np.repeat(0.45 + 0.5 * picture(image).mean(2, keepdims=True) / 255, 3, 2)
+    x = np.repeat(0.45 + 0.5 * as_rgb(image).mean(2, keepdims=True) / 255, 3, 2)
     truth = np.asarray(truth)
     x[(truth != guess) & (truth != IGNORE)] = to_rgb(ERROR)
     x[truth == IGNORE] = 1
@@ -450,7 +451,7 @@ def tiles(size, settings: Segment):
 def _panels(axes, o, classes, steps):
     "Image, truth, prediction and errors of one image, so many rows and columns to one"
     x, t, g = _smaller(o["image"], steps), _thinned(o["truth"], steps), _thinned(o["guess"], steps)
-    for ax, p in zip(axes, (picture(x), painted(t, classes), painted(g, classes), errors(x, t, g))):
+    for ax, p in zip(axes, (as_rgb(x), painted(t, classes), painted(g, classes), errors(x, t, g))):
         ax.imshow(p, interpolation="nearest")
         ax.set(xticks=[], yticks=[])
 

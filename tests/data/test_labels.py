@@ -22,19 +22,8 @@ from rasterio.transform import from_origin
 from cmid.base.errors import CmidError
 from cmid.base.params import Params
 from cmid.data import labels as module
-from cmid.data.labels import (
-    DOTA,
-    IGNORE,
-    Labelled,
-    Table,
-    classes_figure,
-    items_figure,
-    label_dataset,
-    labels_metrics,
-    offset,
-    read_dota,
-    read_mask,
-)
+from cmid.data.labelled import IGNORE, Labelled
+from cmid.data.labels import DOTA, Table, classes_figure, items_figure, label_dataset, labels_metrics, offset, read_dota, read_mask
 
 RNG = np.random.default_rng
 noise = lambda *shape, seed=0: RNG(seed).integers(0, 256, shape, np.uint8)

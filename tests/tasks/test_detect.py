@@ -44,7 +44,8 @@ from cmid.tasks.detect import (
     windows_by_scale,
     wrapped,
 )
-from cmid.tasks.finetune import resolved, windows
+from cmid.data.labelled import windows
+from cmid.tasks.finetune import resolved
 from cmid.train.checkpoint import export_backbone, load_backbone
 
 CPU, PAPER = torch.device("cpu"), Params(profile="paper").detect

@@ -17,9 +17,10 @@ from cmid.base.errors import CmidError
 from cmid.base.params import Params
 from cmid.base.runtime import step_generator
 from cmid.base.scores import mean_iou
-from cmid.data.labels import IGNORE, palette
+from cmid.data.labelled import IGNORE, palette
 from cmid.method import backbones
-from cmid.tasks.finetune import blended, decided, resolved, windows
+from cmid.data.labelled import windows
+from cmid.tasks.finetune import blended, decided, resolved
 from cmid.tasks.pyramid import STRIDES, Pyramid
 from cmid.tasks.segment import (
     PUBLISHED,
