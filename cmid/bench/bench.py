@@ -42,7 +42,7 @@ from ..base.files import root, write_json
 from ..base.params import Params, check
 from ..base.runtime import KEEP, device as find_device, provenance
 from ..data.prepare import Prepared, prepare, resized
-from ..data.sample import scene
+from ..data.scenes import scene
 from ..method import model
 from ..method.masking import fill_mean
 from ..method.model import CMID

@@ -869,7 +869,7 @@ def test_boxes_over_the_edge_twice_or_none(tmp_path):
 
 
 def test_moved_dates_are_named(tmp_path):
-    from cmid.data.sample import scene
+    from cmid.data.scenes import scene
 
     files(tmp_path, "change", 128)
     ground = scene("town", "moved", size=160)[0]

@@ -6,7 +6,8 @@ import torch
 
 from cmid.base.errors import CmidError
 from cmid.base.params import Params
-from cmid.data.sample import CLASSES, scene
+from cmid.data.layout import CLASSES
+from cmid.data.scenes import scene
 from cmid.method import model
 from cmid.train.pretrain import learner, run, summary
 
