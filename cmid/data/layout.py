@@ -7,7 +7,7 @@ __all__ = ['CLASSES', 'split', 'farmland', 'forest', 'orchard', 'backdrop', 'veh
            'industrial', 'parking', 'junction', 'river', 'pier', 'harbour', 'town']
 
 # %% ../../nbs/2_data/01_layout.ipynb #fe25e22e
-from .geometry import QUARTER, Thing, inside, turn
+from .geometry import QUARTER, Dice, Thing, inside, turn
 
 # %% ../../nbs/2_data/01_layout.ipynb #8ebeb304
 def split(
