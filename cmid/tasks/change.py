@@ -20,12 +20,12 @@ from ..base.errors import CmidError
 from ..base.figures import panels_figure
 from ..base.runtime import device, seed_everything, step_generator
 from ..data.labelled import IGNORE, as_rgb
-from ..method.views import jitter
+from ..method.images import jitter
 from ..settings.change import Change
 from ..data.labelled import check_masks, splits_of
-from .finetune import blended, decided, linear, normalised, resolved, train
-from .pyramid import Pyramid
-from .segment import pixel_loss
+from .dense import blended, decided
+from .finetune import linear, normalised, resolved, train
+from ..method.backbones import Pyramid
 from ..train.checkpoint import load_backbone, read_card
 
 # %% ../../nbs/5_tasks/08_change.ipynb #d5428cb6

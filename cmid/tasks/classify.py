@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOTATION', 'CURVES', 'Classifier', 'drop_path_of', 'rand_augment', 'Augmented', 'mixing', 'mix', 'FineTuning',
-           'logits', 'learner', 'fine_tune', 'class_table', 'classify', 'curves_figure', 'confusion_figure']
+           'logits', 'learner', 'fine_tune', 'classify', 'curves_figure', 'confusion_figure']
 
 # %% ../../nbs/5_tasks/06_classify.ipynb #aabc1a02
 import copy
@@ -28,16 +28,17 @@ from torch.utils.data import Dataset
 from ..base.errors import CmidError
 from ..base.figures import panels_figure
 from ..base.runtime import seed_everything, step_generator
-from ..method.views import crop, random_boxes
+from ..method.images import crop, random_boxes
 from ..settings.classify import Classify
 from cmid.tasks.finetune import (  # first: it imports fastai without its warning
     FineTune,
     chance,
+    class_table,
     fit,
     is_resnet,
     learner as task_learner,
 )
-from .probe import features, labelled_splits, scored, subsample
+from .scene_classes import features, labelled_splits, scored, subsample
 from ..train.checkpoint import load_backbone, read_card
 from ..train.pretrain import lr_at
 
@@ -297,23 +298,6 @@ def _announce(learn, images, settings, say):
         say(f"note: RandAugment is for RGB, and left out for {images.bands} bands")
     if settings.validation and not len(learn.fine_tuning.held):
         say("note: a class has one training image, so nothing is held out: the last epoch counts")
-
-# %% ../../nbs/5_tasks/06_classify.ipynb #f8ee7dea
-def _ratio(a, b):
-    return float(a / b) if b else None
-
-
-def class_table(
-    confusion,  # int (classes, classes): rows truth, columns prediction
-    names: list,  # of the classes
-) -> dict:  # name -> images, precision, recall, f1
-    "What was found of each class, and how much of what was called by its name."
-    n = np.asarray(confusion)
-    rows, columns, hits = n.sum(1), n.sum(0), n.diagonal()
-    return {
-        o: dict(images=int(r), precision=_ratio(h, c), recall=_ratio(h, r), f1=_ratio(2 * h, r + c))
-        for o, r, c, h in zip(names, rows, columns, hits)
-    }
 
 # %% ../../nbs/5_tasks/06_classify.ipynb #3a541417
 def classify(

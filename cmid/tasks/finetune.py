@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['is_resnet', 'resolved', 'cosine', 'linear', 'falling', 'rate_at', 'Shuffled', 'chance', 'normalised', 'Half',
-           'FineTune', 'learner', 'fit', 'train', 'curves_figure', 'blended', 'decided']
+           'FineTune', 'learner', 'fit', 'train', 'curves_figure', 'class_table']
 
 # %% ../../nbs/5_tasks/04_finetune.ipynb #f8faadde
 import math
@@ -34,7 +34,6 @@ from ..base.errors import CmidError
 from ..base.figures import panels_figure
 from ..base.params import Tuning
 from ..base.runtime import device, seed_everything
-from ..data.labelled import windows
 from cmid.train.pretrain import (  # first: it imports fastai without its warning  # fmt: skip
     clock,
     parameter_groups,
@@ -369,47 +368,19 @@ def curves_figure(
         {"learning rate" if k == "lr" else k: [(k, [o["step"] for o in epochs], [o[k] for o in epochs])] for k in names}
     )
 
-# %% ../../nbs/5_tasks/04_finetune.ipynb #98a6964e
-def _window(h, w):
-    "Weights of a tile's pixels, (h, w), nowhere 0"
-    y, x = (torch.sin(math.pi * (torch.arange(n) + 0.5) / n).square().clamp_min(1e-3) for n in (h, w))
-    return y[:, None] * x
+# %% ../../nbs/5_tasks/04_finetune.ipynb #2509f43c
+def _ratio(a, b):
+    return float(a / b) if b else None
 
 
-def _padded(image, multiple=32):
-    "An image mirrored at its lower and right edge, to multiples of 32 px"
-    h, w = image.shape[-2:]
-    return np.pad(image, [(0, 0)] * (image.ndim - 2) + [(0, -h % multiple), (0, -w % multiple)], mode="symmetric")
-
-
-@torch.no_grad()
-def blended(
-    predict,  # takes uint8 (B, ..., C, h, w) on the device, sides multiples of 32, and gives (B, K, h, w)
-    image: np.ndarray,  # uint8 (..., C, H, W)
-    side: int,  # of a tile, px, a multiple of 32
-    overlap: float,  # of neighbouring tiles, as a share of their side
-    batch: int = 4,  # tiles at a time
-    on: torch.device | None = None,  # device
-) -> torch.Tensor:  # float32 (K, H, W), on the CPU
-    "What a network says of a whole image, tile by tile, blended; takes 4 (K + 1) bytes a pixel of memory: 6.4 GB for 10,000 x 10,000 px and 15 classes."
-    h, w = image.shape[-2:]
-    padded = _padded(image)
-    tiles = windows(*padded.shape[-2:], side, int(overlap * side))
-    out = total = 0
-    for k in range(0, len(tiles), batch):
-        x = torch.from_numpy(np.stack([padded[..., t:b, l:r] for t, l, b, r in tiles[k : k + batch]]))
-        for (t, l, b, r), p in zip(tiles[k : k + batch], predict(x.to(on or "cpu")).float().cpu()):
-            if not k and isinstance(out, int):
-                out, total = torch.zeros(len(p), *padded.shape[-2:]), torch.zeros(padded.shape[-2:])
-            g = _window(b - t, r - l)
-            out[:, t:b, l:r] += p * g
-            total[t:b, l:r] += g
-    out /= total
-    return out[:, :h, :w]
-
-
-def decided(
-    logits: torch.Tensor,  # (K, H, W), K < 256
-) -> np.ndarray:  # uint8 (H, W)
-    "The class that each pixel is given: a block of rows at a time, so that little stands beside the logits."
-    return torch.cat([o.argmax(0).byte() for o in logits.split(256, 1)]).numpy()
+def class_table(
+    confusion,  # int (classes, classes): rows truth, columns prediction
+    names: list,  # of the classes
+) -> dict:  # name -> images, precision, recall, f1
+    "What was found of each class, and how much of what was called by its name."
+    n = np.asarray(confusion)
+    rows, columns, hits = n.sum(1), n.sum(0), n.diagonal()
+    return {
+        o: dict(images=int(r), precision=_ratio(h, c), recall=_ratio(h, r), f1=_ratio(2 * h, r + c))
+        for o, r, c, h in zip(names, rows, columns, hits)
+    }

@@ -19,24 +19,11 @@ from cmid.base.runtime import step_generator
 from cmid.base.scores import wilson
 from cmid.data.prepare import prepare
 from cmid.method import backbones
-from cmid.method.views import crop, random_boxes
+from cmid.method.images import crop, random_boxes
 from cmid.settings.classify import Classify
 from cmid.tasks import classify as module
-from cmid.tasks.classify import (
-    Augmented,
-    Classifier,
-    class_table,
-    classify,
-    confusion_figure,
-    curves_figure,
-    drop_path_of,
-    fine_tune,
-    learner,
-    logits,
-    mix,
-    mixing,
-    rand_augment,
-)
+from cmid.tasks.classify import Augmented, Classifier, classify, confusion_figure, curves_figure, drop_path_of, fine_tune, learner, logits, mix, mixing, rand_augment
+from cmid.tasks.finetune import class_table
 from cmid.tasks.finetune import Shuffled, chance
 from cmid.train.checkpoint import export_backbone
 

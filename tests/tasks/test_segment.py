@@ -20,30 +20,11 @@ from cmid.base.scores import mean_iou
 from cmid.data.labelled import IGNORE, palette
 from cmid.method import backbones
 from cmid.data.labelled import windows
-from cmid.tasks.finetune import blended, decided, resolved
-from cmid.tasks.pyramid import STRIDES, Pyramid
-from cmid.tasks.segment import (
-    PUBLISHED,
-    Bins,
-    Crops,
-    Segmenter,
-    confusion,
-    cut,
-    distort,
-    errors,
-    fine_tune,
-    largest,
-    look,
-    painted,
-    pixel_loss,
-    predictions_figure,
-    scene_figure,
-    scores,
-    segment,
-    tiles,
-    upernet,
-    window,
-)
+from cmid.tasks.dense import blended, decided
+from cmid.tasks.finetune import resolved
+from cmid.method.backbones import STRIDES, Pyramid
+from cmid.tasks.dense import pixel_loss
+from cmid.tasks.segment import PUBLISHED, Bins, Crops, Segmenter, confusion, cut, distort, errors, fine_tune, largest, look, painted, predictions_figure, scene_figure, scores, segment, tiles, upernet, window
 from cmid.train.checkpoint import export_backbone
 
 CPU = torch.device("cpu")
