@@ -12,7 +12,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from .masking import repeat_to
+from .images import repeat_to
 
 # %% ../../nbs/3_method/05_reconstruction.ipynb #dc3087f8
 def full_precision(

@@ -12,7 +12,8 @@ import torch
 
 from ..base.errors import CmidError
 from ..method.heads import PixelDecoder
-from ..method.masking import fill_mean, repeat_to
+from ..method.images import repeat_to
+from ..method.masking import fill_mean
 from ..method.reconstruction import masked_error
 from ..train.checkpoint import load_extras
 

@@ -11,7 +11,8 @@ import torch
 
 from cmid.method.backbones import SwinEncoder, create
 from cmid.method.heads import PixelDecoder, Projector, PrototypeHead
-from cmid.method.masking import fill_mean, repeat_to
+from cmid.method.images import repeat_to
+from cmid.method.masking import fill_mean
 from cmid.train.checkpoint import from_published, to_published
 
 ROOT = os.environ.get("CMID_PARITY")

@@ -14,7 +14,8 @@ from torch import nn
 
 from cmid.base.errors import CmidError
 from cmid.method import backbones
-from cmid.method.views import RGB_MEAN, RGB_STD, TwoViews, cell_centres, random_boxes
+from cmid.method.images import random_boxes
+from cmid.method.views import RGB_MEAN, RGB_STD, TwoViews, cell_centres
 from cmid.viz.correspondence import (
     Matches,
     bootstrap,
