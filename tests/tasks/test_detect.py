@@ -13,38 +13,41 @@ from torch import nn
 
 from cmid.base.errors import CmidError
 from cmid.base.params import Params
+from cmid.data.labelled import windows
 from cmid.method import backbones
 from cmid.tasks import detect as module
-from cmid.tasks.boxes import bounds, convert, from_polygon, paired_iou, rotated_iou, to_polygon
+from cmid.tasks.boxes import (
+    anchors_of,
+    bounds,
+    convert,
+    decode_boxes,
+    decode_midpoints,
+    encode_boxes,
+    encode_midpoints,
+    from_polygon,
+    paired_iou,
+    rotated_iou,
+    to_polygon,
+    wrapped,
+)
 from cmid.tasks.detect import (
     OrientedRCNN,
     Tiles,
-    anchors_of,
     assign,
-    decode_boxes,
-    decode_midpoints,
     detect,
     detect_image,
-    detections_figure,
     drawn,
-    encode_boxes,
-    encode_midpoints,
     fine_tune,
     frozen,
     head_losses,
-    judged,
     mirrored,
     pooled,
     proposal_losses,
     propose,
     sampled,
-    scaled_tile,
-    scene_figure,
     stacked,
-    windows_by_scale,
-    wrapped,
 )
-from cmid.data.labelled import windows
+from cmid.tasks.dota import detections_figure, judged, scaled_tile, scene_figure, windows_by_scale
 from cmid.tasks.finetune import resolved
 from cmid.train.checkpoint import export_backbone, load_backbone
 

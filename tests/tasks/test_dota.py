@@ -12,10 +12,9 @@ import shapely
 import torch
 
 from cmid.base.errors import CmidError
-from cmid.base.scores import average_precision
-from cmid.tasks.boxes import convert, from_polygon, paired_iou, to_polygon
-from cmid.tasks.dota import cut, detection_map, matched, merged, server_names, write_submission
 from cmid.data.labelled import windows
+from cmid.tasks.boxes import convert, from_polygon, paired_iou, to_polygon
+from cmid.tasks.dota import average_precision, cut, detection_map, matched, merged, server_names, write_submission
 
 
 def boxes_of(n, g, side=200.0, low=8.0, high=50.0):
