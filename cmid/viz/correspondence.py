@@ -18,8 +18,8 @@ from ..base.errors import CmidError
 from ..base.figures import COLOURS
 from ..base.runtime import step_generator
 from ..method.views import TwoViews, View
-from .attention import BATCH, class_names, network_input, spread
-from .reconstruct import shown
+from .inputs import FORWARD_BATCH, class_names, network_input, evenly_spaced
+from .inputs import to_display
 
 # %% ../../nbs/6_viz/04_correspondence.ipynb #e0a0c4ba
 class Matches(NamedTuple):
@@ -96,7 +96,7 @@ def cell_features(
     device=None,  # where to compute; the encoder is there
 ) -> torch.Tensor:  # float (B, C', h, w), on the CPU
     "Last maps; raises `CmidError` where they are not finite."
-    maps = torch.cat([encoder(o.to(device))[-1].float().cpu() for o in images.split(BATCH)])
+    maps = torch.cat([encoder(o.to(device))[-1].float().cpu() for o in images.split(FORWARD_BATCH)])
     if not maps.isfinite().all():
         raise CmidError("features are not finite: the backbone is damaged, or its training diverged")
     return maps
@@ -191,7 +191,7 @@ def class_pairs(
     rng = np.random.default_rng(seed)
     return [
         tuple(int(o) for o in sorted(rng.choice(np.flatnonzero(labels == able[k]), 2, replace=False)))
-        for k in (spread(pairs, len(able)) if len(able) else ())
+        for k in (evenly_spaced(pairs, len(able)) if len(able) else ())
     ]
 
 
@@ -242,7 +242,7 @@ def view_pairs(
         title = ": ".join(filter(None, [name, f"{int((right & seen).sum())} of {int(seen.sum())} cells right"]))
         out.append(
             Pair(
-                *(shown(restore(o.images[i : i + 1]))[0] for o in found[:2]),
+                *(to_display(restore(o.images[i : i + 1]))[0] for o in found[:2]),
                 cell_ends(cells, index[cells], found.size, side),
                 right[cells],
                 title,
@@ -261,7 +261,7 @@ def class_matches(
 ) -> list:  # of P `Pair`
     "Two images of a class: the best of the matches that both agree on; nobody knows which are right."
     f = cell_features(encoder, images, device)
-    m, size, x = match_features(f[::2], f[1::2]), f.shape[2:], shown(restore(images))
+    m, size, x = match_features(f[::2], f[1::2]), f.shape[2:], to_display(restore(images))
     ends = [cell_ends(o := best(c, both, k), i[o], size, images.shape[-2:]) for i, c, both in zip(*m)]
     return [
         Pair(x[2 * i], x[2 * i + 1], o, None, f"two images: {name}") for i, (o, name) in enumerate(zip(ends, names))
