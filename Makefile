@@ -5,9 +5,9 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONDONTWRITEBYTECODE := 1
 EXPLAINED := CVE-2025-69872 # findings that stay, with their reasons in nbs/safety.ipynb
 
-.PHONY: help repro test bench notebooks readme lock audit clean
+.PHONY: help repro test test-long style docs bench notebooks readme lock audit clean
 help: ## these targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
 
 .venv/installed: requirements.lock settings.ini setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 13) else f"make: Python 3.10 to 3.13 is needed, {sys.executable} is %d.%d; name another: make PYTHON=python3.12" % v)'
@@ -24,17 +24,29 @@ repro: .venv/installed | data ## run the study; what is up to date is left alone
 	@dvc repro
 	@echo "The report: $(CURDIR)/reports/report.html"
 
-test: .venv/installed ## export and clean leave no diff, notebooks run, tests pass
+test: style ## formatted, exported, notebooks run, tests pass (minutes)
 	@sh tests/no_diff.sh
-	nbdev_test --n_workers 2 --do_print --timing
-	pytest
+	OMP_NUM_THREADS=1 nbdev_test --n_workers 2 --do_print --timing
+	OMP_NUM_THREADS=1 pytest -n 2 --dist loadscope
+
+test-long: .venv/installed ## what takes long: hundreds of kills, whole trainings (an hour)
+	pytest -m long
+
+style: .venv/installed ## ruff, then how the code reads: widths, sizes, imports
+	@ruff format --check --quiet . || { echo "run: ruff format ." >&2; exit 1; }
+	@ruff check --quiet .
+	@python tests/tools/style.py
+
+docs: .venv/installed ## build the site of the notebooks in _docs/, and check its links
+	NO_MKDOCS_2_WARNING=1 mkdocs build --quiet --strict -f docs/mkdocs.yml
+	python docs/check_links.py _docs
 
 bench: .venv/installed ## measure what a training step costs on this machine, for results/bench
 	cmid_bench --grid
 
 notebooks: .venv/installed ## execute the library notebooks in place, outputs and all
 	nbdev_export
-	for o in nbs/*.ipynb; do jupyter nbconvert --to notebook --execute --inplace --log-level WARN $$o || exit 1; done
+	for o in nbs/[0-9]_*/*.ipynb nbs/*.ipynb; do jupyter nbconvert --to notebook --execute --inplace --log-level WARN $$o || exit 1; done
 	nbdev_clean
 	$(MAKE) --no-print-directory readme
 

@@ -1,7 +1,8 @@
-"""Bad input, as one table: how it is made, what meets it, and what the one line must say. What was there before is there afterwards.
+"""Bad input, as one table: how it is made, which command or function reads it, and what its error must contain.
 
-Files that are spoilt among good ones (`FILES`) do not stop a run unless they are told to: they are skipped and named.
-Whole processes are used where a user would see something that a function does not show: stages, dropped rights, hostile files."""
+Every error is one line, and no file that was there before may have changed. Damaged files among good ones (`FILES`)
+do not stop a run unless it is told to stop: they are skipped and named. Some tests start real processes, because a
+user sees what a function does not show: stages, dropped permissions, hostile files."""
 
 import contextlib
 import functools
@@ -37,14 +38,17 @@ from cmid.base.files import load_yaml
 from cmid.base.params import Params, check_all, merge
 from cmid.base.runtime import device
 from cmid.data.batches import Batches
-from cmid.data.prepare import Prepared, prepare, prepare_dataset
+from cmid.data.dataset import Prepared
+from cmid.data.prepare import prepare, prepare_dataset
 from cmid.method.backbones import create
 from cmid.study.smoke import smoke_tasks
 from cmid.study.stage import run_notebook
 from cmid.study.study import with_set
-from cmid.tasks.probe import features, labelled_splits
-from cmid.train.checkpoint import STUDY, export_backbone, latest, load, load_backbone, read_card, save
-from cmid.train.pretrain import build, precision_of
+from cmid.tasks.scene_classes import pooled_features, class_splits
+from cmid.train.checkpoint import export_backbone, latest, load, load_backbone, read_card, save
+from cmid.train.convert import STUDY
+from cmid.train.pretrain import build
+from cmid.train.training import precision_of
 from cmid.viz.reconstruct import load_decoder
 
 ROOT = Path(__file__).parents[2]
@@ -83,7 +87,7 @@ def process(name, *args, at=None, **env):
     return done.returncode, done.stdout, done.stderr
 
 
-def held(d, but=(".git", ".studies", "reports")):
+def contents(d, but=(".git", ".studies", "reports")):
     "Every file below a folder, by name and hash."
     files = (o for o in sorted(d.rglob("*")) if not {*but} & {*o.relative_to(d).parts})
     return {
@@ -97,7 +101,7 @@ def held(d, but=(".git", ".studies", "reports")):
     } | {str(o.relative_to(d)): "" for o in d.rglob("*.partial")}
 
 
-def pics(d, n=3, size=40, mode="RGB", **kw):
+def write_pngs(d, n=3, size=40, mode="RGB", **kw):
     "Noise, one file an image."
     d.mkdir(parents=True, exist_ok=True)
     for i in range(n):
@@ -107,7 +111,7 @@ def pics(d, n=3, size=40, mode="RGB", **kw):
     return d
 
 
-def tiff(path, x):
+def write_tiff(path, x):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with rasterio.open(
@@ -116,10 +120,10 @@ def tiff(path, x):
             f.write(x)
 
 
-def tree(d):
+def write_classes(d):
     "Three classes of three images, whose names say both."
     for c in ("ash", "birch", "cedar"):
-        pics(d / c)
+        write_pngs(d / c)
         for i in range(3):
             im = Image.open(d / c / f"{i}.png")
             im.putpixel((0, 0), (ord(c[0]), i, 0))
@@ -149,9 +153,9 @@ def bytes_of(o):
 
 @functools.cache
 def stock():
-    "A study as its stages leave it: prepared scenes with lists, a backbone, a checkpoint, and a training set; made once, never changed."
+    "A study after its stages: prepared scenes with lists, a backbone, a checkpoint, a training set. Made once, never changed."
     at = Path(tempfile.mkdtemp(prefix="cmid-stock-"))
-    tree(at / "data")
+    write_classes(at / "data")
     (at / "lists").mkdir()
     for k, n in dict(train=(0, 1), test=(2,)).items():
         (at / f"lists/{k}.txt").write_text("".join(f"{c}/{c}_{i}.png\n" for c in ("ash", "birch", "cedar") for i in n))
@@ -179,7 +183,7 @@ def _stock_is_removed():
         shutil.rmtree(stock())
 
 
-def take(part, d, name=None, change=None):
+def copy_of_stock(part, d, name=None, change=None):
     "A copy of a part of the stock in which one file is changed, or, where the change gives None, gone."
     shutil.copytree(stock() / part, d / part, copy_function=os.link)
     if name is None:
@@ -192,17 +196,17 @@ def take(part, d, name=None, change=None):
         file.write_bytes(new)
 
 
-def js(**over):
+def json_with(**over):
     return lambda b: json.dumps(json.loads(b) | over).encode()
 
 
-def npy(x):
+def array_file(x):
     f = io.BytesIO()
     np.save(f, x, allow_pickle=True)
     return lambda b: f.getvalue()
 
 
-def header(h, tail=b""):
+def safetensors_header(h, tail=b""):
     h = json.dumps(h).encode()
     return lambda b: len(h).to_bytes(8, "little") + h + tail
 
@@ -221,8 +225,8 @@ def nothing(d):
 # --- parameters
 
 
-def told(*sets, **over):
-    "The project's parameters in the smoke profile with some set, wherever the profile speaks of them too, and others laid over."
+def smoke_values(*sets, **over):
+    "The project's parameters in the smoke profile, with some keys set (also in the profile) and others merged over them."
     values = merge(load_yaml(ROOT / "params.yaml"), dict(profile="smoke", device="cpu"))
     for o in sets:
         values = with_set(values, o)
@@ -234,7 +238,7 @@ def text(values):
 
 
 def without(key):
-    values = told()
+    values = smoke_values()
     *path, last = key.split(".")
     at = values
     for o in path:
@@ -243,7 +247,7 @@ def without(key):
     return values
 
 
-def P(id, content, *says):
+def parameters_case(id, content, *says):
     "A params.yaml; what every stage does first meets it."
 
     def make(d):
@@ -253,8 +257,8 @@ def P(id, content, *says):
     return Case(f"params: {id}", make, lambda d: check_all(Params(d)), says)
 
 
-def S(id, assignment, *says):
-    return P(id, lambda: told(assignment), *says)
+def setting_case(id, assignment, *says):
+    return parameters_case(id, lambda: smoke_values(assignment), *says)
 
 
 laughs = "a0: &a0 [ha, ha, ha, ha, ha, ha, ha, ha, ha, ha]\n" + "".join(
@@ -269,34 +273,44 @@ PARAMS = [
         lambda d: Params(d / "sub"),
         ["no params.yaml here or above", "CMID_ROOT"],
     ),
-    P("no section", lambda: without("probe"), "params.yaml: probe: missing; add the section"),
-    P("no key", lambda: without("pretrain.mask_ratio"), "params.yaml: pretrain.mask_ratio: missing; add it"),
-    P("no datasets", lambda: without("datasets"), "params.yaml: datasets: must hold datasets by name"),
-    P("datasets of nothing", lambda: told() | dict(datasets=None), "params.yaml: datasets: must hold datasets by name"),
-    P("no tasks", lambda: without("tasks"), "params.yaml: tasks: must hold images with labels by name; {} for none"),
-    P(
+    parameters_case("no section", lambda: without("probe"), "params.yaml: probe: missing; add the section"),
+    parameters_case(
+        "no key", lambda: without("pretrain.mask_ratio"), "params.yaml: pretrain.mask_ratio: missing; add it"
+    ),
+    parameters_case("no datasets", lambda: without("datasets"), "params.yaml: datasets: must hold datasets by name"),
+    parameters_case(
+        "datasets of nothing",
+        lambda: smoke_values() | dict(datasets=None),
+        "params.yaml: datasets: must hold datasets by name",
+    ),
+    parameters_case(
+        "no tasks", lambda: without("tasks"), "params.yaml: tasks: must hold images with labels by name; {} for none"
+    ),
+    parameters_case(
         "tasks of nothing",
-        lambda: told() | dict(tasks=None),
+        lambda: smoke_values() | dict(tasks=None),
         "params.yaml: tasks: must hold images with labels by name; {} for none",
     ),
-    P(
+    parameters_case(
         "tasks of nothing that are not run",
-        lambda: told(study=dict(segment=[], change=[], detect=[])) | dict(tasks=None),
+        lambda: smoke_values(study=dict(segment=[], change=[], detect=[])) | dict(tasks=None),
         "params.yaml: tasks: must hold images with labels by name; {} for none",
     ),
-    P("a task of nothing", lambda: told() | dict(tasks=dict(land=None)), "params.yaml: tasks.land: missing"),
-    P(
+    parameters_case(
+        "a task of nothing", lambda: smoke_values() | dict(tasks=dict(land=None)), "params.yaml: tasks.land: missing"
+    ),
+    parameters_case(
         "a task named like a working folder",
-        lambda: told(tasks={"land.partial": told()["tasks"]["land"]}),
+        lambda: smoke_values(tasks={"land.partial": smoke_values()["tasks"]["land"]}),
         "params.yaml: tasks: 'land.partial' ends like a folder that is being written",
     ),
-    P(
+    parameters_case(
         "a dataset named like a working folder",
-        lambda: told(datasets={"pool.Partial": dict(folder="a", lists="b")}),
+        lambda: smoke_values(datasets={"pool.Partial": dict(folder="a", lists="b")}),
         "params.yaml: datasets: 'pool.Partial' ends like a folder that is being written",
     ),
     *(
-        S(
+        setting_case(
             f"{k}: a split that is none",
             f"{k}.{s}={v}",
             f"params.yaml: {k}.{s}: '{v}' is no split of tasks.{name} (did you mean '{s}'?); known: train",
@@ -307,137 +321,155 @@ PARAMS = [
             ("detect", "objects", "test", "tests"),
         )
     ),
-    P(
+    parameters_case(
         "misspelt key",
-        lambda: told(pretrain=dict(mask_ratoi=0.6)),
+        lambda: smoke_values(pretrain=dict(mask_ratoi=0.6)),
         "params.yaml: pretrain.mask_ratoi: unknown key (did you mean 'mask_ratio'",
     ),
-    P("misspelt section", lambda: told(pretrian={}), "params.yaml: pretrian: unknown section (did you mean 'pretrain'"),
-    S("misspelt profile", "profile=smoek", "params.yaml: profile: 'smoek'", "did you mean 'smoke'"),
-    S(
+    parameters_case(
+        "misspelt section",
+        lambda: smoke_values(pretrian={}),
+        "params.yaml: pretrian: unknown section (did you mean 'pretrain'",
+    ),
+    setting_case("misspelt profile", "profile=smoek", "params.yaml: profile: 'smoek'", "did you mean 'smoke'"),
+    setting_case(
         "misspelt dataset",
         "pretrain.dataset=pol",
         "params.yaml: pretrain.dataset: 'pol' is none of datasets (did you mean 'pool'?)",
     ),
-    S(
+    setting_case(
         "misspelt task",
         "study.detect=[objcts]",
         "params.yaml: study.detect: 'objcts' is none of tasks (did you mean 'objects'?)",
     ),
-    S(
+    setting_case(
         "misspelt method",
         "study.methods=[cmit]",
         "params.yaml: study.methods.0: should be 'cmid' or 'byol' (got 'cmit')",
     ),
-    S("misspelt device", "device=gpu", "params.yaml: device: 'gpu' is none of auto, cpu, mps, cuda"),
-    S("text for a number", 'pretrain.epochs="3"', "params.yaml: pretrain.epochs: should be a valid integer (got '3')"),
-    S("true for a number", "pretrain.batch=true", "params.yaml: pretrain.batch: should be a valid integer (got True)"),
-    P(
+    setting_case("misspelt device", "device=gpu", "params.yaml: device: 'gpu' is none of auto, cpu, mps, cuda"),
+    setting_case(
+        "text for a number", 'pretrain.epochs="3"', "params.yaml: pretrain.epochs: should be a valid integer (got '3')"
+    ),
+    setting_case(
+        "true for a number", "pretrain.batch=true", "params.yaml: pretrain.batch: should be a valid integer (got True)"
+    ),
+    parameters_case(
         "list for a section",
-        lambda: told() | dict(probe=[1]),
+        lambda: smoke_values() | dict(probe=[1]),
         "params.yaml: probe: must hold keys and values (got [1])",
     ),
-    S(
+    setting_case(
         "a scale twice",
         "detect.scales=[1.0,1.0]",
         "params.yaml: detect.scales: [1.0, 1.0]: one is there twice; name each once",
     ),
-    S("no scale", "detect.scales=[]", "params.yaml: detect.scales: List should have at least 1 item"),
-    S(
+    setting_case("no scale", "detect.scales=[]", "params.yaml: detect.scales: List should have at least 1 item"),
+    setting_case(
         "a scale of nothing",
         "detect.scales=[0.0]",
         "params.yaml: detect.scales.0: should be greater than or equal to 0.05 (got 0.0)",
     ),
-    S("a gap as wide as a tile", "detect.gap=2048", "params.yaml: detect.gap: 2048 leaves nothing of a tile of"),
-    S(
+    setting_case(
+        "a gap as wide as a tile", "detect.gap=2048", "params.yaml: detect.gap: 2048 leaves nothing of a tile of"
+    ),
+    setting_case(
         "above its range",
         "pretrain.mask_ratio=1.5",
         "params.yaml: pretrain.mask_ratio: should be less than 1 (got 1.5)",
     ),
-    S(
+    setting_case(
         "below its range",
         "pretrain.batch=0",
         "params.yaml: pretrain.batch: should be greater than or equal to 1 (got 0)",
     ),
-    S("not a number", "pretrain.temperature=.nan", "params.yaml: pretrain.temperature: should be"),
-    S("infinite", "pretrain.lr=.inf", "params.yaml: pretrain.lr: should be a finite number (got inf)"),
-    S("a seed beyond 63 bits", f"seed={2**70}", "params.yaml: seed: should be less than"),
-    S("side no multiple of 32", "prepare.side=100", "params.yaml: prepare.side: should be a multiple of 32 (got 100)"),
-    S(
+    setting_case("not a number", "pretrain.temperature=.nan", "params.yaml: pretrain.temperature: should be"),
+    setting_case("infinite", "pretrain.lr=.inf", "params.yaml: pretrain.lr: should be a finite number (got inf)"),
+    setting_case("a seed beyond 63 bits", f"seed={2**70}", "params.yaml: seed: should be less than"),
+    setting_case(
+        "side no multiple of 32", "prepare.side=100", "params.yaml: prepare.side: should be a multiple of 32 (got 100)"
+    ),
+    setting_case(
         "warm-up longer than the run",
         "pretrain.warmup_epochs=99",
         "params.yaml: pretrain.warmup_epochs: 99 leaves nothing of 2 epochs; lower it or raise epochs",
     ),
-    S(
+    setting_case(
         "epoch smaller than a batch",
         "pretrain.epoch_images=3",
         "params.yaml: pretrain.epoch_images: 3 is less than one batch of 8",
     ),
-    S("falling range", "prepare.stretch=[98.0, 2.0]", "params.yaml: prepare.stretch: must rise"),
-    S(
+    setting_case("falling range", "prepare.stretch=[98.0, 2.0]", "params.yaml: prepare.stretch: must rise"),
+    setting_case(
         "every loss off",
         "pretrain.weights={reconstruction: 0.0, contrast: 0.0, distillation: 0.0}",
         "params.yaml: pretrain.weights: all three are 0",
     ),
-    S("learns from its test", "classify.test=train", "params.yaml: classify.test: 'train' is what is learnt from"),
-    S(
+    setting_case(
+        "learns from its test", "classify.test=train", "params.yaml: classify.test: 'train' is what is learnt from"
+    ),
+    setting_case(
         "init of no stage",
         "study.inits=[cmid-resnet19]",
         "params.yaml: study.inits: 'cmid-resnet19' is made by no stage (did you mean 'cmid-resnet18'",
     ),
-    P(
+    parameters_case(
         "dataset that leaves its folder",
-        lambda: told(datasets={"../../etc": dict(folder="a", lists="b")}),
+        lambda: smoke_values(datasets={"../../etc": dict(folder="a", lists="b")}),
         "params.yaml: datasets: '../../etc' is no name",
     ),
-    P(
+    parameters_case(
         "dataset with a slash",
-        lambda: told(datasets={"a/b": dict(folder="a", lists="b")}),
+        lambda: smoke_values(datasets={"a/b": dict(folder="a", lists="b")}),
         "params.yaml: datasets: 'a/b' is no name",
     ),
-    P(
+    parameters_case(
         "dataset that is a command",
-        lambda: told(datasets={"x; touch ran": dict(folder="a", lists="b")}),
+        lambda: smoke_values(datasets={"x; touch ran": dict(folder="a", lists="b")}),
         "params.yaml: datasets: 'x; touch ran' is no name",
     ),
-    S(
+    setting_case(
         "backbone that leaves its folder",
         "study.backbones=[../../etc, resnet18]",
         "params.yaml: study.backbones: '../../etc' is no name",
     ),
-    P("empty", "", "params.yaml: must hold keys and values"),
-    P("a list", "- a\n- b\n", "params.yaml: must hold keys and values"),
-    P("a tab", "seed: 0\nprepare:\n\tside: 64\n", "params.yaml: not valid YAML at line 3"),
-    P("a key twice", lambda: text(told()) + "seed: 1\n", "'seed' is there twice: remove one", "at line"),
-    P(
+    parameters_case("empty", "", "params.yaml: must hold keys and values"),
+    parameters_case("a list", "- a\n- b\n", "params.yaml: must hold keys and values"),
+    parameters_case("a tab", "seed: 0\nprepare:\n\tside: 64\n", "params.yaml: not valid YAML at line 3"),
+    parameters_case(
+        "a key twice", lambda: text(smoke_values()) + "seed: 1\n", "'seed' is there twice: remove one", "at line"
+    ),
+    parameters_case(
         "a key twice in a section",
         "seed: 0\nprepare:\n  side: 64\n  side: 96\n",
         "params.yaml: not valid YAML at line 4 ('side' is there twice",
     ),
-    P(
+    parameters_case(
         "a tag that calls",
         "seed: !!python/object/apply:os.mkdir [ran]\n",
         "params.yaml: not valid YAML at line 1",
         "python/object/apply",
     ),
-    P("an alias for gigabytes", laughs, "params.yaml: not valid YAML at line 2 (aliases are not read"),
-    P("merges for gigabytes", merges, "params.yaml: not valid YAML at line 2 (aliases are not read"),
-    P("a circle", "a: &a [*a]\n", "aliases are not read"),
-    P("nested without end", "a: " + "[" * 2000, "params.yaml: not valid YAML (nested too deeply)"),
-    P("another encoding", "seed: 0 # é".encode("latin-1"), "params.yaml: is no UTF-8 text"),
-    P("a zero byte", b"seed: 0\0\n", "params.yaml: not valid YAML"),
-    P("two documents", "seed: 0\n---\nseed: 1\n", "params.yaml: not valid YAML at line 2"),
-    P("a number for a key", lambda: told(prepare={5: 1}), "params.yaml: prepare.5: Keys should be strings"),
-    P("a day that is none", "seed: 2020-13-45\n", "params.yaml: not valid YAML"),
+    parameters_case("an alias for gigabytes", laughs, "params.yaml: not valid YAML at line 2 (aliases are not read"),
+    parameters_case("merges for gigabytes", merges, "params.yaml: not valid YAML at line 2 (aliases are not read"),
+    parameters_case("a circle", "a: &a [*a]\n", "aliases are not read"),
+    parameters_case("nested without end", "a: " + "[" * 2000, "params.yaml: not valid YAML (nested too deeply)"),
+    parameters_case("another encoding", "seed: 0 # é".encode("latin-1"), "params.yaml: is no UTF-8 text"),
+    parameters_case("a zero byte", b"seed: 0\0\n", "params.yaml: not valid YAML"),
+    parameters_case("two documents", "seed: 0\n---\nseed: 1\n", "params.yaml: not valid YAML at line 2"),
+    parameters_case(
+        "a number for a key", lambda: smoke_values(prepare={5: 1}), "params.yaml: prepare.5: Keys should be strings"
+    ),
+    parameters_case("a day that is none", "seed: 2020-13-45\n", "params.yaml: not valid YAML"),
 ]
 
 # --- what a folder of images may hold, and what is asked of it
 
 
-def I(id, make, options, *says):
+def images_case(id, make, options, *says):
     return Case(
         f"prepare: {id}",
-        lambda d: (make(d), take("prepared", d)),
+        lambda d: (make(d), copy_of_stock("prepared", d)),
         [
             "cmid_prepare",
             "{d}/in",
@@ -450,98 +482,104 @@ def I(id, make, options, *says):
 
 
 def good(d):
-    pics(d / "in")
+    write_pngs(d / "in")
 
 
 def lists(**lines):
     def make(d):
-        tree(d / "in")
+        write_classes(d / "in")
         for k, v in lines.items():
             (d / f"{k}.txt").write_bytes(v if isinstance(v, bytes) else v.encode())
 
     return make
 
 
-def L(id, says, *options, **lines):
-    return I(f"list {id}", lists(**lines), ["--lists", ",".join(f"{k}={{d}}/{k}.txt" for k in lines), *options], *says)
+def lists_case(id, says, *options, **lines):
+    return images_case(
+        f"list {id}", lists(**lines), ["--lists", ",".join(f"{k}={{d}}/{k}.txt" for k in lines), *options], *says
+    )
 
 
 PREPARE = [
-    I("no folder", nothing, [], "/in: there is no such folder"),
-    I("a file in place of a folder", lambda d: (d / "in").write_text("x"), [], "/in: no folder"),
-    I("empty folder", lambda d: (d / "in").mkdir(), [], "/in: holds no PNG, JPEG or TIFF"),
-    I(
+    images_case("no folder", nothing, [], "/in: there is no such folder"),
+    images_case("a file in place of a folder", lambda d: (d / "in").write_text("x"), [], "/in: no folder"),
+    images_case("empty folder", lambda d: (d / "in").mkdir(), [], "/in: holds no PNG, JPEG or TIFF"),
+    images_case(
         "not one good file",
         lambda d: (d / "in").mkdir() or (d / "in/a.png").touch(),
         [],
         "not one image can be used (1 skipped; first: a.png: empty file (0 bytes))",
     ),
-    I(
+    images_case(
         "not one value",
-        lambda d: (d / "in").mkdir() or tiff(d / "in/a.tif", np.full((2, 40, 40), np.nan, "float32")),
+        lambda d: (d / "in").mkdir() or write_tiff(d / "in/a.tif", np.full((2, 40, 40), np.nan, "float32")),
         [],
         "not one image can be used",
     ),
-    I("side no multiple of 32", good, ["--side", "100"], "side must be a multiple of 32 pixels, got 100"),
-    I("side 0", good, ["--side", "0"], "side must be a multiple of 32 pixels, got 0"),
-    I(
+    images_case("side no multiple of 32", good, ["--side", "100"], "side must be a multiple of 32 pixels, got 100"),
+    images_case("side 0", good, ["--side", "0"], "side must be a multiple of 32 pixels, got 0"),
+    images_case(
         "a band that is not there",
         good,
         ["--bands", "0,7"],
         "/in: bands [0, 7] were asked for, but no image has more than 3: choose from 0 to 2",
     ),
-    I("a band twice", good, ["--bands", "1,1"], "bands must be different numbers from 0, got [1, 1]"),
-    I("a band by name", good, ["--bands", "red"], "--bands and --stretch take numbers", "'red'"),
-    I("tile below 0", good, ["--tile", "-1"], "tile must be 0 or a number of pixels, got -1"),
-    I("stretch that falls", good, ["--stretch", "98,2"], "stretch must be two rising percentiles, got [98.0, 2.0]"),
-    I("stretch of one", good, ["--stretch", "2"], "stretch must be two rising percentiles, got [2.0]"),
-    I("stretch of no numbers", good, ["--stretch", "nan,nan"], "stretch must be two rising percentiles"),
-    I("fewer than no workers", good, ["--workers", "-1"], "workers must be 0 (all cores) or more, got -1"),
-    I("shards of 0", good, ["--shard_mb", "0"], "shard_mb must be above 0"),
-    I("shards without end", good, ["--shard_mb", "inf"], "shard_mb must be above 0, and a number, got inf"),
-    I("unknown kind of labels", good, ["--labelled", "names"], "labelled must be one of", "'names'"),
-    I(
+    images_case("a band twice", good, ["--bands", "1,1"], "bands must be different numbers from 0, got [1, 1]"),
+    images_case("a band by name", good, ["--bands", "red"], "--bands and --stretch take numbers", "'red'"),
+    images_case("tile below 0", good, ["--tile", "-1"], "tile must be 0 or a number of pixels, got -1"),
+    images_case(
+        "stretch that falls", good, ["--stretch", "98,2"], "stretch must be two rising percentiles, got [98.0, 2.0]"
+    ),
+    images_case("stretch of one", good, ["--stretch", "2"], "stretch must be two rising percentiles, got [2.0]"),
+    images_case("stretch of no numbers", good, ["--stretch", "nan,nan"], "stretch must be two rising percentiles"),
+    images_case("fewer than no workers", good, ["--workers", "-1"], "workers must be 0 (all cores) or more, got -1"),
+    images_case("shards of 0", good, ["--shard_mb", "0"], "shard_mb must be above 0"),
+    images_case("shards without end", good, ["--shard_mb", "inf"], "shard_mb must be above 0, and a number, got inf"),
+    images_case("unknown kind of labels", good, ["--labelled", "names"], "labelled must be one of", "'names'"),
+    images_case(
         "labels of lists without labels",
         good,
         ["--labelled", "lists"],
         "labelled='lists', but no line of a list has a label",
     ),
-    I("class folders that are none", good, ["--labelled", "folders"], "0.png: lies in no class folder"),
-    I("unknown way with bad files", good, ["--on_error", "ski"], "on_error must be one of", "'ski'"),
-    I("list without a name", good, ["--lists", "train.txt"], "--lists: 'train.txt' must be NAME=FILE"),
-    I("a split twice", good, ["--lists", "train=a.txt,train=b.txt"], "--lists: train is named twice"),
-    I("split that leaves its folder", good, ["--lists", "../x=a.txt"], "lists: '../x' is no name for a split"),
-    I(
+    images_case("class folders that are none", good, ["--labelled", "folders"], "0.png: lies in no class folder"),
+    images_case("unknown way with bad files", good, ["--on_error", "ski"], "on_error must be one of", "'ski'"),
+    images_case("list without a name", good, ["--lists", "train.txt"], "--lists: 'train.txt' must be NAME=FILE"),
+    images_case("a split twice", good, ["--lists", "train=a.txt,train=b.txt"], "--lists: train is named twice"),
+    images_case(
+        "split that leaves its folder", good, ["--lists", "../x=a.txt"], "lists: '../x' is no name for a split"
+    ),
+    images_case(
         "list that is missing",
         good,
         ["--lists", "train={d}/no.txt"],
         "/no.txt: this list cannot be read (No such file or directory)",
     ),
-    L("of no text", ["/train.txt: this list is no UTF-8 text"], train=b"\xff\xfe\0"),
-    L("that is empty", ["/train.txt: none of its lines names an image", "empty"], train="\r\n\r\n"),
-    L(
+    lists_case("of no text", ["/train.txt: this list is no UTF-8 text"], train=b"\xff\xfe\0"),
+    lists_case("that is empty", ["/train.txt: none of its lines names an image", "empty"], train="\r\n\r\n"),
+    lists_case(
         "naming missing files only",
         ["/train.txt: none of its lines names an image of the folder (first: x/y.png)"],
         train="x/y.png\r\nx/z.png\r\n",
     ),
-    L(
+    lists_case(
         "with a line without label",
         ["/train.txt: ash_1.png: this line has no label, others have"],
         train="ash_0.png 0\nash_1.png\n",
     ),
-    L(
+    lists_case(
         "with two labels of a file",
         ["/test_x.txt: ash/ash_0.png has two labels, 0 and 1"],
         train="ash_0.png 0\n",
         test_x="ash_0.png 1\n",
     ),
-    L(
+    lists_case(
         "train and test overlap",
         ["lists train and test share 1 files (first: ash/ash_1.png)", "cannot train and test"],
         train="ash_0.png\nash_1.png\n",
         test="ash_1.png\n",
     ),
-    L(
+    lists_case(
         "of one family overlap",
         ["lists train_20 and test_80 share 1 files"],
         train_20="ash_0.png\n",
@@ -561,20 +599,22 @@ PREPARE = [
     ),
     Case(
         "sample: into a folder that exists",
-        lambda d: pics(d / "data"),
+        lambda d: write_pngs(d / "data"),
         ["cmid_sample", "{d}/data"],
         ["/data exists: move it away or name another folder"],
     ),
 ]
 
-PNG = lambda d, **kw: (pics(d / "tmp", 1, **kw) / "0.png").read_bytes()
+
+def png_bytes(d, **options):
+    return (write_pngs(d / "tmp", 1, **options) / "0.png").read_bytes()
 
 
 def one(name, content):
     "Put one file beside the good ones; `content` makes it from a good PNG."
 
     def make(d):
-        data = PNG(d, size=120)
+        data = png_bytes(d, size=120)
         shutil.rmtree(d / "tmp")
         (d / "in" / name).write_bytes(content(data))
 
@@ -589,7 +629,10 @@ def jpeg(d, cut=None, **kw):
 
 def bomb(n):
     "A PNG of a hundred bytes that says it is n x n."
-    chunk = lambda kind, o: struct.pack(">I", len(o)) + kind + o + struct.pack(">I", zlib.crc32(kind + o))
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
     return (
         b"\x89PNG\r\n\x1a\n"
         + chunk(b"IHDR", struct.pack(">IIBBBBB", n, n, 8, 2, 0, 0, 0))
@@ -599,7 +642,7 @@ def bomb(n):
 
 
 def cut_tiff(d):
-    tiff(d / "in/bad.tif", np.ones((3, 90, 90), "float32"))
+    write_tiff(d / "in/bad.tif", np.ones((3, 90, 90), "float32"))
     os.truncate(d / "in/bad.tif", 9000)
 
 
@@ -628,14 +671,18 @@ FILES = {  # id: how it is made beside three good PNGs, its name, its reason
     "a link to nowhere": (lambda d: (d / "in/bad.tif").symlink_to(d / "in/no.tif"), "bad.tif", "No such file"),
     "a pipe": (lambda d: os.mkfifo(d / "in/bad.png"), "bad.png", "no regular file"),
     "another band count": (
-        lambda d: tiff(d / "in/bad.tif", np.ones((5, 40, 40), "uint8")),
+        lambda d: write_tiff(d / "in/bad.tif", np.ones((5, 40, 40), "uint8")),
         "bad.tif",
         "band count 5, most files have 3",
     ),
-    "complex numbers": (lambda d: tiff(d / "in/bad.tif", np.ones((3, 40, 40), "complex64")), "bad.tif", "complex"),
+    "complex numbers": (
+        lambda d: write_tiff(d / "in/bad.tif", np.ones((3, 40, 40), "complex64")),
+        "bad.tif",
+        "complex",
+    ),
     "a name with a line break": (one("ba\nd.png", lambda b: b), "ba\nd.png", "a line break in its name"),
     "nothing but NaN": (
-        lambda d: tiff(d / "in/bad.tif", np.full((3, 40, 40), np.nan, "float32")),
+        lambda d: write_tiff(d / "in/bad.tif", np.full((3, 40, 40), np.nan, "float32")),
         "bad.tif",
         "not one pixel has a value",
     ),
@@ -644,17 +691,17 @@ FILES = {  # id: how it is made beside three good PNGs, its name, its reason
 # --- prepared folders, models and checkpoints, as a stranger or a full disk may leave them
 
 
-def D(id, name, change, *says):
+def prepared_case(id, name, change, *says):
     return Case(
         f"prepared: {id}",
-        lambda d: take("prepared", d, f"scenes/{name}", change),
+        lambda d: copy_of_stock("prepared", d, f"scenes/{name}", change),
         lambda d: (p := Prepared(d / "prepared/scenes"), p[:], p.source(0)),
         says,
     )
 
 
 PREPARED = [
-    D(
+    prepared_case(
         "no manifest",
         "manifest.json",
         lambda b: None,
@@ -662,77 +709,86 @@ PREPARED = [
         "manifest.json",
         "cmid_prepare",
     ),
-    D("manifest cut short", "manifest.json", lambda b: b[:99], "prepared/scenes: no prepared folder"),
-    D("manifest nested without end", "manifest.json", lambda b: b"[" * 100_000, "prepared/scenes: no prepared folder"),
-    D(
+    prepared_case("manifest cut short", "manifest.json", lambda b: b[:99], "prepared/scenes: no prepared folder"),
+    prepared_case(
+        "manifest nested without end", "manifest.json", lambda b: b"[" * 100_000, "prepared/scenes: no prepared folder"
+    ),
+    prepared_case(
         "manifest a list",
         "manifest.json",
         lambda b: b"[]",
         "prepared/scenes: is not as prepare wrote it",
         "prepare it again",
     ),
-    D(
+    prepared_case(
         "manifest without a key",
         "manifest.json",
         lambda b: b'{"format": 1}',
         "prepared/scenes: is not as prepare wrote it (KeyError 'side')",
     ),
-    D(
+    prepared_case(
         "manifest of a newer version",
         "manifest.json",
-        js(format=99),
+        json_with(format=99),
         "manifest.json: format 99, this version reads 1: upgrade cmid",
     ),
-    D("manifest with a side below 0", "manifest.json", js(side=-64), "side, bands, mean and std do not agree"),
-    D(
+    prepared_case(
+        "manifest with a side below 0", "manifest.json", json_with(side=-64), "side, bands, mean and std do not agree"
+    ),
+    prepared_case(
         "manifest that points elsewhere",
         "manifest.json",
-        js(shards=[dict(file="../../../etc/passwd", count=9)]),
+        json_with(shards=[dict(file="../../../etc/passwd", count=9)]),
         "passwd: missing or cut short",
     ),
-    D("no shards", "manifest.json", js(shards=[]), "prepared/scenes: is not as prepare wrote it"),
-    D(
+    prepared_case("no shards", "manifest.json", json_with(shards=[]), "prepared/scenes: is not as prepare wrote it"),
+    prepared_case(
         "shard missing",
         "images-00000.npy",
         lambda b: None,
         "images-00000.npy: missing or cut short",
         "prepare it again",
     ),
-    D("shard cut short", "images-00000.npy", lambda b: b[:-1], "images-00000.npy: missing or cut short"),
-    D(
+    prepared_case("shard cut short", "images-00000.npy", lambda b: b[:-1], "images-00000.npy: missing or cut short"),
+    prepared_case(
         "shard of another shape",
         "images-00000.npy",
         lambda b: b.replace(b"(9, ", b"(8, ", 1),
         "images-00000.npy: damaged",
     ),
-    D(
+    prepared_case(
         "shard that is a pickle",
         "images-00000.npy",
         lambda b: (pickle.dumps(Trap("ran")) + bytes(len(b)))[: len(b)],
         "images-00000.npy: damaged",
     ),
-    D("labels cut short", "labels.npy", lambda b: b[:90], "prepared/scenes: is not as prepare wrote it"),
-    D(
+    prepared_case("labels cut short", "labels.npy", lambda b: b[:90], "prepared/scenes: is not as prepare wrote it"),
+    prepared_case(
         "labels that are a pickle",
         "labels.npy",
-        npy(np.array([Trap("ran")], object)),
+        array_file(np.array([Trap("ran")], object)),
         "prepared/scenes: is not as prepare wrote it",
     ),
-    D("label outside the classes", "labels.npy", npy(np.full(9, 3)), "labels.npy fits neither images nor classes"),
-    D(
+    prepared_case(
+        "label outside the classes",
+        "labels.npy",
+        array_file(np.full(9, 3)),
+        "labels.npy fits neither images nor classes",
+    ),
+    prepared_case(
         "split beyond the images",
         "split-train.npy",
-        npy(np.array([9])),
+        array_file(np.array([9])),
         "split-train.npy names images that are not there",
     ),
-    D("list of items cut short", "items.csv", lambda b: b[:50], "items.csv: missing or cut short"),
+    prepared_case("list of items cut short", "items.csv", lambda b: b[:50], "items.csv: missing or cut short"),
 ]
 
 
-def M(id, name, change, *says):
+def model_case(id, name, change, *says):
     return Case(
         f"model: {id}",
-        lambda d: take("models", d, f"random-resnet18/{name}", change),
+        lambda d: copy_of_stock("models", d, f"random-resnet18/{name}", change),
         lambda d: load_backbone(d / "models/random-resnet18"),
         says,
     )
@@ -745,90 +801,92 @@ MODELS = [
         lambda d: load_backbone(d / "models/cmid-resnet18"),
         ["models/cmid-resnet18/card.json: there is no backbone here"],
     ),
-    M("card cut short", "card.json", lambda b: b[:-20], "card.json: is no JSON"),
-    M("card nested without end", "card.json", lambda b: b"[" * 100_000, "card.json: is no JSON"),
-    M("card a list", "card.json", lambda b: b"[]", "card.json: must hold a JSON object"),
-    M(
+    model_case("card cut short", "card.json", lambda b: b[:-20], "card.json: is no JSON"),
+    model_case("card nested without end", "card.json", lambda b: b"[" * 100_000, "card.json: is no JSON"),
+    model_case("card a list", "card.json", lambda b: b"[]", "card.json: must hold a JSON object"),
+    model_case(
         "card of a newer version",
         "card.json",
-        js(format=9),
+        json_with(format=9),
         "card.json: was written by a newer cmid (format 9): upgrade cmid",
     ),
-    M("card with an unknown key", "card.json", js(colour=1), "card.json: colour: "),
-    M("card with text for a number", "card.json", js(in_chans="3"), "card.json: in_chans: "),
-    M("card with other bands", "card.json", js(in_chans=4), "card.json: mean: has 3 values for 4 bands"),
-    M("card with a spread below 0", "card.json", js(std=[0.1, -0.1, 0.1]), "card.json: std.1: "),
-    M("card with NaN", "card.json", js(mean=[float("nan")] * 3), "card.json: mean.0: "),
-    M("side no multiple of 32", "card.json", js(img_size=100), "card.json: img_size: "),
-    M(
+    model_case("card with an unknown key", "card.json", json_with(colour=1), "card.json: colour: "),
+    model_case("card with text for a number", "card.json", json_with(in_chans="3"), "card.json: in_chans: "),
+    model_case(
+        "card with other bands", "card.json", json_with(in_chans=4), "card.json: mean: has 3 values for 4 bands"
+    ),
+    model_case("card with a spread below 0", "card.json", json_with(std=[0.1, -0.1, 0.1]), "card.json: std.1: "),
+    model_case("card with NaN", "card.json", json_with(mean=[float("nan")] * 3), "card.json: mean.0: "),
+    model_case("side no multiple of 32", "card.json", json_with(img_size=100), "card.json: img_size: "),
+    model_case(
         "architecture unknown",
         "card.json",
-        js(architecture="resnet81"),
+        json_with(architecture="resnet81"),
         "card.json: architecture: backbone 'resnet81' is unknown to timm (did you mean 'resnet18'",
     ),
-    M(
+    model_case(
         "architecture of another family",
         "card.json",
-        js(architecture="vit_tiny_patch16_224"),
+        json_with(architecture="vit_tiny_patch16_224"),
         "model.safetensors: ",
         " is missing",
     ),
-    M(
+    model_case(
         "architecture that is not supported",
         "card.json",
-        js(architecture="efficientnet_b0"),
+        json_with(architecture="efficientnet_b0"),
         "'efficientnet_b0' is neither ResNet, Swin nor ViT",
     ),
-    M(
+    model_case(
         "architecture that is a path",
         "card.json",
-        js(architecture="../../etc"),
+        json_with(architecture="../../etc"),
         "card.json: architecture: backbone '../../etc' is unknown",
     ),
-    M(
+    model_case(
         "architecture with an unknown tag",
         "card.json",
-        js(architecture="resnet18.x"),
+        json_with(architecture="resnet18.x"),
         "card.json: architecture: backbone 'resnet18.x' has no weights 'x' in timm",
     ),
-    M("no weights", "model.safetensors", lambda b: None, "model.safetensors: is missing"),
-    M(
+    model_case("no weights", "model.safetensors", lambda b: None, "model.safetensors: is missing"),
+    model_case(
         "weights cut short",
         "model.safetensors",
         lambda b: b[: 10**6],
         "model.safetensors: is cut short or is no safetensors file",
     ),
-    M(
+    model_case(
         "weights with a header of 4 EB",
         "model.safetensors",
         lambda b: (2**62).to_bytes(8, "little") + b[8:99],
         "model.safetensors: is cut short or is no safetensors file",
     ),
-    M(
+    model_case(
         "weights that claim 4 TB",
         "model.safetensors",
-        header({"a": dict(dtype="F32", shape=[10**12], data_offsets=[0, 4 * 10**12])}, b"x" * 8),
+        safetensors_header({"a": dict(dtype="F32", shape=[10**12], data_offsets=[0, 4 * 10**12])}, b"x" * 8),
         "model.safetensors: is cut short or is no safetensors file",
     ),
-    M(
+    model_case(
         "weights whose shape overflows",
         "model.safetensors",
-        header({"a": dict(dtype="F32", shape=[2**40, 2**40], data_offsets=[0, 8])}, b"x" * 8),
+        safetensors_header({"a": dict(dtype="F32", shape=[2**40, 2**40], data_offsets=[0, 8])}, b"x" * 8),
         "model.safetensors: is cut short or is no safetensors file",
     ),
-    M(
+    model_case(
         "weights that are a pickle",
         "model.safetensors",
         lambda b: bytes_of(dict(a=Trap("ran"))),
         "model.safetensors: is cut short or is no safetensors file",
     ),
-    M(
+    model_case(
         "weights with one too many",
         "model.safetensors",
         lambda b: safetensors.torch.save(safetensors.torch.load(b) | dict(extra=torch.ones(1))),
         "model.safetensors: extra does not belong",
     ),
-    M(
+    model_case(
         "weights of another type",
         "model.safetensors",
         lambda b: safetensors.torch.save(
@@ -836,7 +894,7 @@ MODELS = [
         ),
         "model.safetensors: bn1.bias is",
     ),
-    M(
+    model_case(
         "extras of another encoder",
         "extras.safetensors",
         lambda b: safetensors.torch.save(dict(mask_token=torch.ones(5))),
@@ -844,14 +902,14 @@ MODELS = [
     ),
     Case(
         "model: a decoder where there is none",
-        lambda d: take("models", d),
+        lambda d: copy_of_stock("models", d),
         lambda d: load_decoder(d / "models/random-resnet18", create("resnet18", img_size=64)),
         ["models/random-resnet18: has no decoder"],
     ),
 ]
 
 
-def C(id, change, *says, expect=None):
+def checkpoint_case(id, change, *says, expect=None):
     return Case(
         f"checkpoint: {id}",
         lambda d: (d / "ckpt").mkdir() or (d / "ckpt/epoch-1.ckpt").write_bytes(change(d)),
@@ -860,33 +918,35 @@ def C(id, change, *says, expect=None):
     )
 
 
-ckpt = lambda: (stock() / "ckpt/epoch-1.ckpt").read_bytes()
+def checkpoint_bytes():
+    return (stock() / "ckpt/epoch-1.ckpt").read_bytes()
+
 
 CHECKPOINTS = [
-    C("text", lambda d: b"hello", "cut short or altered"),
-    C("empty", lambda d: b"", "cut short or altered"),
-    C("cut short", lambda d: ckpt()[:-100], "cut short or altered"),
-    C("a picture", lambda d: PNG(d), "cut short or altered"),
-    C("other tensors", lambda d: bytes_of([torch.ones(3)]), "is no training checkpoint of cmid"),
-    C(
+    checkpoint_case("text", lambda d: b"hello", "cut short or altered"),
+    checkpoint_case("empty", lambda d: b"", "cut short or altered"),
+    checkpoint_case("cut short", lambda d: checkpoint_bytes()[:-100], "cut short or altered"),
+    checkpoint_case("a picture", lambda d: png_bytes(d), "cut short or altered"),
+    checkpoint_case("other tensors", lambda d: bytes_of([torch.ones(3)]), "is no training checkpoint of cmid"),
+    checkpoint_case(
         "of another form",
         lambda d: bytes_of(dict(format=torch.ones(3), meta=[], state={})),
         "is no training checkpoint of cmid",
     ),
-    C(
+    checkpoint_case(
         "of a newer version",
         lambda d: bytes_of(dict(format=99, meta={}, state={})),
         "was written by a newer cmid (format 99",
         "upgrade cmid",
     ),
-    C(
+    checkpoint_case(
         "of other parameters",
-        lambda d: ckpt(),
+        lambda d: checkpoint_bytes(),
         "was trained with other parameters (head.dim: 8 then, 16 now, lr: 0.1 then, 0.2 now)",
         expect=dict(lr=0.2, head=dict(dim=16, depth=2)),
     ),
-    C("a pickle that calls", lambda d: bytes_of(trapped(d)), "could run code, and was not opened"),
-    C("a bare pickle that calls", lambda d: pickle.dumps(Trap(d / "ran")), "cut short or altered"),
+    checkpoint_case("a pickle that calls", lambda d: bytes_of(trapped(d)), "could run code, and was not opened"),
+    checkpoint_case("a bare pickle that calls", lambda d: pickle.dumps(Trap(d / "ran")), "cut short or altered"),
     Case(
         "checkpoint: not one can be read",
         lambda d: (d / "ckpt").mkdir() or (d / "ckpt/epoch-1.ckpt").write_bytes(b"x"),
@@ -925,7 +985,7 @@ CHECKPOINTS = [
     ),
     Case(
         "convert: into a folder of other things",
-        lambda d: (pics(d / "b"), torch.save(create("resnet18").model.state_dict(), d / "a.pth")),
+        lambda d: (write_pngs(d / "b"), torch.save(create("resnet18").model.state_dict(), d / "a.pth")),
         ["cmid_convert", "{d}/a.pth", "{d}/b", "--backbone", "resnet18"],
         ["/b: holds other things (", "choose another folder"],
     ),
@@ -939,7 +999,13 @@ CHECKPOINTS = [
 
 # --- what contradicts itself only where it meets data or a machine
 
-settled = lambda **o: lambda d: build(Params(ROOT, "smoke").pretrain.model_copy(update=o), "resnet18", "cmid", side=64)
+
+def build_with(**changes):
+    def meet(d):
+        settings = Params(ROOT, "smoke").pretrain.model_copy(update=changes)
+        return build(settings, "resnet18", "cmid", side=64)
+
+    return meet
 
 
 def splits(id, *says, **lines):
@@ -948,7 +1014,7 @@ def splits(id, *says, **lines):
             (d / f"{k}.txt").write_text(v)
         prepare(stock() / "data", d / "p", side=32, lists={k: d / f"{k}.txt" for k in lines}, workers=1)
 
-    return Case(f"probe: {id}", make, lambda d: labelled_splits(Prepared(d / "p"), "train", "test"), says)
+    return Case(f"probe: {id}", make, lambda d: class_splits(Prepared(d / "p"), "train", "test"), says)
 
 
 def dataset(id, says, **where):
@@ -956,8 +1022,8 @@ def dataset(id, says, **where):
         f"dataset: {id}",
         lambda d: (
             (d / "images").mkdir(),
-            (d / "params.yaml").write_text(text(told(datasets=dict(scenes=where)))),
-            take("prepared", d),
+            (d / "params.yaml").write_text(text(smoke_values(datasets=dict(scenes=where)))),
+            copy_of_stock("prepared", d),
         ),
         lambda d: prepare_dataset(Params(d), "scenes"),
         [says],
@@ -1011,7 +1077,7 @@ MEETINGS = [
     Case(
         "run: more matches than cells",
         nothing,
-        settled(matches=5),
+        build_with(matches=5),
         ["matches: 5 is more than the 4 cells of resnet18 at 64 px; lower it or leave it null"],
     ),
     Case(
@@ -1035,7 +1101,7 @@ MEETINGS = [
     Case(
         "run: a normalisation of other bands",
         nothing,
-        lambda d: features(create("resnet18"), np.zeros((1, 1, 32, 32), "uint8"), [0], [0.5] * 3, [0.5] * 3),
+        lambda d: pooled_features(create("resnet18"), np.zeros((1, 1, 32, 32), "uint8"), [0], [0.5] * 3, [0.5] * 3),
         ["images have 1 bands, the normalisation 3"],
     ),
     splits(
@@ -1052,14 +1118,14 @@ MEETINGS = [
     ),
     Case(
         "probe: no labels",
-        lambda d: take("prepared", d),
-        lambda d: labelled_splits(Prepared(d / "prepared/pool"), "train", "test"),
+        lambda d: copy_of_stock("prepared", d),
+        lambda d: class_splits(Prepared(d / "prepared/pool"), "train", "test"),
         ["prepared/pool: has no classes to probe; name a labelled dataset"],
     ),
     Case(
         "probe: train and test the same",
-        lambda d: take("prepared", d),
-        lambda d: labelled_splits(Prepared(d / "prepared/scenes"), "train", "train"),
+        lambda d: copy_of_stock("prepared", d),
+        lambda d: class_splits(Prepared(d / "prepared/scenes"), "train", "train"),
         ["6 images are in both 'train' and 'train'", "list each once"],
     ),
 ]
@@ -1090,7 +1156,7 @@ def notebook(code="from cmid.a import f"):
 def project(d, module="def f(): pass", cells=None):
     "A package of one module, a stage that imports it, and the digest of an earlier run."
     for name, o in {
-        "params.yaml": text(told()),
+        "params.yaml": text(smoke_values()),
         "cmid/a.py": module,
         "nbs/pipeline/probe.ipynb": cells or notebook(),
         "digests/probe.json": "old",
@@ -1100,7 +1166,7 @@ def project(d, module="def f(): pass", cells=None):
         (d / name).write_text(o)
 
 
-def G(id, says, **kw):
+def digest_case(id, says, **kw):
     return Case(f"digest: {id}", lambda d: project(d, **kw), ["cmid_digest"], says)
 
 
@@ -1121,7 +1187,7 @@ def repository(d, own="pretrain: {epochs: 3}", git=True):
         subprocess.run(["git", *o], cwd=d, check=True)
 
 
-def Y(id, says, *sets, **kw):
+def study_case(id, says, *sets, **kw):
     return Case(
         f"study: {id}",
         lambda d: repository(d, **kw),
@@ -1130,21 +1196,21 @@ def Y(id, says, *sets, **kw):
     )
 
 
-def T(id, says, *args):
+def set_case(id, says, *args):
     return Case(f"stage: {id}", project, ["cmid_stage", *args], [says])
 
 
 STUDIES = [
     Case("digest: outside of a study", nothing, ["cmid_digest"], ["no params.yaml here or above"]),
-    G("a module that is no Python", ["/cmid/a.py:2: cannot be parsed"], module="x = 1\ndef (:\n"),
-    G("a module with a zero byte", ["/cmid/a.py", ": cannot be parsed", "null bytes"], module="x = 1\0"),
-    G(
+    digest_case("a module that is no Python", ["/cmid/a.py:2: cannot be parsed"], module="x = 1\ndef (:\n"),
+    digest_case("a module with a zero byte", ["/cmid/a.py", ": cannot be parsed", "null bytes"], module="x = 1\0"),
+    digest_case(
         "a cell that is no Python",
         ["/nbs/pipeline/probe.ipynb: a cell cannot be parsed", "def (:"],
         cells=notebook("def (:"),
     ),
-    G("a notebook cut short", ["/nbs/pipeline/probe.ipynb: no readable notebook"], cells=notebook()[:-9]),
-    G("a notebook of another form", ["/nbs/pipeline/probe.ipynb: no readable notebook"], cells="[1]"),
+    digest_case("a notebook cut short", ["/nbs/pipeline/probe.ipynb: no readable notebook"], cells=notebook()[:-9]),
+    digest_case("a notebook of another form", ["/nbs/pipeline/probe.ipynb: no readable notebook"], cells="[1]"),
     Case(
         "digest: no stages",
         lambda d: (project(d), (d / "nbs/pipeline/probe.ipynb").unlink()),
@@ -1157,40 +1223,45 @@ STUDIES = [
         ["cmid_study", "{d}/studies/tny"],
         ["/studies/tny: holds no params.yaml; known: tiny"],
     ),
-    Y("no repository", "a study runs in a clone of a commit", git=False),
-    Y(
+    study_case("no repository", "a study runs in a clone of a commit", git=False),
+    study_case(
         "a tag that calls",
         "/studies/tiny/params.yaml: not valid YAML at line 1",
         own="seed: !!python/object/apply:os.mkdir [ran]",
     ),
-    Y("misspelt key", "params.yaml: pretrain.epoch: unknown key (did you mean 'epochs'?)", own="pretrain: {epoch: 3}"),
-    Y(
+    study_case(
+        "misspelt key", "params.yaml: pretrain.epoch: unknown key (did you mean 'epochs'?)", own="pretrain: {epoch: 3}"
+    ),
+    study_case(
         "dataset that is a command",
         "params.yaml: datasets: 'x; touch ran' is no name",
-        own='datasets: {"x; touch ran": {folder: a, lists: b}, pool: {folder: a, lists: b}, scenes: {folder: a, lists: b}}',
+        own='datasets: {"x; touch ran": {folder: a, lists: b}, pool: {folder: a, lists: b}, '
+        "scenes: {folder: a, lists: b}}",
     ),
-    Y(
+    study_case(
         "folder of images that is not there",
         "datasets.pool.folder: data/pool is no folder; name it with --set datasets.pool.folder=/where/it/is",
     ),
-    Y(
+    study_case(
         "folder of labels that is not there",
         "tasks.land.folder: data/segmentation is no folder; name it with --set tasks.land.folder=/where/it/is",
         *(f"datasets.{o}.{k}=." for o in ("pool", "scenes") for k in ("folder", "lists")),
     ),
-    Y("set without a value", "--set pretrain.epochs: write KEY=VALUE", "pretrain.epochs"),
-    Y(
+    study_case("set without a value", "--set pretrain.epochs: write KEY=VALUE", "pretrain.epochs"),
+    study_case(
         "set a misspelt key",
         "--set pretrain.epoch: pretrain.epoch is no parameter (did you mean 'epochs'?)",
         "pretrain.epoch=3",
     ),
-    Y("set what is no YAML", "--set pretrain.betas: not valid YAML", "pretrain.betas=[1, 2"),
-    Y("set a tag that calls", "--set seed: not valid YAML", "seed=!!python/object/apply:os.mkdir [ran]"),
-    Y("set a wrong type", "params.yaml: pretrain.epochs: should be a valid integer (got '3')", 'pretrain.epochs="3"'),
-    T("no such stage", "nbs/pipeline/prob.ipynb: no such stage (did you mean 'probe'?)", "prob"),
-    T("a stage that leaves its folder", "stage: '../../etc' is no name", "../../etc"),
-    T("an init that leaves its folder", "-p init: '../../etc' is no name", "probe", "-p", "init", "../../etc"),
-    T(
+    study_case("set what is no YAML", "--set pretrain.betas: not valid YAML", "pretrain.betas=[1, 2"),
+    study_case("set a tag that calls", "--set seed: not valid YAML", "seed=!!python/object/apply:os.mkdir [ran]"),
+    study_case(
+        "set a wrong type", "params.yaml: pretrain.epochs: should be a valid integer (got '3')", 'pretrain.epochs="3"'
+    ),
+    set_case("no such stage", "nbs/pipeline/prob.ipynb: no such stage (did you mean 'probe'?)", "prob"),
+    set_case("a stage that leaves its folder", "stage: '../../etc' is no name", "../../etc"),
+    set_case("an init that leaves its folder", "-p init: '../../etc' is no name", "probe", "-p", "init", "../../etc"),
+    set_case(
         "a dataset that is code",
         """-p dataset: "x'); import os #" is no name""",
         "probe",
@@ -1198,7 +1269,7 @@ STUDIES = [
         "dataset",
         "x'); import os #",
     ),
-    T("an empty name", "-p init: '' is no name", "probe", "-p", "init", ""),
+    set_case("an empty name", "-p init: '' is no name", "probe", "-p", "init", ""),
 ]
 
 # --- all of them
@@ -1220,14 +1291,14 @@ def line_of(meet, d):
 @pytest.mark.parametrize("case", CASES, ids=lambda o: o.id)
 def test_one_line_and_nothing_lost(case, tmp_path, monkeypatch):
     case.make(tmp_path)
-    before = held(tmp_path)
+    before = contents(tmp_path)
     monkeypatch.setenv("CMID_ROOT", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     line = line_of(case.meet, tmp_path)
     assert "\n" not in line and "Traceback" not in line and len(line) < 700
     for o in case.says:
         assert o in line, line
-    assert held(tmp_path) == before and not list(tmp_path.rglob("ran"))
+    assert contents(tmp_path) == before and not list(tmp_path.rglob("ran"))
 
 
 def test_a_smoke_study_has_tasks_of_its_own(tmp_path):
@@ -1278,7 +1349,7 @@ def test_a_bad_file_is_named(name, tmp_path):
     make, file, reason = FILES[name]
     good(tmp_path)
     make(tmp_path)
-    before = held(tmp_path / "in") if name != "a pipe" else None
+    before = contents(tmp_path / "in") if name != "a pipe" else None
     ask = ["cmid_prepare", tmp_path / "in", tmp_path / "out", "--side", "32"]
     status, out, err = run(*ask, "--on_error", "raise")
     if name == "nothing but NaN":
@@ -1305,7 +1376,7 @@ def test_a_bad_file_is_named(name, tmp_path):
         and reason in (p.folder / "skipped.csv").read_text()
         and file in (p.folder / "skipped.csv").read_text()
     )
-    assert before is None or held(tmp_path / "in") == before
+    assert before is None or contents(tmp_path / "in") == before
 
 
 def turned(d):
@@ -1317,7 +1388,7 @@ def turned(d):
 def holes(d):
     x = np.random.default_rng(0).random((3, 40, 40), "float32")
     x[:, :9] = np.nan
-    tiff(d / "in/odd.tif", x)
+    write_tiff(d / "in/odd.tif", x)
 
 
 ODD = {  # id: how it is made beside three good PNGs, its name, what the audit says of it
@@ -1363,7 +1434,7 @@ def test_an_odd_file_is_read_and_said(name, tmp_path):
 
 
 def test_an_untidy_list_is_read_and_said(tmp_path):
-    "Windows line ends, a mark of the encoding, a file that is missing, one named twice: read as meant, and audited, a line each."
+    "Windows line ends, a byte-order mark, a missing file, a file listed twice: read as meant, one audit line each."
     lists(train="\ufeffash\\ash_0.png 0\r\n\r\nbirch_0.png 1\r\nbirch_0.png 1\r\nno such.png 1\r\n")(tmp_path)
     status, out, err = run(
         "cmid_prepare", tmp_path / "in", tmp_path / "out", "--side", "32", "--lists", f"train={tmp_path}/train.txt"
@@ -1390,27 +1461,26 @@ sys.exit(cmid_prepare())"""
 
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="rights of another kind")
 def test_what_may_not_be_read():
-    "By a user without rights: a file and a folder among good ones are named; a whole folder, or one that cannot be written to, is refused."
+    "Without permissions: an unreadable file or folder among good ones is named; an unreadable input or output is refused."
     with tempfile.TemporaryDirectory() as d:
         d = Path(d)
         d.chmod(0o755)
-        pics(pics(d / "in") / "shut", 1)
+        write_pngs(write_pngs(d / "in") / "shut", 1)
         (d / "in/1.png").chmod(0)
         (d / "in/shut").chmod(0)
         (d / "out").mkdir()
         (d / "ours").mkdir()
-        pics(d / "none").chmod(0)
+        write_pngs(d / "none").chmod(0)
         (d / "script.py").write_text(DROPPED)
         if ROOTED:
             os.chown(d / "out", 65534, 65534)
         else:
             (d / "ours").chmod(0o555)
-        ask = lambda *a: subprocess.run(
-            [sys.executable, d / "script.py", *a, "--side", "32", "--workers", "1"],
-            cwd="/",
-            capture_output=True,
-            text=True,
-        )
+
+        def ask(*folders):
+            command = [sys.executable, d / "script.py", *folders, "--side", "32", "--workers", "1"]
+            return subprocess.run(command, cwd="/", capture_output=True, text=True)
+
         done = ask(d / "in", d / "out/a")
         assert done.returncode == 0, done.stderr
         assert (
@@ -1461,7 +1531,7 @@ def test_a_small_file_takes_little_memory(small, tmp_path):
 
 
 def test_marks_and_line_ends_are_no_mistake(tmp_path):
-    (tmp_path / "params.yaml").write_bytes("\ufeff".encode() + text(told()).replace("\n", "\r\n").encode())
+    (tmp_path / "params.yaml").write_bytes("\ufeff".encode() + text(smoke_values()).replace("\n", "\r\n").encode())
     check_all(Params(tmp_path))
 
 
@@ -1514,7 +1584,7 @@ def whole(d):
 def test_altered_at_random(part, name, head, meet, tmp_path, capsys):
     draw, refused = random.Random(name), 0
     for i in range(60):
-        take(part, d := tmp_path / str(i), name, lambda b: altered(b, draw, head))
+        copy_of_stock(part, d := tmp_path / str(i), name, lambda b: altered(b, draw, head))
         try:
             meet(d)
         except (CmidError, OSError) as e:
@@ -1530,7 +1600,7 @@ def installed(d):
     "A study with its stages, prepared data and a backbone, all of it from an earlier run."
     (d / "nbs").mkdir()
     shutil.copytree(ROOT / "nbs/pipeline", d / "nbs/pipeline")
-    (d / "params.yaml").write_text(text(told()))
+    (d / "params.yaml").write_text(text(smoke_values()))
     for o in ("prepared", "models"):
         shutil.copytree(stock() / o, d / o, copy_function=os.link)
     return d
@@ -1559,7 +1629,7 @@ STAGES = {  # id: what is wrong, the stage, what its line says
         "backbone 'resnt50' is unknown to timm (did you mean 'resnet50'",
     ),
     "a GPU where there is none": (
-        lambda d: (d / "params.yaml").write_text(text(told('device="cuda:99"'))),
+        lambda d: (d / "params.yaml").write_text(text(smoke_values('device="cuda:99"'))),
         "probe -p dataset scenes -p init random-resnet18",
         "params.yaml: device: 'cuda:99' is not on this machine",
     ),
@@ -1575,7 +1645,7 @@ STAGES = {  # id: what is wrong, the stage, what its line says
 def test_a_stage_ends_in_one_line(name, tmp_path):
     make, command, says = STAGES[name]
     make(installed(tmp_path))
-    before = held(tmp_path)
+    before = contents(tmp_path)
     status, out, err = process(
         "cmid_stage", *command.split(), at=tmp_path, CMID_ROOT=str(tmp_path), PYTHONPATH=str(ROOT)
     )
@@ -1586,7 +1656,7 @@ def test_a_stage_ends_in_one_line(name, tmp_path):
         and says in err
         and "Traceback" not in err + out
     ), err
-    assert held(tmp_path) == before
+    assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize(
@@ -1604,12 +1674,12 @@ def test_a_stage_ends_in_one_line(name, tmp_path):
 )
 def test_as_it_is_installed(name, make, args, says, tmp_path):
     make(tmp_path)
-    before = held(tmp_path)
+    before = contents(tmp_path)
     status, out, err = process(name, *args, at=tmp_path, CMID_ROOT=str(tmp_path), PYTHONPATH=str(ROOT))
     assert (
         status == 1
         and not out
         and err.startswith(says.replace("{d}", str(tmp_path)))
         and err.count("\n") == 1
-        and held(tmp_path) == before
+        and contents(tmp_path) == before
     ), err

@@ -1,0 +1,176 @@
+"The house: packages in one direction, narrow stages, names in one place. What a change reruns is shown by making it."
+
+import ast
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import cmid
+from cmid.study.code import digest
+
+ROOT = Path(__file__).parents[2]
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+style = load(ROOT / "tests/tools/style.py")
+MODULES = style.library(ROOT)
+STAGES = style.stages(ROOT)
+TASKS = "probe", "classify", "segment", "change", "detect"
+
+
+def test_every_module_lies_in_a_package():
+    assert {style.package(name) for name in MODULES} == set(style.LAYERS)
+    for name in MODULES:
+        assert (ROOT / "cmid" / (name.replace(".", "/") + ".py")).is_file(), name
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_package_imports_only_earlier_ones(name):
+    order = {layer: i for i, layer in enumerate(style.LAYERS)}
+    for other in style.imports(MODULES[name], MODULES):
+        assert order[style.package(other)] <= order[style.package(name)], f"{name} imports {other}"
+
+
+def test_no_module_imports_itself_in_a_circle():
+    for name in MODULES:
+        below = set().union(
+            *(style.reached(MODULES[o], MODULES, skip=()) | {o} for o in style.imports(MODULES[name], MODULES)), set()
+        )
+        assert name not in below, name
+
+
+def test_settings_import_base_alone():
+    for name in MODULES:
+        if style.package(name) == "settings":
+            assert all(style.package(o) == "base" for o in style.imports(MODULES[name], MODULES)), name
+
+
+def test_no_task_imports_another():
+    tasks = {f"tasks.{name}" for name in TASKS}
+    for name in tasks:
+        others = style.reached(MODULES[name], MODULES, skip=()) & tasks - {name}
+        assert not others, f"{name} imports {others}"
+
+
+def from_imports(source):
+    "(module, name) of every `from cmid.x import name`."
+    nodes = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom))
+    return [
+        (node.module, alias.name) for node in nodes for alias in node.names if (node.module or "").startswith("cmid")
+    ]
+
+
+@pytest.mark.parametrize("name", [*MODULES, *STAGES])
+def test_nobody_imports_a_private_name(name):
+    private = [pair for pair in from_imports(MODULES.get(name) or STAGES[name]) if pair[1].startswith("_")]
+    assert not private
+
+
+def public_names(source):
+    "Functions and classes that a module defines, without an underscore."
+    kinds = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef
+    return [node.name for node in ast.parse(source).body if isinstance(node, kinds) and not node.name.startswith("_")]
+
+
+def test_a_public_name_has_one_home():
+    homes = Counter(name for source in MODULES.values() for name in public_names(source))
+    assert not {name for name, count in homes.items() if count > 1}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_stage_of_a_task_is_narrow(task):
+    found = style.reached(STAGES[task], MODULES)
+    assert len(found) <= 16, sorted(found)
+
+
+def test_the_tower_is_low():
+    floors = style.floors(MODULES)
+    assert max(floors.values()) <= 7, {name: floor for name, floor in floors.items() if floor > 7}
+
+
+def test_modules_and_functions_are_short():
+    sizes = {name: source.count("\n") + 1 for name, source in MODULES.items()}
+    assert not {name: size for name, size in sizes.items() if size > 600}
+    counts = [style.statements(node) for source in MODULES.values() for node in style.functions(source)]
+    assert style.median(counts) < 6
+    assert not sum(map(style.semicolons, MODULES.values()))
+
+
+# What a change reruns
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    at = tmp_path_factory.mktemp("house") / "cmid"
+    shutil.copytree(ROOT / "cmid", at, ignore=shutil.ignore_patterns("__pycache__"))
+    return at
+
+
+def digests(package):
+    return {name: digest(ROOT / f"nbs/pipeline/{name}.ipynb", package)["all"] for name in STAGES}
+
+
+def changed_by(package, module, old, new):
+    "Stages whose digest is another one after a change to the text of a module."
+    path = package / module
+    text = path.read_text(encoding="utf-8")
+    assert re.search(old, text), f"{old} is not in {module}"
+    before = digests(package)
+    path.write_text(re.sub(old, new, text, count=1), encoding="utf-8")
+    after = digests(package)
+    path.write_text(text, encoding="utf-8")
+    return {name for name in STAGES if before[name] != after[name]}
+
+
+def test_the_digest_of_the_copy_is_the_digest(package):
+    assert digests(package) == digests(ROOT / "cmid")
+
+
+@pytest.mark.parametrize("section", [name for name in STAGES if (ROOT / f"cmid/settings/{name}.py").is_file()])
+def test_a_new_key_of_a_section_changes_its_own_stage_alone(package, section):
+    found = changed_by(package, f"settings/{section}.py", r"\nclass (\w+\(.*)", r"\nclass \1\n    novelty: int = 0\n")
+    assert found == {section}
+
+
+def test_a_reworded_health_alarm_reruns_no_fine_tuning(package):
+    found = changed_by(package, "train/health.py", r"(def alarms\()", r"WORDS = 'reworded'\n\n\n\1")
+    assert "pretrain" in found and found <= {"pretrain", "report"}
+
+
+def test_the_diagram_and_the_examples_rerun_no_training(package):
+    for module in ("viz/diagram.py", "study/examples.py", "study/runner.py"):
+        found = changed_by(package, module, r"\Z", "\nNOVELTY = 1\n")
+        assert not found - {"report"}, (module, found)
+
+
+def test_a_comment_and_a_docstring_change_nothing(package):
+    assert not changed_by(package, "tasks/detect.py", r"\Z", "\n# a comment\n")
+
+
+# What a user types
+
+
+def test_names_that_a_user_types():
+    for name in cmid.__all__:
+        assert getattr(cmid, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'load_bakbone'"):
+        cmid.load_bakbone
+    assert set(cmid.__all__) <= set(dir(cmid))
+
+
+def test_import_cmid_loads_nothing():
+    code = "import sys; before = {*sys.modules}; import cmid; print(sorted({*sys.modules} - before))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['cmid']"
