@@ -32,18 +32,12 @@ from cmid.data.labelled import (
     DATED, FORMAT, IGNORE, MASKED, OURS, Labelled, as_rgb, palette,
     _is_ours,
 )
-from cmid.data.prepare import (
-    KINDS,
-    _choose_stretch,
-    _clear,
-    _decoders,
-    _enough_room,
-    _finding,
-    _ordered,
-    _reason,
-    open_image,
-    stretched,
-)
+from .audit import finding
+from .listing import IMAGE_SUFFIXES
+from .passes import remove_files, require_room, ordered_results
+from .rasters import quiet_decoders, read_failure
+from .statistics import stretch_limits
+from .rasters import open_image, stretched
 
 # %% ../../nbs/2_data/23_labels.ipynb #419c0f69
 ROLES = dict(
@@ -112,7 +106,7 @@ class _Folders:
     def __init__(self, root):
         self.root, self.seen = Path(root), {}
 
-    def __call__(self, folder, tail="$", kinds=KINDS) -> dict:  # stem without its tail -> names
+    def __call__(self, folder, tail="$", kinds=IMAGE_SUFFIXES) -> dict:  # stem without its tail -> names
         if (key := (folder, tail, kinds)) not in self.seen:
             self.seen[key] = found = {}
             for o in sorted(os.listdir(self.root / folder)) if (self.root / folder).is_dir() else ():
@@ -140,7 +134,7 @@ def pair_files(
     "Files that belong to images: one folder name differs, the stem is the same. Raises `CmidError` for an image in no such folder, and for two candidates."
     folders, kinds, known = (
         _Folders(root),
-        [(".txt",) if o == "labels" else KINDS for o in roles],
+        [(".txt",) if o == "labels" else IMAGE_SUFFIXES for o in roles],
         " or ".join(dict.fromkeys(repr(o[0]) for o in layouts)),
     )
 
@@ -177,7 +171,7 @@ def _listed(root, path, firsts):
             inside = os.path.relpath(os.path.normpath(root / at / text.replace("\\", "/")), root).replace(os.sep, "/")
             folder, _, file = inside.rpartition("/")
             if inside.startswith("../") or not (
-                found := folders(folder).get(file if Path(file).suffix.lower() not in KINDS else Path(file).stem)
+                found := folders(folder).get(file if Path(file).suffix.lower() not in IMAGE_SUFFIXES else Path(file).stem)
             ):
                 continue
             return f"{folder}/{file if file in found else found[0]}".lstrip("/")
@@ -192,7 +186,7 @@ def _matched(root, pattern, where):
     "The images that a pattern fits"
     try:
         found = sorted(
-            o.relative_to(root).as_posix() for o in root.glob(pattern) if o.suffix.lower() in KINDS and o.is_file()
+            o.relative_to(root).as_posix() for o in root.glob(pattern) if o.suffix.lower() in IMAGE_SUFFIXES and o.is_file()
         )
     except (ValueError, NotImplementedError, IndexError):
         raise CmidError(
@@ -491,7 +485,7 @@ def _header(path):
                 size=(im.height, im.width), bands=im.bands, dtype=im.dtype, grey=im.grey, geo=geo, notes=im.notes
             )
     except Exception as e:
-        return _reason(e, path)
+        return read_failure(e, path)
 
 
 def _elsewhere(a, b):
@@ -538,7 +532,7 @@ def _try(fn, path, *args):
     except (CmidError, MemoryError, _Wrong):
         raise
     except Exception as e:
-        raise _Wrong(f"{path}: {_reason(e, path)}; replace or remove it") from None
+        raise _Wrong(f"{path}: {read_failure(e, path)}; replace or remove it") from None
 
 
 def _wh(size):
@@ -752,10 +746,8 @@ def _agree(cfg, files, heads):
 
 def _stretch(cfg, files, heads, learnt):
     "Set what becomes 0 and 255: percentiles over the images that are learnt from, None for 8 bits"
-    told = SimpleNamespace(dtypes=[heads[0].dtype], dtype=np.zeros(len(files), int))
-    wide = SimpleNamespace(folder=str(cfg.folder), bands=cfg.bands, channels=cfg.channels, stretch=cfg.stretch)
-    _choose_stretch(wide, told, np.array([i for i, o in enumerate(files) if o in learnt]), files, map)
-    cfg.low, cfg.high = wide.low, wide.high
+    wide = [] if heads[0].dtype == "uint8" else np.flatnonzero([o in learnt for o in files])
+    cfg.low, cfg.high = stretch_limits(cfg.folder, files, wide, cfg.bands, cfg.channels, cfg.stretch)
 
 # %% ../../nbs/2_data/23_labels.ipynb #667fe48d
 ROOM = 2**30  # bytes of images that are held at once, at most
@@ -765,7 +757,7 @@ def _threaded(fn, jobs, workers, desc):
     "Answers in order, a few ahead"
     with ThreadPoolExecutor(workers) as pool, tqdm(total=len(jobs), desc=desc, unit=" items", mininterval=0.5) as bar:
         try:
-            for o in _ordered(pool, workers + 1, fn, jobs):
+            for o in ordered_results(pool, workers + 1, fn, jobs):
                 yield o
                 bar.update()
         except BaseException:
@@ -848,7 +840,7 @@ def _copies(cfg, names, splits, results):
         groups.setdefault(r.sha, []).append(name)
     same = [o for o in groups.values() if len(o) > 1]
     if same:
-        yield _finding(
+        yield finding(
             "duplicate",
             "warning",
             sum(len(o) - 1 for o in same),
@@ -858,33 +850,33 @@ def _copies(cfg, names, splits, results):
     for a, b in combinations(splits, 2):
         both = [names[i] for i in splits[b] if results[i].sha in held[a]]
         if both:
-            yield _finding("leak", "warning", len(both), f"images of {b} that are in {a} too", both)
+            yield finding("leak", "warning", len(both), f"images of {b} that are in {a} too", both)
 
 
 def _class_findings(cfg, splits, bare, counts):
     "Findings about classes that never occur, or not where they are learnt"
     gone = [k for k, n in zip(cfg.classes, sum(counts.values())) if not n]
     if gone:
-        yield _finding("absent class", "warning", len(gone), "classes that never occur", gone)
+        yield finding("absent class", "warning", len(gone), "classes that never occur", gone)
     for a, b in (
         (a, b) for a in splits for b in splits if a.startswith("train") and not b.startswith("train") and b not in bare
     ):
         new = [k for k, m, n in zip(cfg.classes, counts[a], counts[b]) if n and not m]
         if new:
-            yield _finding("unknown label", "warning", len(new), f"classes of {b} that are not in {a}", new)
+            yield finding("unknown label", "warning", len(new), f"classes of {b} that are not in {a}", new)
     for k in sorted(bare):
-        yield _finding("unlabelled", "warning", len(splits[k]), f"images of {k}, none of which has a label")
+        yield finding("unlabelled", "warning", len(splits[k]), f"images of {k}, none of which has a label")
 
 
 def _orphans(cfg, items):
     "Findings about labels without an image"
     folders, last = _Folders(cfg.folder), cfg.roles[-1]
-    kinds = (".txt",) if cfg.task == "detect" else KINDS
+    kinds = (".txt",) if cfg.task == "detect" else IMAGE_SUFFIXES
     at = lambda o: o.rpartition("/")[0]
     pairs = {
         (at(o[cfg.roles[0]]), at(o[r]), t, k)
         for o in items
-        for r, t, k in [(last, cfg.tails[1], kinds)] + [("second", "$", KINDS)] * (cfg.task in DATED)
+        for r, t, k in [(last, cfg.tails[1], kinds)] + [("second", "$", IMAGE_SUFFIXES)] * (cfg.task in DATED)
         if o[r]
     }
     left = sorted(
@@ -895,7 +887,7 @@ def _orphans(cfg, items):
         if stem not in folders(i, cfg.tails[0])
     )
     if left:
-        yield _finding(
+        yield finding(
             "orphan",
             "warning",
             len(left),
@@ -912,7 +904,7 @@ def _findings(cfg, items, splits, bare, results, counts):
     yield from _copies(cfg, names, splits, results)
     yield from _orphans(cfg, items)
     if o := [f"{n} {r.moved}" for n, r in zip(names, results) if r.moved]:
-        yield _finding(
+        yield finding(
             "registration",
             "warning",
             len(o),
@@ -920,7 +912,7 @@ def _findings(cfg, items, splits, bare, results, counts):
             o,
         )
     if o := some(lambda r: r.inexact):
-        yield _finding(
+        yield finding(
             "lossy",
             "warning",
             sum(r.inexact for r in results),
@@ -929,21 +921,21 @@ def _findings(cfg, items, splits, bare, results, counts):
         )
     for k in sorted({k for r in results for k in r.notes}):
         o = some(lambda r: k in r.notes)
-        yield _finding("note", "warning" if "turned" in k else "note", len(o), f"images {k}", o)
+        yield finding("note", "warning" if "turned" in k else "note", len(o), f"images {k}", o)
     if o := some(lambda r: r.apart):
-        yield _finding(
+        yield finding(
             "registration", "warning", len(o), "labels that lie elsewhere than their image, as their files say", o
         )
     if o := some(lambda r: r.holes):
-        yield _finding("no value", "note", len(o), "images with pixels that have no value (0 here)", o)
+        yield finding("no value", "note", len(o), "images with pixels that have no value (0 here)", o)
     for key, kind, text in (
         ("outside", "outside", "boxes that leave their image in part (kept)"),
         ("repeated", "repeated", "boxes that are there twice in a file (kept)"),
     ):
         if n := sum(r.objects[key] for r in results if r.objects):
-            yield _finding(kind, "warning", n, text, some(lambda r: r.objects and r.objects[key]))
+            yield finding(kind, "warning", n, text, some(lambda r: r.objects and r.objects[key]))
     if cfg.task == "detect" and (o := some(lambda r: r.objects and not len(r.objects["classes"]))):
-        yield _finding("empty", "note", len(o), "images without an object", o)
+        yield finding("empty", "note", len(o), "images without an object", o)
 
 # %% ../../nbs/2_data/23_labels.ipynb #06e6f3b9
 def _write_boxes(part, results):
@@ -999,7 +991,7 @@ def _emptied(folder):
     "Remove what an earlier run left; what others put there is refused"
     if not folder.exists():
         return
-    _clear(folder, OURS)
+    remove_files(folder, OURS)
     try:
         folder.rmdir()
     except OSError:
@@ -1065,12 +1057,12 @@ def label_dataset(
     if out.exists() and not _is_ours(out) and (not out.is_dir() or any(out.iterdir())):
         raise CmidError(f"{out}: exists and is no folder of the stage labels: move it away")
     items, splits, bare = _items(cfg)
-    with writing(part), _decoders():
+    with writing(part), quiet_decoders():
         heads = _look(cfg, items, splits)
         _emptied(part)
         part.mkdir(parents=True)
         try:
-            _enough_room(
+            require_room(
                 part,
                 sum(math.prod(h.size) for h in heads)
                 * (cfg.channels * (1 + (cfg.task in DATED)) + (cfg.task in MASKED)),

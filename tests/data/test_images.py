@@ -20,8 +20,11 @@ import rasterio
 from PIL import Image
 
 from cmid.base.errors import CmidError
-from cmid.data import prepare as images
-from cmid.data.prepare import Prepared, class_figure, contact_sheet, prepare
+from cmid.data import prepare as images, rasters, survey
+from cmid.data.audit import class_figure, contact_sheet
+from cmid.data.dataset import NPY_HEADER, Prepared
+from cmid.data.prepare import prepare
+from cmid.data.survey import file_sha256
 
 RNG = lambda seed=0: np.random.default_rng(seed)
 
@@ -230,13 +233,13 @@ def test_tiles_of_a_picture_and_without_value(tmp_path):
 
 
 def test_a_large_raster_is_reduced_while_it_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("cmid.data.prepare.LARGE", 2**16)
+    monkeypatch.setattr("cmid.data.rasters.LARGE", 2**16)
     ramp = np.broadcast_to(np.arange(512, dtype="uint8")[None, None] // 2, (1, 512, 512)).astype("uint8")
     tiff(tmp_path / "in/a.tif", ramp, blockysize=16, blockxsize=16, tiled=True)
     reads = []
-    real = images._Grid.read
+    real = rasters._Grid.read
     monkeypatch.setattr(
-        images._Grid,
+        rasters._Grid,
         "read",
         lambda self, window=None, bands=None, shape=None: (reads.append(shape), real(self, window, bands, shape))[1],
     )
@@ -484,8 +487,8 @@ def test_killed_and_resumed(tmp_path, monkeypatch, workers, lines):
     pictures(tmp_path / "in", 400, size=(200, 200))
     (tmp_path / "in/017.png").write_bytes((tmp_path / "in/017.png").read_bytes()[:9000])
     made = []
-    real = images._make
-    monkeypatch.setattr(images, "_make", lambda job: (made.append(job["shard"]), real(job))[1])
+    real = images.make_items
+    monkeypatch.setattr(images, "make_items", lambda job: (made.append(job["shard"]), real(job))[1])
     whole = prepare(tmp_path / "in", tmp_path / "whole", side=64, workers=1, shard_mb=0.5)
     jobs = len(made)
     assert len(set(made)) > 5 and jobs >= 13
@@ -516,7 +519,7 @@ def test_killed_and_resumed(tmp_path, monkeypatch, workers, lines):
 def test_killed_before_the_last_rename(tmp_path, monkeypatch):
     pictures(tmp_path / "in", 5)
     whole = prepare(tmp_path / "in", tmp_path / "whole", side=32)
-    for name in ("_publish", "_close_shard"):
+    for name in ("publish", "close_shard"):
         with monkeypatch.context() as m:
             m.setattr(f"cmid.data.prepare.{name}", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
@@ -529,7 +532,7 @@ def test_killed_before_the_last_rename(tmp_path, monkeypatch):
 def test_a_partial_of_other_parameters_is_thrown_away(tmp_path, monkeypatch, capsys):
     pictures(tmp_path / "in", 5)
     with monkeypatch.context() as m:
-        m.setattr("cmid.data.prepare._publish", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        m.setattr("cmid.data.prepare.publish", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             prepare(tmp_path / "in", tmp_path / "out", side=64)
     assert prepare(tmp_path / "in", tmp_path / "out", side=32)[0].shape == (3, 32, 32)
@@ -554,7 +557,7 @@ def test_two_at_once(tmp_path):
 def test_one_image_more_or_less_changes_one_shard(tmp_path):
     "600 images in shards of 30 or so: what comes or goes in the middle leaves all others as they were, byte by byte."
     pictures(tmp_path / "in", 600, size=(32, 32))
-    sums = lambda p: {images._sha(p.folder / o["file"]) for o in p.manifest["shards"]}
+    sums = lambda p: {file_sha256(p.folder / o["file"]) for o in p.manifest["shards"]}
 
     def right(p):
         for i in (0, 149, 150, 299, 300, 301, len(p) - 1):
@@ -604,8 +607,8 @@ def test_a_new_tile_or_a_hole_moves_no_other_shard(tmp_path):
         and two.source(120) == "c.tif[0:32, 0:32]"
         and (two[120:] == one[200:]).all()
     )
-    kept = {images._sha(one.folder / o["file"]) for o in one.manifest["shards"]} & {
-        images._sha(two.folder / o["file"]) for o in two.manifest["shards"]
+    kept = {file_sha256(one.folder / o["file"]) for o in one.manifest["shards"]} & {
+        file_sha256(two.folder / o["file"]) for o in two.manifest["shards"]
     }
     assert len(kept) >= 10  # those of a, c and d but for the ones where b begins and ends
 
@@ -615,15 +618,15 @@ def test_an_image_more_needs_less_than_250_bytes(tmp_path, monkeypatch):
 
     def make(job):
         with open(job["shard"], "ab") as f:
-            f.truncate(images.HEADER + (job["row"] + len(job["items"])) * 3072)
+            f.truncate(NPY_HEADER + (job["row"] + len(job["items"])) * 3072)
         return [
             dict(sha=f"{int(o[0][-12:-4]):064x}", array="00" * 16, sum=[1, 2, 3], square=[1, 2, 3], holes=0)
             for o in job["items"]
         ]
 
-    monkeypatch.setattr(images, "_make", make)
+    monkeypatch.setattr(images, "make_items", make)
     monkeypatch.setattr(
-        images,
+        survey,
         "_probe",
         lambda job: [dict(width=32, height=32, bands=3, dtype="uint8", grey=False, notes=[], sha="") for _ in job[1]],
     )

@@ -16,7 +16,8 @@ from PIL import Image
 
 from cmid.base.errors import CmidError, cli
 from cmid.base.files import write_json, write_whole
-from cmid.data.prepare import Prepared, prepare
+from cmid.data.dataset import Prepared
+from cmid.data.prepare import prepare
 from cmid.method.backbones import create
 from cmid.train import checkpoint
 
@@ -186,7 +187,7 @@ def test_prepare(disk, pictures, leave, workers):
 
 def test_prepare_when_the_disk_fills_up_on_the_way(disk, pictures, monkeypatch):
     "The room that was there when it began is gone: another program writes too."
-    monkeypatch.setattr("cmid.data.prepare._enough_room", lambda *_: None)
+    monkeypatch.setattr("cmid.data.prepare.require_room", lambda *_: None)
     fill(disk, 500_000)
     with pytest.raises(CmidError, match=r"prepared/x\.partial: the disk is full \([\d.]+ MB free\)"):
         prepare(pictures, disk / "prepared/x", side=64, workers=2, shard_mb=0.25)
@@ -233,7 +234,7 @@ def notebook(path, code):
     ],
 )  # the executed copy itself
 def test_notebook(disk, tmp_path, code, out, says):
-    from cmid.study.stage import run_notebook
+    from cmid.study.runner import run_notebook
 
     path = notebook(tmp_path / "train.ipynb", code.format(x=str(disk / "x")))
     fill(disk, 0)
