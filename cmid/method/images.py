@@ -18,40 +18,46 @@ def repeat_to(
     masks: torch.Tensor,  # (B, h, w)
     size: tuple,  # (H, W), multiples of (h, w)
 ) -> torch.Tensor:  # (B, H, W)
-    "Repeat each block of a mask over a finer grid. Raises `CmidError` where it does not divide."
+    "Repeat each block of a mask over a finer grid; raises `CmidError` where the mask's grid does not divide it."
     (h, w), (H, W) = masks.shape[-2:], size
     if H % h or W % w:
         raise CmidError(f"a mask of {h} x {w} blocks does not divide a map of {H} x {W}")
     return masks.repeat_interleave(H // h, -2).repeat_interleave(W // w, -1)
 
 # %% ../../nbs/3_method/00_images.ipynb #a729d49b
+def _central(H, W, aspect):
+    "The largest central box of an allowed aspect ratio: [top, left, height, width]"
+    if W / H > aspect[1]:
+        h, w = H, min(W, round(H * aspect[1]))
+    else:
+        h, w = min(H, round(W / aspect[0])), W
+    return [(H - h) // 2, (W - w) // 2, h, w]
+
+
 def random_boxes(
     batch: int,  # B
     size: tuple,  # (H, W) of the source images, px
-    scale: tuple = (0.3, 1.0),  # share of the area
-    aspect: tuple = (3 / 4, 4 / 3),  # width / height
+    scale: tuple = (0.3, 1.0),  # least and most share of the image's area
+    aspect: tuple = (3 / 4, 4 / 3),  # least and most width / height
     generator: torch.Generator | None = None,  # on `device`
-    device=None,  # where to draw
-    tries: int = 10,  # candidates an image
+    device=None,  # of the result
+    tries: int = 10,  # candidates for each image
 ) -> torch.Tensor:  # float (B, 4): top, left, height, width, whole pixels
-    "Boxes of random area and aspect inside the image (section III-A)."
+    "Boxes of random area and aspect ratio inside the image (section III-A)."
     H, W = size
     u = torch.rand(4, batch, tries, generator=generator, device=device)
     area = H * W * (scale[0] + (scale[1] - scale[0]) * u[0])
     ratio = torch.exp(math.log(aspect[0]) + math.log(aspect[1] / aspect[0]) * u[1])
-    w, h = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+    w = (area * ratio).sqrt().round()
+    h = (area / ratio).sqrt().round()
+    top = (u[2] * (H - h + 1)).floor()
+    left = (u[3] * (W - w + 1)).floor()
+
     fits = (w >= 1) & (h >= 1) & (w <= W) & (h <= H)
     first = fits.int().argmax(1, keepdim=True)
-    top, left = (u[2] * (H - h + 1)).floor(), (u[3] * (W - w + 1)).floor()
     box = torch.stack([o.gather(1, first)[:, 0] for o in (top, left, h, w)], 1)
     central = torch.stack([torch.full_like(box[:, 0], o) for o in _central(H, W, aspect)], 1)
     return torch.where(fits.any(1, keepdim=True), box, central)
-
-
-def _central(H, W, aspect):
-    "The largest central box whose aspect is allowed: where no candidate fits."
-    h, w = (H, min(W, round(H * aspect[1]))) if W / H > aspect[1] else (min(H, round(W / aspect[0])), W)
-    return [(H - h) // 2, (W - w) // 2, h, w]
 
 # %% ../../nbs/3_method/00_images.ipynb #0d0326cf
 def cubic(
@@ -59,9 +65,9 @@ def cubic(
 ) -> torch.Tensor:  # weights
     "Keys' cubic kernel with a = -1/2."
     d = d.abs()
-    return torch.where(
-        d <= 1, (1.5 * d - 2.5) * d * d + 1, torch.where(d < 2, ((-0.5 * d + 2.5) * d - 4) * d + 2, torch.zeros_like(d))
-    )
+    inner = (1.5 * d - 2.5) * d * d + 1
+    outer = ((-0.5 * d + 2.5) * d - 4) * d + 2
+    return torch.where(d <= 1, inner, torch.where(d < 2, outer, torch.zeros_like(d)))
 
 # %% ../../nbs/3_method/00_images.ipynb #fb8fb59f
 def crop_matrix(
@@ -73,11 +79,11 @@ def crop_matrix(
     "Rows of bicubic weights that cut [start, start + length) and resize it to `out`."
     at = (torch.arange(out, device=start.device) + 0.5) * (length / out)[:, None] - 0.5  # (B, out), px within the crop
     base = at.floor()
-    m = torch.zeros(len(start), out, source, device=start.device)
+    matrix = torch.zeros(len(start), out, source, device=start.device)
     for k in (-1, 0, 1, 2):
-        tap = torch.minimum((base + k).clamp_min(0), length[:, None] - 1)  # the crop's border repeats
-        m.scatter_add_(2, (start[:, None] + tap).long()[..., None], cubic(at - base - k)[..., None])
-    return m
+        tap = torch.minimum((base + k).clamp_min(0), length[:, None] - 1)  # the crop's border pixel repeats
+        matrix.scatter_add_(2, (start[:, None] + tap).long()[..., None], cubic(at - base - k)[..., None])
+    return matrix
 
 # %% ../../nbs/3_method/00_images.ipynb #82bed30c
 def resample(
@@ -85,7 +91,7 @@ def resample(
     rows: torch.Tensor,  # (B, H', H)
     cols: torch.Tensor,  # (B, W', W)
 ) -> torch.Tensor:  # (B, C, H', W')
-    "One linear filter along the rows and one along the columns of each image."
+    "Apply one linear filter along the rows and one along the columns of each image."
     return rows[:, None] @ images @ cols.mT[:, None]
 
 # %% ../../nbs/3_method/00_images.ipynb #9d8d5c1d
@@ -96,8 +102,11 @@ def crop(
     size: tuple | None = None,  # (H', W'); None keeps (H, W)
 ) -> torch.Tensor:  # (B, C, H', W')
     "Cut a box from each image, resize it (bicubic) and flip it (section III-A)."
-    (H, W), (top, left, h, w) = images.shape[-2:], boxes.T
-    rows, cols = crop_matrix(top, h, H, (size or (H, W))[0]), crop_matrix(left, w, W, (size or (H, W))[1])
+    H, W = images.shape[-2:]
+    top, left, h, w = boxes.T
+    out_h, out_w = size or (H, W)
+    rows = crop_matrix(top, h, H, out_h)
+    cols = crop_matrix(left, w, W, out_w)
     return resample(images, rows, torch.where(flipped[:, None, None], cols.flip(1), cols))
 
 # %% ../../nbs/3_method/00_images.ipynb #312e3853
@@ -106,7 +115,7 @@ def blend(
     b: torch.Tensor | float,  # what a factor of 0 gives
     factor: torch.Tensor,  # (B,): 1 keeps a
 ) -> torch.Tensor:  # (B, C, H, W) in [0, 1]
-    "Move between two images, or beyond the first."
+    "Interpolate between two images, or extrapolate beyond the first."
     f = factor.view(-1, 1, 1, 1)
     return (a * f + b * (1 - f)).clamp(0, 1)
 
@@ -122,45 +131,59 @@ def shift_hue(
     x: torch.Tensor,  # (B, 3, H, W) in [0, 1]
     turn: torch.Tensor,  # (B,), share of the colour circle
 ) -> torch.Tensor:  # (B, 3, H, W)
-    "Turn the hue, keeping HSV's value and saturation."
-    v, s = x.amax(1, keepdim=True), x.amax(1, keepdim=True) - x.amin(1, keepdim=True)  # value, chroma
+    "Turn the hue, keeping value and saturation of HSV."
+    value = x.amax(1, keepdim=True)
+    chroma = value - x.amin(1, keepdim=True)
+    d = chroma.clamp_min(1e-8)
     r, g, b = x.split(1, 1)
-    d = s.clamp_min(1e-8)
-    hue = torch.where(v == r, (g - b) / d, torch.where(v == g, 2 + (b - r) / d, 4 + (r - g) / d))
+    hue = torch.where(value == r, (g - b) / d, torch.where(value == g, 2 + (b - r) / d, 4 + (r - g) / d))
     k = torch.cat([hue + o for o in (5, 3, 1)], 1).add_(6 * turn.view(-1, 1, 1, 1)).remainder_(6)
-    return v - s * torch.minimum(k, 4 - k).clamp(0, 1)
+    return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
 # %% ../../nbs/3_method/00_images.ipynb #9ed09284
+def _contrast(x, factor):
+    "Blend with the mean luma of the image, or with the mean of all its bands"
+    if x.shape[1] == 3:
+        mean = grey(x).mean((2, 3), keepdim=True)
+    else:
+        mean = x.mean((1, 2, 3), keepdim=True)
+    return blend(x, mean, factor)
+
+
 def jitter(
     x: torch.Tensor,  # (B, C, H, W) in [0, 1]
     brightness: torch.Tensor,  # (B,) factors, 1 keeps
     contrast: torch.Tensor,  # (B,) factors, 1 keeps
     saturation: torch.Tensor,  # (B,) factors, 1 keeps; RGB only
-    hue: torch.Tensor,  # (B,) shares of the circle, 0 keeps; RGB only
+    hue: torch.Tensor,  # (B,) shares of the colour circle, 0 keeps; RGB only
     order=(0, 1, 2, 3),  # in which the four are applied
 ) -> torch.Tensor:  # (B, C, H, W)
-    "Brightness, contrast, saturation and hue, each image by its own amount."
+    "Change brightness, contrast, saturation and hue, each image by its own amounts."
     rgb = x.shape[1] == 3
-    steps = (
-        lambda o: blend(o, 0.0, brightness),
-        lambda o: blend(o, (grey(o) if rgb else o).mean((2, 3) if rgb else (1, 2, 3), keepdim=True), contrast),
-        lambda o: blend(o, grey(o), saturation) if rgb else o,
-        lambda o: shift_hue(o, hue) if rgb else o,
-    )
-    for k in order:
-        x = steps[k](x)
+    for part in order:
+        if part == 0:
+            x = blend(x, 0.0, brightness)
+        elif part == 1:
+            x = _contrast(x, contrast)
+        elif part == 2 and rgb:
+            x = blend(x, grey(x), saturation)
+        elif part == 3 and rgb:
+            x = shift_hue(x, hue)
     return x
 
 # %% ../../nbs/3_method/00_images.ipynb #7fd68920
 def blur_matrix(
-    sigma: torch.Tensor,  # (B,) px
-    radius: torch.Tensor,  # (B,) 1, 2 or 3: kernel 3, 5 or 7
+    sigma: torch.Tensor,  # (B,) standard deviation, px
+    radius: torch.Tensor,  # (B,) 1, 2 or 3: kernels of 3, 5 or 7 px
     size: int,  # pixels of the axis
 ) -> torch.Tensor:  # (B, size, size)
-    "Rows of Gaussian weights with mirrored borders."
-    offsets = torch.arange(-3, 4, device=sigma.device)
-    w = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2) * (offsets.abs() <= radius[:, None])
-    at = (torch.arange(size, device=sigma.device)[:, None] + offsets).abs()
+    "Rows of Gaussian weights with mirrored borders, for `resample`."
+    batch, device = len(sigma), sigma.device
+    offsets = torch.arange(-3, 4, device=device)
+    weights = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2) * (offsets.abs() <= radius[:, None])
+    weights = weights / weights.sum(1, keepdim=True)
+
+    at = (torch.arange(size, device=device)[:, None] + offsets).abs()
     at = torch.where(at >= size, 2 * (size - 1) - at, at)  # mirrored about the border pixel
-    m = torch.zeros(len(sigma), size, size, device=sigma.device)
-    return m.scatter_add_(2, at.expand(len(sigma), -1, -1), (w / w.sum(1, keepdim=True))[:, None].expand(-1, size, -1))
+    matrix = torch.zeros(batch, size, size, device=device)
+    return matrix.scatter_add_(2, at.expand(batch, -1, -1), weights[:, None].expand(-1, size, -1))
