@@ -11,7 +11,6 @@ from statistics import NormalDist
 
 import numpy as np
 
-
 # %% ../../nbs/0_base/04_scores.ipynb #ec07b5c5
 def wilson(
     correct: int,  # images that are right

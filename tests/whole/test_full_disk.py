@@ -254,7 +254,7 @@ def test_no_number_left_for_another_file(tmp_path):
                 (tmp_path / f"disk/{i}").touch()
             except OSError:
                 break
-        with pytest.raises(CmidError, match=r"disk/a\.json: the disk is full \(no number left for another file\)"):
+        with pytest.raises(CmidError, match=r"disk/a\.json: the disk is full \(no inode left for another file\)"):
             write_json(tmp_path / "disk/a.json", 1)
     finally:
         subprocess.run(["umount", "-l", str(tmp_path / "disk")], check=True)
