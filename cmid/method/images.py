@@ -43,7 +43,7 @@ def random_boxes(
     device=None,  # of the result
     tries: int = 10,  # candidates for each image
 ) -> torch.Tensor:  # float (B, 4): top, left, height, width, whole pixels
-    "Boxes of random area and aspect ratio inside the image (section III-A)."
+    "Boxes of random area and aspect ratio inside the image (section III)."
     H, W = size
     u = torch.rand(4, batch, tries, generator=generator, device=device)
     area = H * W * (scale[0] + (scale[1] - scale[0]) * u[0])
@@ -101,7 +101,7 @@ def crop(
     flipped: torch.Tensor,  # bool (B,): mirror left and right
     size: tuple | None = None,  # (H', W'); None keeps (H, W)
 ) -> torch.Tensor:  # (B, C, H', W')
-    "Cut a box from each image, resize it (bicubic) and flip it (section III-A)."
+    "Cut a box from each image, resize it (bicubic) and flip it (section III)."
     H, W = images.shape[-2:]
     top, left, h, w = boxes.T
     out_h, out_w = size or (H, W)
