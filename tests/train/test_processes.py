@@ -16,7 +16,8 @@ from cmid.method.model import CMID
 from cmid.settings.pretrain import Pretrain
 from cmid.train import pretrain
 from cmid.train.checkpoint import latest
-from cmid.train.pretrain import CMIDCallback, learner, run
+from cmid.train.pretrain import pretrain_learner, run_pretraining
+from cmid.train.steps import CMIDCallback
 from cmid.train.processes import joined, launch, own_device, rank
 
 SETTINGS = Params(profile="smoke").pretrain.model_copy(
@@ -61,7 +62,7 @@ def short(settings, backbone, folder, callback=Wide):
     "A learner in float64."
     torch.manual_seed(0)
     images = Corpus()
-    l = learner(
+    l = pretrain_learner(
         images,
         np.arange(len(images)),
         settings,
@@ -121,7 +122,7 @@ def worker(backbone, folder, epochs, stop_at):
     with joined(torch.device("cpu")):
         l = short(SETTINGS.model_copy(update=dict(epochs=epochs)), backbone, folder)
         l.add_cb(Ask(stop_at))
-        run(l)
+        run_pretraining(l)
 
 
 def in_two(backbone, folder, epochs=1, stop_at=0):
@@ -138,7 +139,7 @@ def in_two(backbone, folder, epochs=1, stop_at=0):
 def test_two_processes_are_one(backbone, tmp_path, monkeypatch):
     "Losses of five steps, queue, centre, weights and running statistics."
     monkeypatch.setattr(pretrain, "CMID", PerHalf)
-    l = run(short(SETTINGS, backbone, None, Twin))
+    l = run_pretraining(short(SETTINGS, backbone, None, Twin))
     one = l.model.state_dict()
     state = in_two(backbone, tmp_path)
     two = state["model"]
@@ -176,7 +177,7 @@ def test_processes_stop_together_and_go_on(tmp_path):
     lines = []
     l = short(SETTINGS.model_copy(update=dict(epochs=2)), "vit_tiny_patch16_224", tmp_path / "shrunk")
     l.journal.say = lines.append
-    run(l)
+    run_pretraining(l)
     assert [(o["step"], o["processes"]) for o in l.checkpoints.ways] == [(0, 2), (STEPS, 1)] and any(
         "processes: 2 then, 1 now" in o for o in lines
     )
@@ -210,7 +211,7 @@ def test_parts_add_up():
                 weights=SETTINGS.weights.model_copy(update=dict(distillation=0.0)),
             )
         )
-        return run(short(s, "vit_tiny_patch16_224", None, Sliced))
+        return run_pretraining(short(s, "vit_tiny_patch16_224", None, Sliced))
 
     one, four = train(1), train(4)
     for k in LOSSES:
@@ -226,7 +227,7 @@ def test_centre_forgets_as_slowly_in_parts():
     "Four parts of one batch move the centre as far as the batch does, when all parts say the same."
     x, centres = torch.randn(2, SETTINGS.prototypes, 3), []
     for n in (1, 4):
-        loss = pretrain.build(
+        loss = pretrain.build_cmid(
             SETTINGS.model_copy(update=dict(accumulate=n)), "resnet10t", "cmid", side=64
         ).prototype_loss
         for _ in range(n):
@@ -236,7 +237,7 @@ def test_centre_forgets_as_slowly_in_parts():
 
 
 def test_what_cannot_be_shared_out(monkeypatch):
-    with pytest.raises(CmidError, match="batch: 8 cannot be shared out over processes: 3"):
+    with pytest.raises(CmidError, match="batch: 8 must be divisible by processes x accumulate: 3 x"):
         check(Pretrain, SETTINGS.model_dump() | dict(processes=3), "pretrain")
     monkeypatch.setattr(pretrain, "world", lambda: 3)
     with pytest.raises(CmidError, match="pretrain.batch: 8 cannot be shared out over 3 processes"):

@@ -42,12 +42,12 @@ from cmid.data.dataset import Prepared
 from cmid.data.prepare import prepare, prepare_dataset
 from cmid.method.backbones import create
 from cmid.study.smoke import smoke_tasks
-from cmid.study.stage import run_notebook
+from cmid.study.runner import run_notebook
 from cmid.study.study import with_set
 from cmid.tasks.scene_classes import pooled_features, class_splits
 from cmid.train.checkpoint import export_backbone, latest, load, load_backbone, read_card, save
 from cmid.train.convert import STUDY
-from cmid.train.pretrain import build
+from cmid.train.pretrain import build_cmid
 from cmid.train.training import precision_of
 from cmid.viz.reconstruct import load_decoder
 
@@ -313,7 +313,7 @@ PARAMS = [
         setting_case(
             f"{k}: a split that is none",
             f"{k}.{s}={v}",
-            f"params.yaml: {k}.{s}: '{v}' is no split of tasks.{name} (did you mean '{s}'?); known: train",
+            f"params.yaml: {k}.{s}: tasks.{name} has no split '{v}' (did you mean '{s}'?); known: train",
         )
         for k, name, s, v in (
             ("segment", "land", "train", "trian"),
@@ -335,19 +335,19 @@ PARAMS = [
     setting_case(
         "misspelt dataset",
         "pretrain.dataset=pol",
-        "params.yaml: pretrain.dataset: 'pol' is none of datasets (did you mean 'pool'?)",
+        "params.yaml: pretrain.dataset: 'pol' is not in datasets (did you mean 'pool'?)",
     ),
     setting_case(
         "misspelt task",
         "study.detect=[objcts]",
-        "params.yaml: study.detect: 'objcts' is none of tasks (did you mean 'objects'?)",
+        "params.yaml: study.detect: 'objcts' is not in tasks (did you mean 'objects'?)",
     ),
     setting_case(
         "misspelt method",
         "study.methods=[cmit]",
         "params.yaml: study.methods.0: should be 'cmid' or 'byol' (got 'cmit')",
     ),
-    setting_case("misspelt device", "device=gpu", "params.yaml: device: 'gpu' is none of auto, cpu, mps, cuda"),
+    setting_case("misspelt device", "device=gpu", "params.yaml: device: 'gpu' is not one of auto, cpu, mps, cuda"),
     setting_case(
         "text for a number", 'pretrain.epochs="3"', "params.yaml: pretrain.epochs: should be a valid integer (got '3')"
     ),
@@ -362,7 +362,7 @@ PARAMS = [
     setting_case(
         "a scale twice",
         "detect.scales=[1.0,1.0]",
-        "params.yaml: detect.scales: [1.0, 1.0]: one is there twice; name each once",
+        "params.yaml: detect.scales: [1.0, 1.0] lists a value twice; remove one",
     ),
     setting_case("no scale", "detect.scales=[]", "params.yaml: detect.scales: List should have at least 1 item"),
     setting_case(
@@ -371,7 +371,7 @@ PARAMS = [
         "params.yaml: detect.scales.0: should be greater than or equal to 0.05 (got 0.0)",
     ),
     setting_case(
-        "a gap as wide as a tile", "detect.gap=2048", "params.yaml: detect.gap: 2048 leaves nothing of a tile of"
+        "a gap as wide as a tile", "detect.gap=2048", "params.yaml: detect.gap: 2048 must be smaller than tile: 64"
     ),
     setting_case(
         "above its range",
@@ -392,57 +392,57 @@ PARAMS = [
     setting_case(
         "warm-up longer than the run",
         "pretrain.warmup_epochs=99",
-        "params.yaml: pretrain.warmup_epochs: 99 leaves nothing of 2 epochs; lower it or raise epochs",
+        "params.yaml: pretrain.warmup_epochs: 99 must be smaller than epochs: 2; lower it or raise epochs",
     ),
     setting_case(
         "epoch smaller than a batch",
         "pretrain.epoch_images=3",
-        "params.yaml: pretrain.epoch_images: 3 is less than one batch of 8",
+        "params.yaml: pretrain.epoch_images: 3 is smaller than batch: 8; raise it, or use 0",
     ),
-    setting_case("falling range", "prepare.stretch=[98.0, 2.0]", "params.yaml: prepare.stretch: must rise"),
+    setting_case("falling range", "prepare.stretch=[98.0, 2.0]", "params.yaml: prepare.stretch: must be strictly increasing"),
     setting_case(
         "every loss off",
         "pretrain.weights={reconstruction: 0.0, contrast: 0.0, distillation: 0.0}",
         "params.yaml: pretrain.weights: all three are 0",
     ),
     setting_case(
-        "learns from its test", "classify.test=train", "params.yaml: classify.test: 'train' is what is learnt from"
+        "learns from its test", "classify.test=train", "params.yaml: classify.test: 'train' is also the train split"
     ),
     setting_case(
         "init of no stage",
         "study.inits=[cmid-resnet19]",
-        "params.yaml: study.inits: 'cmid-resnet19' is made by no stage (did you mean 'cmid-resnet18'",
+        "params.yaml: study.inits: no stage produces 'cmid-resnet19' (did you mean 'cmid-resnet18'",
     ),
     parameters_case(
         "dataset that leaves its folder",
         lambda: smoke_values(datasets={"../../etc": dict(folder="a", lists="b")}),
-        "params.yaml: datasets: '../../etc' is no name",
+        "params.yaml: datasets: '../../etc' is not a valid name",
     ),
     parameters_case(
         "dataset with a slash",
         lambda: smoke_values(datasets={"a/b": dict(folder="a", lists="b")}),
-        "params.yaml: datasets: 'a/b' is no name",
+        "params.yaml: datasets: 'a/b' is not a valid name",
     ),
     parameters_case(
         "dataset that is a command",
         lambda: smoke_values(datasets={"x; touch ran": dict(folder="a", lists="b")}),
-        "params.yaml: datasets: 'x; touch ran' is no name",
+        "params.yaml: datasets: 'x; touch ran' is not a valid name",
     ),
     setting_case(
         "backbone that leaves its folder",
         "study.backbones=[../../etc, resnet18]",
-        "params.yaml: study.backbones: '../../etc' is no name",
+        "params.yaml: study.backbones: '../../etc' is not a valid name",
     ),
     parameters_case("empty", "", "params.yaml: must hold keys and values"),
     parameters_case("a list", "- a\n- b\n", "params.yaml: must hold keys and values"),
     parameters_case("a tab", "seed: 0\nprepare:\n\tside: 64\n", "params.yaml: not valid YAML at line 3"),
     parameters_case(
-        "a key twice", lambda: text(smoke_values()) + "seed: 1\n", "'seed' is there twice: remove one", "at line"
+        "a key twice", lambda: text(smoke_values()) + "seed: 1\n", "'seed' appears twice: remove one", "at line"
     ),
     parameters_case(
         "a key twice in a section",
         "seed: 0\nprepare:\n  side: 64\n  side: 96\n",
-        "params.yaml: not valid YAML at line 4 ('side' is there twice",
+        "params.yaml: not valid YAML at line 4 ('side' appears twice",
     ),
     parameters_case(
         "a tag that calls",
@@ -454,7 +454,7 @@ PARAMS = [
     parameters_case("merges for gigabytes", merges, "params.yaml: not valid YAML at line 2 (aliases are not read"),
     parameters_case("a circle", "a: &a [*a]\n", "aliases are not read"),
     parameters_case("nested without end", "a: " + "[" * 2000, "params.yaml: not valid YAML (nested too deeply)"),
-    parameters_case("another encoding", "seed: 0 # é".encode("latin-1"), "params.yaml: is no UTF-8 text"),
+    parameters_case("another encoding", "seed: 0 # é".encode("latin-1"), "params.yaml: is not UTF-8 text"),
     parameters_case("a zero byte", b"seed: 0\0\n", "params.yaml: not valid YAML"),
     parameters_case("two documents", "seed: 0\n---\nseed: 1\n", "params.yaml: not valid YAML at line 2"),
     parameters_case(
@@ -1003,7 +1003,7 @@ CHECKPOINTS = [
 def build_with(**changes):
     def meet(d):
         settings = Params(ROOT, "smoke").pretrain.model_copy(update=changes)
-        return build(settings, "resnet18", "cmid", side=64)
+        return build_cmid(settings, "resnet18", "cmid", side=64)
 
     return meet
 
@@ -1209,8 +1209,8 @@ STUDIES = [
         ["/nbs/pipeline/probe.ipynb: a cell cannot be parsed", "def (:"],
         cells=notebook("def (:"),
     ),
-    digest_case("a notebook cut short", ["/nbs/pipeline/probe.ipynb: no readable notebook"], cells=notebook()[:-9]),
-    digest_case("a notebook of another form", ["/nbs/pipeline/probe.ipynb: no readable notebook"], cells="[1]"),
+    digest_case("a notebook cut short", ["/nbs/pipeline/probe.ipynb: is not a readable notebook"], cells=notebook()[:-9]),
+    digest_case("a notebook of another form", ["/nbs/pipeline/probe.ipynb: is not a readable notebook"], cells="[1]"),
     Case(
         "digest: no stages",
         lambda d: (project(d), (d / "nbs/pipeline/probe.ipynb").unlink()),
@@ -1234,7 +1234,7 @@ STUDIES = [
     ),
     study_case(
         "dataset that is a command",
-        "params.yaml: datasets: 'x; touch ran' is no name",
+        "params.yaml: datasets: 'x; touch ran' is not a valid name",
         own='datasets: {"x; touch ran": {folder: a, lists: b}, pool: {folder: a, lists: b}, '
         "scenes: {folder: a, lists: b}}",
     ),
@@ -1259,17 +1259,17 @@ STUDIES = [
         "set a wrong type", "params.yaml: pretrain.epochs: should be a valid integer (got '3')", 'pretrain.epochs="3"'
     ),
     set_case("no such stage", "nbs/pipeline/prob.ipynb: no such stage (did you mean 'probe'?)", "prob"),
-    set_case("a stage that leaves its folder", "stage: '../../etc' is no name", "../../etc"),
-    set_case("an init that leaves its folder", "-p init: '../../etc' is no name", "probe", "-p", "init", "../../etc"),
+    set_case("a stage that leaves its folder", "stage: '../../etc' is not a valid name", "../../etc"),
+    set_case("an init that leaves its folder", "-p init: '../../etc' is not a valid name", "probe", "-p", "init", "../../etc"),
     set_case(
         "a dataset that is code",
-        """-p dataset: "x'); import os #" is no name""",
+        """-p dataset: "x'); import os #" is not a valid name""",
         "probe",
         "-p",
         "dataset",
         "x'); import os #",
     ),
-    set_case("an empty name", "-p init: '' is no name", "probe", "-p", "init", ""),
+    set_case("an empty name", "-p init: '' is not a valid name", "probe", "-p", "init", ""),
 ]
 
 # --- all of them
