@@ -13,8 +13,9 @@ import torch
 
 from cmid.base.errors import CmidError
 from cmid.data.labelled import windows
-from cmid.tasks.boxes import convert, from_polygon, paired_iou, to_polygon
-from cmid.tasks.dota import average_precision, cut, detection_map, matched, merged, server_names, write_submission
+from cmid.tasks.boxes import to_convention, from_polygon, paired_iou, to_polygon
+from cmid.base.precision import average_precision
+from cmid.tasks.dota import cut, detection_map, matched, merged, server_names, write_submission
 
 
 def boxes_of(n, g, side=200.0, low=8.0, high=50.0):
@@ -92,7 +93,7 @@ def test_from_tiles_and_back():
     g = np.random.default_rng(1)
     grid = np.stack(np.meshgrid(np.arange(20, 400, 40.0), np.arange(20, 400, 40.0)), -1).reshape(-1, 2)
     n = len(grid)
-    boxes = convert(
+    boxes = to_convention(
         torch.tensor(np.column_stack([grid, g.uniform(18, 30, n), g.uniform(6, 12, n), g.uniform(-1.5, 1.5, n)]))
     )
     classes = torch.tensor(g.integers(0, 3, n))
