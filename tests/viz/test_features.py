@@ -10,7 +10,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from cmid.base.errors import CmidError
-from cmid.base.figures import embeddings_figure, marks
+from cmid.base.figures import embeddings_figure, class_marker
 from cmid.base.scores import mean_interval
 from cmid.settings.features import Features
 from cmid.viz.features import (
@@ -209,8 +209,8 @@ def test_one_class_is_chance():
 
 def test_every_class_can_be_told_apart():
     assert (
-        len({tuple(marks(c, "k").values()) for c in range(49)}) == 49
-        and len({marks(c, "k")["color"] for c in range(7)}) == 7
+        len({tuple(class_marker(c, "k").values()) for c in range(49)}) == 49
+        and len({class_marker(c, "k")["color"] for c in range(7)}) == 7
     )
     x, y = clusters(4, 45, 0.2)
     o = feature_space(x, y, [f"class {c}" for c in range(45)], settings())[1]
