@@ -19,7 +19,7 @@ from fastcore.script import call_parse
 
 from ..base.errors import CmidError, cli, writing
 from ..base.files import whole, write_json
-from .audit import duplicate_findings, file_findings, first_of_each, label_findings, overlap_findings, tally
+from .audit import duplicate_findings, file_findings, label_findings, overlap_findings, tally
 from .dataset import FORMAT, Prepared
 from .listing import PackedNames, find_images, label_files, list_lines, read_lists
 from cmid.data.passes import (
@@ -99,18 +99,18 @@ def _fingerprints(cfg, names, lists):
 # %% ../../nbs/2_data/14_prepare.ipynb #af7cdecf
 def _write(cfg, t, lay, g, names, part, listed, others, mark, total):
     "Labels, splits, audit and manifest of a folder whose shards are done"
-    shape, used, (by_file, words_of, words, notes) = (cfg.channels, cfg.side, cfg.side), g.file[first_of_each(g.file)], listed
+    shape, used, by_file, notes = (cfg.channels, cfg.side, cfg.side), np.unique(g.file), listed.files, listed.notes
     for k, v in by_file.items():
         for f in np.setdiff1d(v, used):
             tally(notes, f"unread|{k}", names[f])
-    how, classes, of_file = label_files(cfg, names, used, by_file, words, words_of)
+    how, classes, of_file = label_files(cfg.labelled, names, used, listed)
     labels, splits = (
         None if classes is None else of_file[g.file].astype("i8"),
         {k: items_of_files(v, g.file) for k, v in by_file.items()},
     )
     audit = [
-        *file_findings(cfg, t, g, others, notes),
-        *duplicate_findings(g, names, by_file),
+        *file_findings(cfg.channels, t, g, others, notes),
+        *duplicate_findings(g.file, g.sha, names, by_file),
         *overlap_findings(by_file, names),
         *label_findings(classes, labels, splits),
     ]
@@ -273,11 +273,9 @@ def prepare(
         publish(half, out)
         return Prepared(out)
     listed = read_lists(names, lists or {})
-    list(overlap_findings(listed[0], names))
+    list(overlap_findings(listed.files, names))
     if labelled:
-        label_files(
-            cfg, names, range(len(names)), listed[0], listed[2], listed[1]
-        )  # what could be wrong with labels is known now
+        label_files(cfg.labelled, names, range(len(names)), listed)  # what could be wrong with labels is known now
     part = half
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with writing(part), closing(begin_or_resume(part, images)), _nothing_kept(part):

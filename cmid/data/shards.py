@@ -21,7 +21,7 @@ from ..base.errors import CmidError
 from .audit import tally
 from .dataset import NPY_HEADER
 from .passes import journal_rows
-from .rasters import open_image, quiet_decoders, read_failure, read_uint8, tile_start
+from .rasters import open_image, quiet_decoders, read_failure, read_item, tile_start
 from .survey import file_sha256
 
 # %% ../../nbs/2_data/13_shards.ipynb #865c77ae
@@ -117,7 +117,7 @@ def _failed(e, path, cfg):
 def _make_item(im, window, sha, image, path, cfg):
     "The row of one item, its pixels put into `image`"
     try:
-        x, holes = read_uint8(im, window, cfg)
+        x, holes = read_item(im, window, cfg)
     except Exception as e:
         return _failed(e, path, cfg)
     if x is None:

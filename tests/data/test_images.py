@@ -237,9 +237,9 @@ def test_a_large_raster_is_reduced_while_it_is_read(tmp_path, monkeypatch):
     ramp = np.broadcast_to(np.arange(512, dtype="uint8")[None, None] // 2, (1, 512, 512)).astype("uint8")
     tiff(tmp_path / "in/a.tif", ramp, blockysize=16, blockxsize=16, tiled=True)
     reads = []
-    real = rasters._Grid.read
+    real = rasters.RasterioImage.read
     monkeypatch.setattr(
-        rasters._Grid,
+        rasters.RasterioImage,
         "read",
         lambda self, window=None, bands=None, shape=None: (reads.append(shape), real(self, window, bands, shape))[1],
     )
