@@ -209,6 +209,17 @@ def _read_date(source, pixels, item, role, record):
     return x
 
 
+def _decode_mask(source, path, record):
+    "Classes of a mask; its values are counted"
+    jpeg_table = source.jpeg_table if path.suffix.lower() in (".jpg", ".jpeg") else None
+    mask, values, record.unknown = _decode(read_mask, path, jpeg_table or source.table)
+    if jpeg_table:
+        record.inexact = int(values[1] + values[3])
+    else:
+        record.values = values
+    return mask
+
+
 def _read_label_mask(source, item, record):
     "The mask of an item; where a split has no labels, all of it is ignored"
     name = item[source.roles[-1]]
@@ -216,13 +227,8 @@ def _read_label_mask(source, item, record):
         record.arrays.append(np.full(record.size, IGNORE, np.uint8))
         return
     path = source.folder / name
-    jpeg_table = source.jpeg_table if name.lower().endswith((".jpg", ".jpeg")) else None
-    mask, values, record.unknown = _decode(read_mask, path, jpeg_table or source.table)
+    mask = _decode_mask(source, path, record)
     record.mask_hash = hashlib.blake2b(mask, digest_size=16).hexdigest()
-    if jpeg_table:
-        record.inexact = int(values[1] + values[3])
-    else:
-        record.values = values
     _check_size(path, mask.shape, source, item, record, "an image and its label must be of equal size")
     record.label_elsewhere = record.place is not None and places_differ(record.place, read_header(path).place)
     record.counts += np.bincount(mask.ravel(), minlength=256)

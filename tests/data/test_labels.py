@@ -23,7 +23,12 @@ from cmid.base.errors import CmidError
 from cmid.base.params import Params
 from cmid.data import labels as module
 from cmid.data.labelled import IGNORE, Labelled
-from cmid.data.labels import DOTA, Table, classes_figure, items_figure, label_dataset, labels_metrics, offset, read_dota, read_mask
+from cmid.data.box_files import read_dota
+from cmid.data.label_figures import classes_figure, items_figure, labels_metrics
+from cmid.data.label_files import DOTA_CLASSES
+from cmid.data.labels import label_dataset
+from cmid.data.masks import ClassTable, read_mask
+from cmid.data.pairs import phase_offset
 
 RNG = np.random.default_rng
 noise = lambda *shape, seed=0: RNG(seed).integers(0, 256, shape, np.uint8)

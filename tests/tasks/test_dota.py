@@ -15,7 +15,7 @@ from cmid.base.errors import CmidError
 from cmid.data.labelled import windows
 from cmid.tasks.boxes import to_convention, from_polygon, paired_iou, to_polygon
 from cmid.base.precision import average_precision
-from cmid.tasks.dota import cut, detection_map, matched, merged, server_names, write_submission
+from cmid.tasks.dota import cut_objects, detection_map, ranked_matches, merge_tiles, server_names, write_submission
 
 
 def boxes_of(n, g, side=200.0, low=8.0, high=50.0):
@@ -37,7 +37,7 @@ def test_objects_of_tiles_are_those_of_shapely():
     where = windows(300, 300, 130, 45)
     kept = cuts = 0
     assert len(where) == 9
-    for tile, (t, l, b, r) in zip(cut(objects, where), where):
+    for tile, (t, l, b, r) in zip(cut_objects(objects, where), where):
         inside = shapely.intersection(shapely.polygons(points), shapely.box(l, t, r, b))
         share = shapely.area(inside) / shapely.area(shapely.polygons(points))
         expected = np.flatnonzero(share > 0)
@@ -66,7 +66,7 @@ def test_share_that_counts():
         ]
     )
     objects = dict(polygons=points, classes=np.arange(3), difficult=np.array([False, False, True]))
-    assert cut(objects, [(0, 0, 100, 100)])[0]["difficult"].tolist() == [False, True, True] and cut(
+    assert cut_objects(objects, [(0, 0, 100, 100)])[0]["difficult"].tolist() == [False, True, True] and cut_objects(
         objects, [(0, 0, 100, 100)], 0.5
     )[0]["difficult"].tolist() == [False, False, True]
 
@@ -80,11 +80,11 @@ def test_objects_without_area():
             [[100.0, 5.0], [110.0, 5.0], [110.0, 9.0], [100.0, 9.0]],
         ]
     )
-    assert cut(dict(polygons=line, classes=[4, 5, 6], difficult=[0, 0, 0]), [(0, 0, 100, 100)])[0][
+    assert cut_objects(dict(polygons=line, classes=[4, 5, 6], difficult=[0, 0, 0]), [(0, 0, 100, 100)])[0][
         "classes"
     ].tolist() == [4]
     assert [
-        len(o["classes"]) for o in cut(dict(polygons=[], classes=[], difficult=[]), [(0, 0, 9, 9), (0, 9, 9, 18)])
+        len(o["classes"]) for o in cut_objects(dict(polygons=[], classes=[], difficult=[]), [(0, 0, 9, 9), (0, 9, 9, 18)])
     ] == [0, 0]
 
 
@@ -98,7 +98,7 @@ def test_from_tiles_and_back():
     )
     classes = torch.tensor(g.integers(0, 3, n))
     where = windows(400, 400, 160, 60)
-    tiles = cut(
+    tiles = cut_objects(
         dict(polygons=to_polygon(boxes).numpy(), classes=classes.numpy(), difficult=np.zeros(n, bool)), where, 0.999
     )
     found = [
@@ -111,19 +111,19 @@ def test_from_tiles_and_back():
     for o in found:
         o["scores"] = torch.tensor(g.random(len(o["classes"])))
     assert sum(len(o["classes"]) for o in found) > n
-    whole = merged(found, where, 0.3)
+    whole = merge_tiles(found, where, 0.3)
     assert len(whole["boxes"]) == n and (whole["scores"].diff() <= 0).all()
     truth = dict(boxes=boxes, classes=classes, difficult=np.zeros(n, bool))
-    m = matched([whole], [truth], list("abc"), 0.95)
+    m = ranked_matches([whole], [truth], list("abc"), 0.95)
     assert all(math.isclose(detection_map(m, o)["map"], 1.0) for o in ("voc07", "area"))
 
 
 def test_merging_nothing():
     none = dict(boxes=torch.zeros(0, 5), scores=torch.zeros(0), classes=torch.zeros(0, dtype=torch.long))
-    out = merged([none] * 2, [(0, 0, 9, 9), (0, 5, 9, 14)], 0.1)
+    out = merge_tiles([none] * 2, [(0, 0, 9, 9), (0, 5, 9, 14)], 0.1)
     assert [len(o) for o in out.values()] == [0, 0, 0]
     with pytest.raises(ValueError, match="1 tiles with detections, 2 windows"):
-        merged([none], [(0, 0, 9, 9)] * 2, 0.1)
+        merge_tiles([none], [(0, 0, 9, 9)] * 2, 0.1)
 
 
 # Files for the server ---------------------------------------------------------------------------------------------
@@ -275,7 +275,7 @@ def test_average_precision_is_that_of_loops(iou):
     seen = []
     for seed in range(25):
         detections, truths = split_of(seed)
-        m = matched(detections, truths, names, iou)
+        m = ranked_matches(detections, truths, names, iou)
         for metric in ("voc07", "area"):
             got, expected = (
                 detection_map(m, metric),
@@ -303,7 +303,7 @@ def test_matches_are_json_and_keep_their_ranking():
     import json
 
     detections, truths = split_of(3)
-    m = matched(detections, truths, ["a", "b", "c"])
+    m = ranked_matches(detections, truths, ["a", "b", "c"])
     assert json.loads(json.dumps(m)) == m
     for rows in m["matches"].values():
         assert [o[1] for o in rows] == sorted((o[1] for o in rows), reverse=True) and {o[2] for o in rows} <= {
@@ -322,7 +322,7 @@ def test_an_image_that_counts_twice_is_two_images(metric):
     detections, truths = split_of(4)
     n = len(truths)
     names = ["a", "b", "c"]
-    m = matched(detections, truths, names)
+    m = ranked_matches(detections, truths, names)
     g = np.random.default_rng(0)
     times = g.integers(0, 3, (20, n))
     times[0] = 1
@@ -381,23 +381,23 @@ def test_draws_need_little_memory():
 def test_order_of_images_and_of_numbers():
     "Scores differ: nothing depends on the order of images. Tensors and arrays, polygons and boxes are the same."
     detections, truths = split_of(8)
-    whole = detection_map(matched(detections, truths, ["a", "b", "c"]))
-    back = detection_map(matched(detections[::-1], truths[::-1], ["a", "b", "c"]))
+    whole = detection_map(ranked_matches(detections, truths, ["a", "b", "c"]))
+    back = detection_map(ranked_matches(detections[::-1], truths[::-1], ["a", "b", "c"]))
     assert whole == back and whole["map"] > 0
     tensors = [{k: torch.as_tensor(v) for k, v in o.items()} for o in detections]
     polygons = [dict(polygons=corners(o["boxes"]), classes=o["classes"], difficult=o["difficult"]) for o in truths]
-    assert detection_map(matched(tensors, polygons, ["a", "b", "c"])) == whole
+    assert detection_map(ranked_matches(tensors, polygons, ["a", "b", "c"])) == whole
 
 
 def test_lists_that_do_not_fit():
     detections, truths = split_of(4)
     assert len(truths) > 1
     with pytest.raises(ValueError, match="detections of"):
-        matched(detections[:1], truths, ["a"])
+        ranked_matches(detections[:1], truths, ["a"])
     i = next(i for i, o in enumerate(detections) if len(o["scores"]))
     detections[i]["scores"][0] = math.nan
     with pytest.raises(ValueError, match="1 scores are not finite"):
-        matched(detections, truths, ["a"])
+        ranked_matches(detections, truths, ["a"])
 
 
 @pytest.mark.skipif("CMID_REALDATA" not in os.environ, reason="CMID_REALDATA names no folder of real archives")
@@ -405,7 +405,7 @@ def test_real_labels_of_dota(tmp_path):
     "Real labels, cut to 1024 px tiles with a gap of 200 and put together again: every object that fits into a tile is found once."
     from PIL import Image
 
-    from cmid.data.labels import read_dota
+    from cmid.data.box_files import read_dota
 
     with tarfile.open(Path(os.environ["CMID_REALDATA"]) / "obb.tar.gz") as f:
         f.extractall(tmp_path, filter="data")
@@ -416,7 +416,7 @@ def test_real_labels_of_dota(tmp_path):
         truth = read_dota(path, names)
         with Image.open(next(path.parent.parent.glob(f"images/{path.stem}.*"))) as im:
             where = windows(im.height, im.width, 1024, 200)
-        tiles = [{k: o[~tile["difficult"]] for k, o in tile.items()} for tile in cut(truth, where, 0.999)]
+        tiles = [{k: o[~tile["difficult"]] for k, o in tile.items()} for tile in cut_objects(truth, where, 0.999)]
         found = [
             dict(
                 boxes=from_polygon(torch.from_numpy(o["polygons"]).double()),
@@ -425,4 +425,4 @@ def test_real_labels_of_dota(tmp_path):
             )
             for o in tiles
         ]
-        assert detection_map(matched([merged(found, where, 0.8)], [truth], names))["map"] > 0.99
+        assert detection_map(ranked_matches([merge_tiles(found, where, 0.8)], [truth], names))["map"] > 0.99
