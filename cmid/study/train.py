@@ -18,9 +18,9 @@ from ..base.files import root
 from ..base.params import Params, check_all
 from ..base.runtime import provenance, seed_everything
 from ..data.batches import Mix, corpus, shares
-from ..data.prepare import Prepared
-from .digest import digest
-from ..train.pretrain import learner, run
+from ..data.dataset import Prepared
+from .code import digest
+from ..train.pretrain import pretrain_learner, run_pretraining
 from ..train.processes import followed, joined, launch, own_device, rank
 
 # %% ../../nbs/7_study/05_train.ipynb #f73af205
@@ -47,7 +47,7 @@ def study_learner(
                 )
             )
         )
-    return learner(
+    return pretrain_learner(
         prepared,
         index,
         settings,
@@ -86,7 +86,7 @@ def pretrain_study(
     seed_everything(p.run.seed, p.run.deterministic)
     on = own_device(p.run.device)
     with joined(on):
-        learn = run(study_learner(p, method, backbone, on, code or trained_by()))
+        learn = run_pretraining(study_learner(p, method, backbone, on, code or trained_by()))
         learn.journal.say(f"trained to step {learn.cmid.done}: {learn.checkpoints.folder}")
 
 
@@ -133,7 +133,7 @@ def train_study(
         if not _finished(learn):
             raise CmidError(f"{k.folder}: the {n} processes left no last checkpoint; what went wrong stands above")
         learn.model.to(learn.cmid.on)
-    return run(learn, curves=curves)
+    return run_pretraining(learn, curves=curves)
 
 
 def _finished(learn):

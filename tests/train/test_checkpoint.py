@@ -12,19 +12,8 @@ import torch
 from cmid.base.errors import CmidError
 from cmid.base.runtime import provenance
 from cmid.method.backbones import create
-from cmid.train.checkpoint import (
-    PREFIX,
-    STUDY,
-    checkpoints,
-    export_backbone,
-    from_cmid,
-    latest,
-    load,
-    load_backbone,
-    save,
-    to_cmid,
-    to_published,
-)
+from cmid.train.checkpoint import checkpoints, export_backbone, latest, load, load_backbone, save
+from cmid.train.convert import PREFIX, STUDY, from_cmid, to_cmid, to_published
 
 SWIN = "swin_tiny_patch4_window7_224"
 FACTS = STUDY | dict(method="random", parameters=dict(lr=0.1), data_hash="0", data_licence=None, health={})
@@ -35,7 +24,7 @@ def python(code, *args):
 
 
 def convert(*args):  # called as a console script calls it: from the body of a file that is run
-    script = "import sys\nfrom cmid.train.checkpoint import cmid_convert\nsys.exit(cmid_convert())\n"
+    script = "import sys\nfrom cmid.train.convert import cmid_convert\nsys.exit(cmid_convert())\n"
     path = args[0]
     path.write_text(script)
     return subprocess.run([sys.executable, str(path), *map(str, args[1:])], capture_output=True, text=True)

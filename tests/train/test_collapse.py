@@ -9,7 +9,7 @@ from cmid.base.params import Params
 from cmid.data.layout import CLASSES
 from cmid.data.scenes import scene
 from cmid.method import model
-from cmid.train.pretrain import learner, run, summary
+from cmid.train.pretrain import pretrain_learner, pretrain_summary, run_pretraining
 
 SMALL = dict(
     epochs=6,
@@ -58,7 +58,7 @@ def train(scenes, weights=(1.0, 1.0, 1.0), **more):
     said = []
     s = p.pretrain.model_copy(update=SMALL | dict(weights=p.pretrain.weights.model_copy(update=w)) | more)
     torch.manual_seed(0)
-    l = learner(
+    l = pretrain_learner(
         scenes,
         np.arange(64),
         s,
@@ -69,7 +69,7 @@ def train(scenes, weights=(1.0, 1.0, 1.0), **more):
         labelled=scenes,
     )
     l.said = said
-    return run(l)
+    return run_pretraining(l)
 
 
 def no_negatives(query, key, queue, temperature):
@@ -108,7 +108,7 @@ def test_with_negatives_and_centre(scenes, weights):
 def test_healthy(scenes):
     "The published teacher and learning rate: no alarm, and what idles in so short a run is said once."
     l = train(scenes)
-    end = summary(l)
+    end = pretrain_summary(l)
     assert end["student_std"] > 0.4 / 512**0.5 and end["knn"] > 1 / len(CLASSES) and end["queue_age"] == 2
     assert end["reconstruction_skill"] < 0 and [o for o in end["warnings"] if "no better than a flat colour" in o]
     assert len([o for o in l.said if o.startswith("warning: the reconstruction")]) == 1

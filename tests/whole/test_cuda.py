@@ -8,7 +8,7 @@ from fastai.callback.core import Callback  # after cmid, which imports fastai wi
 from cmid.base.params import Params
 from cmid.base.runtime import step_generator
 from cmid.data.batches import Batches
-from cmid.train.pretrain import learner, run
+from cmid.train.pretrain import pretrain_learner, run_pretraining
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 SETTINGS = Params(profile="smoke").pretrain.model_copy(
@@ -34,7 +34,7 @@ class Corpus:
 
 def short(backbone="resnet18", variant="cmid", side=64, **settings):
     torch.manual_seed(0)
-    return learner(
+    return pretrain_learner(
         Corpus(side),
         np.arange(40),
         SETTINGS.model_copy(update=settings),
@@ -95,7 +95,7 @@ def test_batches_arrive_whole():
 @pytest.mark.parametrize("backbone", ["resnet18", "swin_tiny_patch4_window7_224"])
 def test_compiled_is_the_same(backbone):
     "Losses of compiled encoders are those of plain ones, but for rounding."
-    plain, compiled = (run(short(backbone, compile=o, precision="float32")).journal.curve for o in (False, True))
+    plain, compiled = (run_pretraining(short(backbone, compile=o, precision="float32")).journal.curve for o in (False, True))
     assert [o["total"] for o in plain] == pytest.approx([o["total"] for o in compiled], rel=1e-3)
 
 
@@ -103,10 +103,10 @@ def test_gpu_agrees_with_cpu():
     "The first step of the same model on the same views, in float32."
     l = short(precision="float32")
     x = torch.from_numpy(l.dls.train.images[np.arange(8)])
-    views = [o._replace() for o in l.cmid.method.views(x, step_generator(0, 0))]
+    views = [o._replace() for o in l.cmid.views(x, step_generator(0, 0))]
     gpu = l.model([type(o)(*(t.cuda() for t in o)) for o in views], 0.05)
     torch.manual_seed(0)
-    cpu = learner(Corpus(), np.arange(40), SETTINGS, "resnet18", on=torch.device("cpu"), say=lambda _: None).model(
+    cpu = pretrain_learner(Corpus(), np.arange(40), SETTINGS, "resnet18", on=torch.device("cpu"), say=lambda _: None).model(
         views, 0.05
     )
     assert [o.item() for o in gpu] == pytest.approx([o.item() for o in cpu], rel=2e-3)

@@ -67,14 +67,14 @@ def forks():
 
 def train(folder, begun):
     "One run of pretraining, which goes on where the last one stopped."
-    from cmid.train.pretrain import learner, run
+    from cmid.train.pretrain import pretrain_learner, run_pretraining
 
     torch.set_num_threads(1)
     seed_everything(0)
     images = Images()
     settings = Params(ROOT, "smoke").pretrain.model_copy(update=dict(epochs=EPOCHS, checkpoint_epochs=1))
     with open(Path(folder) / "said.txt", "a") as f:
-        learn = learner(
+        learn = pretrain_learner(
             images,
             np.arange(IMAGES),
             settings,
@@ -89,7 +89,7 @@ def train(folder, begun):
             health=Params(ROOT, "smoke").health,
         )
         begun.set()
-        run(learn)
+        run_pretraining(learn)
 
 
 def same(a, b, at="", but=("images_per_s", "seconds", "commits")):
