@@ -26,21 +26,22 @@ from ..data.labelled import splits_of
 from ..method.backbones import STRIDES, Pyramid, ResNetEncoder
 from ..settings.detect import Detect
 from cmid.tasks.boxes import (
-    RATIOS,
-    anchors_of,
-    bounds,
+    ASPECT_RATIOS,
+    make_anchors,
+    upright_bounds,
     decode_boxes,
     decode_midpoints,
     encode_boxes,
     encode_midpoints,
     from_polygon,
-    overlaps,
+    anchor_iou,
     rotated_iou,
     rotated_nms,
     rotated_roi_align,
-    wrapped,
+    wrap_angle,
 )
-from .dota import METRICS, cut, detection_map, matched, merged, scaled_length, scaled_tile, windows_by_scale
+from ..base.precision import METRICS
+from .dota import cut_objects, detection_map, ranked_matches, merge_tiles, scaled_length, scaled_tile, windows_by_scale
 from .finetune import normalised, resolved, step_decay, train_dense
 from ..train.checkpoint import load_backbone, read_card
 
@@ -49,20 +50,20 @@ NEAR = 1e-3  # of an IoU: anchors that come as close as the closest one
 
 
 def assign(
-    overlaps: torch.Tensor,  # (n, m): IoU of candidates and objects
+    anchor_iou: torch.Tensor,  # (n, m): IoU of candidates and objects
     high: float,  # least of an object
     low: float,  # below it is background
     closest: bool,  # does an object that is reached by none take the closest ones?
 ) -> tuple:  # int8 (n,): 1 object, 0 background, -1 neither; (n,) which object it is
     "The assigner of both stages (sections 3.1 and 3.2)."
-    if overlaps.shape[1] == 0:
-        return overlaps.new_zeros(len(overlaps), dtype=torch.int8), overlaps.new_zeros(len(overlaps), dtype=torch.long)
-    most, which = overlaps.max(1)
+    if anchor_iou.shape[1] == 0:
+        return anchor_iou.new_zeros(len(anchor_iou), dtype=torch.int8), anchor_iou.new_zeros(len(anchor_iou), dtype=torch.long)
+    most, which = anchor_iou.max(1)
     kind = (most >= high).to(torch.int8) - ((most >= low) & (most < high)).to(torch.int8)
     if not closest:
         return kind, which
-    best = overlaps.amax(0)
-    tied, owner = torch.where((overlaps >= best - NEAR) & (best > 0), overlaps, -1.0).max(1)
+    best = anchor_iou.amax(0)
+    tied, owner = torch.where((anchor_iou >= best - NEAR) & (best > 0), anchor_iou, -1.0).max(1)
     return torch.where(tied > 0, 1, kind).to(torch.int8), torch.where(tied > 0, owner, which)
 
 # %% ../../nbs/5_tasks/12_detect.ipynb #3b765dd3
@@ -100,8 +101,8 @@ class Proposals(nn.Module):
         super().__init__()
         self.conv, self.score, self.offset = (
             nn.Conv2d(channels, channels, 3, padding=1),
-            nn.Conv2d(channels, len(RATIOS), 1),
-            nn.Conv2d(channels, 6 * len(RATIOS), 1),
+            nn.Conv2d(channels, len(ASPECT_RATIOS), 1),
+            nn.Conv2d(channels, 6 * len(ASPECT_RATIOS), 1),
         )
         for o in (self.conv, self.score, self.offset):
             nn.init.normal_(o.weight, std=0.01)
@@ -136,7 +137,7 @@ def propose(
         torch.cat([torch.full((o.shape[1],), k, device=s.device) for k, (_, o) in enumerate(kept)])
         + len(kept) * torch.arange(B, device=s.device)[:, None]
     )
-    keep = batched_nms(bounds(boxes.flatten(0, 1)), s.flatten(), group.flatten(), OVERLAP)
+    keep = batched_nms(upright_bounds(boxes.flatten(0, 1)), s.flatten(), group.flatten(), OVERLAP)
     return [boxes[b, keep[keep // n == b][:count] - b * n] for b in range(B)]
 
 # %% ../../nbs/5_tasks/12_detect.ipynb #30e54bb3
@@ -157,7 +158,7 @@ def proposal_losses(
     every, out = torch.cat(anchors), []
     for s, d, b in zip(scores, deltas, boxes):
         kind, which = assign(
-            torch.cat([overlaps(a, size, bounds(b)) for a, size in zip(anchors, sizes)]), 0.7, 0.3, True
+            torch.cat([anchor_iou(a, size, upright_bounds(b)) for a, size in zip(anchors, sizes)]), 0.7, 0.3, True
         )
         i, positive, counted = sampled(kind, count, 0.5)
         target = encode_midpoints(every[i], _padded(b)[which[i]])
@@ -301,7 +302,7 @@ class OrientedRCNN(nn.Module):
         "Losses with targets, detections without."
         maps = list(self.fpn(dict(enumerate(self.pyramid(images)))).values())
         sizes = [o.shape[-2:] for o in maps]
-        anchors = anchors_of(sizes, [*STRIDES, 2 * STRIDES[-1]], self.settings.anchor, images.device)
+        anchors = make_anchors(sizes, [*STRIDES, 2 * STRIDES[-1]], self.settings.anchor, images.device)
         scores, deltas = self.proposals(maps)
         found = propose(anchors, scores, deltas, self.settings.proposals)
         if targets is None:
@@ -344,7 +345,7 @@ def mirrored(
         image, x, a = image.flip(2), image.shape[2] - x, -a
     if down:
         image, y, a = image.flip(1), image.shape[1] - y, -a
-    return image, torch.stack([x, y, w, h, wrapped(a)], 1)
+    return image, torch.stack([x, y, w, h, wrap_angle(a)], 1)
 
 
 def stacked(
@@ -375,7 +376,7 @@ class Tiles(Dataset):
         self.tiles = [
             (i, w, *o, scale)
             for i, scale, tiles in at
-            for w, o in zip(tiles, (_learnt(o, scale) for o in cut(_eased(labelled.objects(i)), tiles)))
+            for w, o in zip(tiles, (_learnt(o, scale) for o in cut_objects(_eased(labelled.objects(i)), tiles)))
             if len(o[0])
         ]
 
@@ -438,7 +439,7 @@ def detect_image(
                 _within(o, window, scale)
                 for o, window in zip(model(normalised(x.to(on), mean, std)), tiles[k : k + settings.batch])
             ]
-    return {k: v.cpu() for k, v in merged(found, np.concatenate([o for _, o in at]), settings.nms).items()}
+    return {k: v.cpu() for k, v in merge_tiles(found, np.concatenate([o for _, o in at]), settings.nms).items()}
 
 
 def _within(found, window, scale):
@@ -461,7 +462,7 @@ def scored(
     metric: str,  # voc07 | area: which of the two counts
 ) -> dict:  # as JSON takes it
     "Mean average precision of a split, by class; what each detection was worth, for intervals."
-    m = matched(found, [labelled.objects(i) for i in index], labelled.classes)
+    m = ranked_matches(found, [labelled.objects(i) for i in index], labelled.classes)
     both = {k: detection_map(m, k) for k in METRICS}
     return (
         dict(images=len(index), objects=sum(sum(o) for o in m["truths"].values()), metric=metric)

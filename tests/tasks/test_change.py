@@ -15,24 +15,24 @@ from cmid.data import sample
 from cmid.method import backbones
 from cmid.tasks.change import (
     BIT,
-    PUBLISHED,
-    Attention,
+    PUBLISHED_CHANGE,
+    TokenAttention,
     ChangeNet,
-    Layer,
-    Pairs,
+    TransformerLayer,
+    ChangePairs,
     Tokenizer,
     change,
     change_counts,
     change_mask,
-    change_models,
+    fine_tune_change_heads,
     change_scores,
     change_splits,
-    curves_figure,
-    error_image,
-    predictions_figure,
+    change_curves_figure,
+    change_error_image,
+    change_figure,
     published_f1,
-    score_models,
-    shown_pairs,
+    score_change_heads,
+    pairs_to_show,
 )
 from cmid.tasks.finetune import resolved
 from cmid.train.checkpoint import export_backbone
@@ -143,7 +143,7 @@ def test_paper_profile_is_the_published_recipe():
     for name, want in dict(
         resnet50=("sgd", 0.002, 5e-4, 0.0), swin_base_patch4_window7_224=("adamw", 6e-5, 0.01, 0.3)
     ).items():
-        r = resolved(s, name, PUBLISHED)
+        r = resolved(s, name, PUBLISHED_CHANGE)
         assert (r.optimiser, r.lr, r.weight_decay, r.drop_path) == want
 
 
@@ -153,7 +153,7 @@ def test_paper_profile_is_the_published_recipe():
 def test_a_layer_is_pytorchs():
     torch.manual_seed(0)
     ours, theirs = (
-        Layer(16, 4, 4),
+        TransformerLayer(16, 4, 4),
         nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, activation="gelu", batch_first=True, norm_first=True),
     )
     a = ours.attention
@@ -176,7 +176,7 @@ def test_a_layer_is_pytorchs():
 def test_attention_is_its_formula():
     "Heads that are wider than the channels allow, a head at a time."
     torch.manual_seed(0)
-    a = Attention(6, 3, 5)
+    a = TokenAttention(6, 3, 5)
     x, t = torch.randn(2, 4, 6), torch.randn(2, 9, 6)
     q, k, v = (f(o).split(5, -1) for f, o in ((a.query, x), (a.key, t), (a.value, t)))
     want = torch.cat([torch.softmax(i @ j.transpose(1, 2) / 5**0.5, -1) @ l for i, j, l in zip(q, k, v)], -1)
@@ -290,10 +290,10 @@ def test_any_size(size, models):
     "Sides that are no multiples of 32, smaller and larger than the cut."
     data = noise(3, 3, size)
     s = changed(QUICK, heads=["bit"], crop=96, decoder_layers=1)
-    m, _ = change_models(models(), data, s, on=CPU, say=quiet)
+    m, _ = fine_tune_change_heads(models(), data, s, on=CPU, say=quiet)
     assert (
-        Pairs(data, [0, 1], 96).side == min(96, -(-max(size) // 32) * 32)
-        and sum(score_models(m, models(), data, s)[0]["heads"]["bit"]["per_image"][0]) == size[0] * size[1]
+        ChangePairs(data, [0, 1], 96).side == min(96, -(-max(size) // 32) * 32)
+        and sum(score_change_heads(m, models(), data, s)[0]["heads"]["bit"]["per_image"][0]) == size[0] * size[1]
     )
 
 
@@ -314,9 +314,9 @@ def test_a_mask_is_what_the_network_says_of_the_whole_image():
 
 def test_pairs_follow_from_seed_and_step(places):
     rows = [2, 0]
-    x, y = Pairs(places, range(4), 32, 5)[7, rows]
+    x, y = ChangePairs(places, range(4), 32, 5)[7, rows]
     for seed, step, same in ((5, 7, True), (5, 8, False), (6, 7, False)):
-        assert torch.equal(Pairs(places, range(4), 32, seed)[step, rows][0], x) == same
+        assert torch.equal(ChangePairs(places, range(4), 32, seed)[step, rows][0], x) == same
     assert x.shape == (2, 2, 3, 32, 32) and y.shape == (2, 32, 32)
 
 
@@ -325,7 +325,7 @@ def test_both_dates_and_the_mask_move_together():
     place = np.arange(40 * 50).reshape(40, 50)
     high, low = (place // 256 * 30).astype("uint8"), (place % 256).astype("uint8")
     data = Fake([np.stack([high, low])] * 1, [np.stack([high, low])], [(place % 3 == 0).astype("uint8")], train=[0])
-    source = Pairs(data, [0], 32)
+    source = ChangePairs(data, [0], 32)
     looks = set()
     import cmid.tasks.change as module
 
@@ -350,7 +350,7 @@ def test_light_is_drawn_for_each_date():
         [np.ones((32, 32), "uint8")],
         train=[0],
     )
-    means = np.array([Pairs(data, [0], 32)[k, [0]][0].float().mean((0, 2, 3, 4)) for k in range(200)])
+    means = np.array([ChangePairs(data, [0], 32)[k, [0]][0].float().mean((0, 2, 3, 4)) for k in range(200)])
     swapped = means[:, 0] > means[:, 1]
     low, high = np.sort(means, 1).T
     assert (
@@ -416,9 +416,9 @@ def test_published_f1_is_a_mean_over_batches():
 def test_scores_of_a_split_without_change(places, models):
     "Nothing changed and nothing is called: right, and without a value; in JSON as null."
     s = changed(QUICK, train="half", test="still", heads=["difference"])
-    m, _ = change_models(models(), places, s, on=CPU, say=quiet)
+    m, _ = fine_tune_change_heads(models(), places, s, on=CPU, say=quiet)
     m["difference"].classifier[-1].bias.data[0] += 99
-    r, _ = score_models(m, models(), places, s)
+    r, _ = score_change_heads(m, models(), places, s)
     o = r["heads"]["difference"]
     assert (
         o
@@ -458,13 +458,13 @@ def built(n, side=64):
 @pytest.fixture(scope="module")
 def overfit(models):
     data, s, said = built(4), changed(QUICK, epochs=80, batch=4, lr=2e-3), []
-    return *change_models(models(), data, s, 1, CPU, said.append), s, said, data
+    return *fine_tune_change_heads(models(), data, s, 1, CPU, said.append), s, said, data
 
 
 def test_overfits_a_few_pairs(overfit, models):
     "F1 of both heads on the pairs that were learnt from; the one without change stays without."
     m, epochs, s, said, data = overfit
-    r, _ = score_models(m, models(), data, s)
+    r, _ = score_change_heads(m, models(), data, s)
     assert r["scored_on_training"] is True and (r["images"], r["train_images"], r["epoch"]) == (4, 4, 80)
     for k, o in r["heads"].items():
         assert (
@@ -484,9 +484,9 @@ def test_overfits_a_few_pairs(overfit, models):
 
 def test_figures_show_each_head(overfit, models):
     m, epochs, s, _, data = overfit
-    pairs = score_models(m, models(), data, s, 3)[1]
+    pairs = score_change_heads(m, models(), data, s, 3)[1]
     assert [o["truth"].any() for o in pairs] == [True, True, False]
-    fig = predictions_figure(pairs)
+    fig = change_figure(pairs)
     assert (
         [o.get_title() for o in fig.axes[:5]] == ["date 1", "date 2", "truth", "bit", "difference"]
         and len(fig.axes) == 15
@@ -494,16 +494,16 @@ def test_figures_show_each_head(overfit, models):
     )
     drawn = np.asarray(fig.axes[3].images[0].get_array())
     guess, truth = pairs[0]["guesses"]["bit"], pairs[0]["truth"]
-    assert (drawn == error_image(guess, truth)).all() and (
+    assert (drawn == change_error_image(guess, truth)).all() and (
         (drawn == 255).all(-1) == ((guess == 1) & (truth == 1))
     ).all()
-    assert [o.get_title("left") for o in curves_figure(epochs).axes[:3]] == [
+    assert [o.get_title("left") for o in change_curves_figure(epochs).axes[:3]] == [
         "loss, bit",
         "loss, difference",
         "learning rate",
     ]
     for bands in (1, 2, 13):
-        predictions_figure(
+        change_figure(
             [
                 dict(
                     first=np.zeros((bands, 8, 8), "uint8"),
@@ -520,7 +520,7 @@ def test_two_runs_agree_bit_for_bit(places, models):
     s, runs = changed(QUICK, epochs=2, heads=["bit"], train="half", test="rest", decoder_layers=1), []
     for seed in (3, 3, 4):
         torch.rand(len(runs) + 1)
-        m, e = change_models(models(), places, s, seed, CPU, quiet)
+        m, e = fine_tune_change_heads(models(), places, s, seed, CPU, quiet)
         runs.append((m["bit"].state_dict(), e))
     (a, one), (b, two), (c, three) = runs
     assert (
@@ -533,10 +533,10 @@ def test_two_runs_agree_bit_for_bit(places, models):
 
 def test_shown_pairs_have_one_without_change(places):
     assert (
-        shown_pairs(places, range(4), 3) == [0, 2, 3]
-        and shown_pairs(places, [3]) == [3]
-        and shown_pairs(places, [2, 1]) == [1, 2]
-        and shown_pairs(places, range(4), 1) == [3]
+        pairs_to_show(places, range(4), 3) == [0, 2, 3]
+        and pairs_to_show(places, [3]) == [3]
+        and pairs_to_show(places, [2, 1]) == [1, 2]
+        and pairs_to_show(places, range(4), 1) == [3]
     )
 
 

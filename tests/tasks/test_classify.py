@@ -22,9 +22,9 @@ from cmid.method import backbones
 from cmid.method.images import crop, random_boxes
 from cmid.settings.classify import Classify
 from cmid.tasks import classify as module
-from cmid.tasks.classify import Augmented, Classifier, classify, confusion_figure, curves_figure, drop_path_of, fine_tune, learner, logits, mix, mixing, rand_augment
+from cmid.tasks.classify import AugmentedScenes, Classifier, classify, confusion_figure, classification_curves_figure, drop_path_rate, fine_tune_classifier, classification_learner, predict_logits, mix_batch, make_mixup, rand_augment
 from cmid.tasks.finetune import class_table
-from cmid.tasks.finetune import Shuffled, chance
+from cmid.tasks.finetune import ShuffledBatches, temporary_seed
 from cmid.train.checkpoint import export_backbone
 
 CPU = torch.device("cpu")
@@ -127,10 +127,10 @@ def test_paper_profile_is_the_published_recipe():
     assert (s.randaugment, s.mixup, s.cutmix, s.erasing, s.smoothing) == ("rand-m9-mstd0.5", 0.8, 1.0, 0.25, 0.1)
     assert (s.validation, s.fractions, s.test) == (0.0, [1.0], "test") and (
         s.drop_path,
-        drop_path_of(s, "swin_base_patch4_window7_224"),
-        drop_path_of(s, "resnet50"),
+        drop_path_rate(s, "swin_base_patch4_window7_224"),
+        drop_path_rate(s, "resnet50"),
     ) == (None, 0.5, 0.0)
-    m = mixing(s, 21)
+    m = make_mixup(s, 21)
     assert isinstance(m, Mixup) and (
         m.mixup_alpha,
         m.cutmix_alpha,
@@ -152,16 +152,16 @@ def test_what_runs_is_what_the_settings_say(models):
     data = noise(10)
     s = changed(PLAIN, epochs=4, warmup_epochs=1, lr=0.01, lr_min=1e-4, weight_decay=0.3, drop_path=0.2)
     rates = []
-    learn = fine_tune(models(), data, data.splits["train"], s, on=CPU, say=quiet)
+    learn = fine_tune_classifier(models(), data, data.splits["train"], s, on=CPU, say=quiet)
     groups = learn.opt.opt.param_groups
     assert (
         {o["weight_decay"] for o in groups} == {0.0, 0.3}
         and all(p.ndim > 1 for o in groups if o["weight_decay"] for p in o["params"])
         and {tuple(o["betas"]) for o in groups} == {(0.98, 0.92, 0.99)}
     )
-    assert learn.fine_tuning.done == 12 and [o["step"] for o in learn.fine_tuning.epochs] == [3, 6, 9, 12]
+    assert learn.classification.done == 12 and [o["step"] for o in learn.classification.epochs] == [3, 6, 9, 12]
     cosine = lambda step: 1e-4 + (0.01 - 1e-4) * (1 + np.cos(np.pi * (step - 3) / 9)) / 2
-    assert [o["lr"] for o in learn.fine_tuning.epochs] == pytest.approx([0.01, cosine(5), cosine(8), cosine(11)])
+    assert [o["lr"] for o in learn.classification.epochs] == pytest.approx([0.01, cosine(5), cosine(8), cosine(11)])
     depth = [o.drop_prob for o in learn.model.modules() if type(o).__name__ == "DropPath"]
     assert max(depth) == pytest.approx(0.2)
 
@@ -187,7 +187,7 @@ def test_logits_are_a_linear_map_of_the_mean(name):
 
 def test_crops_are_those_of_the_seed_and_step():
     data = noise(6, side=64)
-    source = Augmented(data, data.labels, (0.2, 0.5), seed=4)
+    source = AugmentedScenes(data, data.labels, (0.2, 0.5), seed=4)
     rows = np.array([5, 0, 3])
     x, y = source[7, rows]
     g = step_generator(4, 7)
@@ -203,7 +203,7 @@ def test_crops_are_those_of_the_seed_and_step():
     [(10, 4, [4, 3, 3]), (9, 4, [3, 3, 3]), (5, 1, [1] * 5), (3, 16, [3]), (33, 16, [11] * 3), (1680, 16, [16] * 105)],
 )
 def test_every_image_once_an_epoch(n, batch, sizes):
-    s = Shuffled(np.arange(100, 100 + n), batch, seed=1)
+    s = ShuffledBatches(np.arange(100, 100 + n), batch, seed=1)
     orders = []
     for s.epoch in range(2):
         found = list(s)
@@ -219,7 +219,7 @@ def test_workers_see_the_same(models):
     data = noise(9)
     batches = []
     for workers in (0, 2):
-        learn = learner(
+        learn = classification_learner(
             Classifier(backbones.create("resnet18", 3, 32), 2),
             data,
             range(9),
@@ -243,8 +243,8 @@ def test_targets_sum_to_one_and_tell_what_is_seen(n, over):
     y = torch.arange(n) % 3
     x = torch.eye(3)[y].view(n, 3, 1, 1).expand(n, 3, 16, 16)
     for seed in range(12):
-        with chance(seed):
-            images, targets = mix(mixing(s, 3), x, y)
+        with temporary_seed(seed):
+            images, targets = mix_batch(make_mixup(s, 3), x, y)
         assert (
             images.shape == x.shape
             and torch.allclose(targets.sum(1), torch.ones(n), atol=1e-6)
@@ -295,7 +295,7 @@ def test_the_short_last_batch_counts(batch):
     m = Classifier(backbones.create("resnet18", 3, 32), 4).train()
     data = noise(7)
     order = [6, 0, 3, 1, 2, 5, 4]
-    got = logits(m, data, order, [0.5] * 3, [0.25] * 3, batch)
+    got = predict_logits(m, data, order, [0.5] * 3, [0.25] * 3, batch)
     assert m.training and m.encoder.model.bn1.training and not got.requires_grad
     with torch.no_grad():
         want = m.eval()((torch.from_numpy(data.x[order]).float() / 255 - 0.5) / 0.25)
@@ -377,8 +377,8 @@ def test_two_runs_agree_bit_for_bit(scenes, models):
     for seed in (3, 3, 4):
         np.random.rand(len(runs))
         torch.rand(len(runs) + 1)
-        learn = fine_tune(models(), scenes, scenes.splits["train"], s, seed, CPU, quiet)
-        runs.append((learn.model.state_dict(), learn.fine_tuning.epochs))
+        learn = fine_tune_classifier(models(), scenes, scenes.splits["train"], s, seed, CPU, quiet)
+        runs.append((learn.model.state_dict(), learn.classification.epochs))
     (a, one), (b, two), (c, three) = runs
     assert (
         all(torch.equal(a[k], b[k]) for k in a)
@@ -393,10 +393,10 @@ def test_the_epoch_is_chosen_on_held_out_training_labels(scenes, models, monkeyp
     train, test = scenes.splits["train"], scenes.splits["test"]
     s = changed(QUICK, validation=0.25, fractions=[1.0], epochs=3, lr=0.01, batch=18)
     seen = []
-    read = Augmented.__getitem__
-    monkeypatch.setattr(Augmented, "__getitem__", lambda self, at: seen.extend(at[1]) or read(self, at))
-    learn = fine_tune(models(), scenes, train, s, 1, CPU, quiet)
-    a = learn.fine_tuning
+    read = AugmentedScenes.__getitem__
+    monkeypatch.setattr(AugmentedScenes, "__getitem__", lambda self, at: seen.extend(at[1]) or read(self, at))
+    learn = fine_tune_classifier(models(), scenes, train, s, 1, CPU, quiet)
+    a = learn.classification
     held = set(a.held)
     assert (
         np.bincount(scenes.labels[a.held]).tolist() == [2, 2, 2]
@@ -406,7 +406,7 @@ def test_the_epoch_is_chosen_on_held_out_training_labels(scenes, models, monkeyp
     )
     accuracy = [o["validation"] for o in a.epochs]
     assert accuracy[a.best[1] - 1] == max(accuracy)
-    got = logits(learn.model, scenes, a.held, a.mean, a.std).argmax(1).numpy()
+    got = predict_logits(learn.model, scenes, a.held, a.mean, a.std).argmax(1).numpy()
     assert (got == scenes.labels[a.held]).mean() == max(accuracy)
     fake = Fake(scenes[np.arange(39)], scenes.labels.copy(), train, test, scenes.classes)
     fake.labels[test] = (fake.labels[test] + 1) % 3
@@ -433,11 +433,11 @@ def test_the_best_epoch_is_kept_when_later_ones_are_worse(scenes, models, monkey
         return nn.functional.one_hot(guess, 3).float() * (1 + 1 / k if share == 1 else 1)
 
     monkeypatch.setattr(module, "logits", made)
-    learn = fine_tune(
+    learn = fine_tune_classifier(
         models(), scenes, scenes.splits["train"], changed(QUICK, validation=0.25, epochs=4), 1, CPU, quiet
     )
     assert (
-        learn.fine_tuning.best[1] == 2
+        learn.classification.best[1] == 2
         and torch.equal(learn.model.head.weight, weights[1])
         and not torch.equal(weights[1], weights[3])
     )
@@ -469,7 +469,7 @@ def test_any_bands_backbone_and_batch(models, name, bands, side, batch, precisio
     "One epoch with the published recipe, odd batches and batches of one among them: every part that should learn moves."
     data, said = noise(2 if "swin" in name else 5, bands, side), []
     folder = models(name, bands, side)
-    learn = fine_tune(
+    learn = fine_tune_classifier(
         folder,
         data,
         data.splits["train"],
@@ -480,7 +480,7 @@ def test_any_bands_backbone_and_batch(models, name, bands, side, batch, precisio
     before = module.load_backbone(folder)[0].state_dict()
     moved = [k for k, v in learn.model.encoder.named_parameters() if not torch.equal(v, before[k])]
     assert {k for k, _ in learn.model.encoder.named_parameters()} - {*moved} == {"mask_token"}
-    assert np.isfinite(learn.fine_tuning.epochs[0]["loss"]) and any("left out" in o for o in said) == (bands != 3)
+    assert np.isfinite(learn.classification.epochs[0]["loss"]) and any("left out" in o for o in said) == (bands != 3)
 
 
 def test_a_loss_that_is_not_finite_is_named(models):
@@ -488,7 +488,7 @@ def test_a_loss_that_is_not_finite_is_named(models):
     with pytest.raises(
         CmidError, match=r"loss is not finite at step \d+ \(learning rate [\de.+]+\); lower classify.lr"
     ) as e:
-        fine_tune(models(), data, data.splits["train"], changed(PLAIN, epochs=30, lr=1e30), on=CPU, say=quiet)
+        fine_tune_classifier(models(), data, data.splits["train"], changed(PLAIN, epochs=30, lr=1e30), on=CPU, say=quiet)
     assert "\n" not in str(e.value)
 
 
@@ -506,7 +506,7 @@ def test_out_of_memory_is_named(models, monkeypatch):
         CmidError,
         match="^params.yaml: classify.batch: 4 images of 32 px do not fit into the memory of cpu; 2 do; lower it",
     ):
-        fine_tune(models(), data, data.splits["train"], PLAIN, on=CPU, say=quiet)
+        fine_tune_classifier(models(), data, data.splits["train"], PLAIN, on=CPU, say=quiet)
 
 
 def test_what_is_wrong_is_named(scenes, models):
@@ -561,13 +561,13 @@ def test_confusion_figure(k):
 
 def test_curves_figure(result):
     made = [o | dict(validation=0.1 * o["epoch"]) for o in result[1]]
-    titles = lambda epochs: [o.get_title("left") for o in curves_figure(epochs).axes if o.get_title("left")]
+    titles = lambda epochs: [o.get_title("left") for o in classification_curves_figure(epochs).axes if o.get_title("left")]
     assert titles(result[1]) == ["loss", "learning rate"] and titles(made) == [
         "loss",
         "learning rate",
         "validation accuracy",
     ]
-    line = curves_figure(made).axes[2].lines[0]
+    line = classification_curves_figure(made).axes[2].lines[0]
     assert line.get_xdata().tolist() == [o["step"] for o in made] and line.get_ydata() == pytest.approx(
         [0.1 * i for i in range(1, 7)]
     )

@@ -18,7 +18,7 @@ from cmid.base.scores import difference, wilson
 from cmid.data.prepare import prepare
 from cmid.method import backbones
 from cmid.tasks import probe as module
-from cmid.tasks.probe import class_figure, features, fit_linear, knn_predict, probe, subsample
+from cmid.tasks.probe import recall_figure, features, fit_linear, knn_predict, probe, subsample
 from cmid.train import knn
 
 SETTINGS = Probe(
@@ -135,7 +135,7 @@ def test_reads_on_disk_in_order(scenes):
 
 def test_bad_features_are_refused():
     x = np.zeros((3, 2, 32, 32), "uint8")
-    with pytest.raises(CmidError, match="2 bands, the normalisation 3"):
+    with pytest.raises(CmidError, match="2 bands, but mean and std have 3"):
         features(Colour(), x, [0], [0.5] * 3, [0.2] * 3)
     with pytest.raises(CmidError, match="no images"):
         features(Colour(), x, [], [0.5] * 2, [0.2] * 2)
@@ -427,7 +427,7 @@ def test_a_class_without_test_images():
         Colour(), [0.5], [0.25], Fake(x, labels, np.arange(0, 40, 2), np.arange(1, 28, 2), list("abc")), SETTINGS
     )
     assert r["recall"]["c"] is None and json.dumps(r, allow_nan=False)
-    assert class_figure(dict(one=r)).axes[0].get_yticklabels()[0].get_text() == "c"
+    assert recall_figure(dict(one=r)).axes[0].get_yticklabels()[0].get_text() == "c"
 
 
 def test_what_is_wrong_is_named(scenes):
@@ -447,7 +447,7 @@ def test_what_is_wrong_is_named(scenes):
         go(fake(y, [4, 5]))
     with pytest.raises(CmidError, match="split 'test' is empty"):
         go(fake(y, []))
-    with pytest.raises(CmidError, match="has no classes to probe"):
+    with pytest.raises(CmidError, match="has no classes; name"):
         go(fake(None, [4, 5]))
     assert all("\n" not in str(o) for o in [pytest.raises(CmidError, go, fake(None, [4])).value])
 
@@ -476,7 +476,7 @@ def test_accuracy_figure(inits, fractions):
 
 def test_class_figure_from_hard_to_easy():
     a, b = (dict(recall=dict(zip("abc", o))) for o in ((0.9, 0.1, 0.5), (1.0, 0.2, 0.4)))
-    ax = class_figure(dict(a=a, b=b)).axes[0]
+    ax = recall_figure(dict(a=a, b=b)).axes[0]
     assert [o.get_text() for o in ax.get_yticklabels()] == ["b", "c", "a"] and np.allclose(
         ax.collections[2].get_offsets()[:, 0], [20, 40, 100]
     )

@@ -24,7 +24,8 @@ from cmid.tasks.dense import blended, decided
 from cmid.tasks.finetune import resolved
 from cmid.method.backbones import STRIDES, Pyramid
 from cmid.tasks.dense import pixel_loss
-from cmid.tasks.segment import PUBLISHED, Bins, Crops, Segmenter, confusion, cut, distort, errors, fine_tune, largest, look, painted, predictions_figure, scene_figure, scores, segment, tiles, upernet, window
+from cmid.tasks.finetune import largest_image
+from cmid.tasks.segment import PUBLISHED_SEGMENTATION, BinPooling, SegmentationCrops, Segmenter, pixel_confusion, scaled_crop, photometric_distortion, error_overlay, fine_tune_segmentation, segmentation_examples, paint_mask, segmentation_figure, segmentation_scene_figure, segmentation_scores, segment, inference_tiles, upernet, window_of_mixed_classes
 from cmid.train.checkpoint import export_backbone
 
 CPU = torch.device("cpu")
@@ -112,7 +113,7 @@ def models(tmp_path_factory):
 
 def test_paper_profile_is_the_published_recipe():
     s = PAPER
-    r, w = (resolved(s, o, PUBLISHED) for o in ("resnet50", "swin_base_patch4_window7_224"))
+    r, w = (resolved(s, o, PUBLISHED_SEGMENTATION) for o in ("resnet50", "swin_base_patch4_window7_224"))
     assert (s.epochs, s.batch, s.crop, s.scale, s.channels, s.auxiliary, s.warmup_steps, s.test) == (
         50,
         8,
@@ -132,7 +133,7 @@ def test_paper_profile_is_the_published_recipe():
 
 
 def test_drop_path_reaches_the_backbone(models):
-    model, *_ = fine_tune(models(), stripes(2), [0], changed(PLAIN, drop_path=0.3, batch=1), on=CPU, say=quiet)
+    model, *_ = fine_tune_segmentation(models(), stripes(2), [0], changed(PLAIN, drop_path=0.3, batch=1), on=CPU, say=quiet)
     assert max(o.drop_prob for o in model.modules() if type(o).__name__ == "DropPath") == pytest.approx(0.3)
 
 
@@ -165,7 +166,7 @@ def test_own_maps_are_passed_on_and_a_single_one_is_rescaled():
 def test_bins_are_adaptive_pooling(h, w):
     for k in (1, 2, 3, 6):
         x = torch.randn(2, 3, h, w, dtype=torch.float64)
-        assert torch.allclose(Bins(k)(x), F.adaptive_avg_pool2d(x, k))
+        assert torch.allclose(BinPooling(k)(x), F.adaptive_avg_pool2d(x, k))
 
 
 def test_the_decoder_still_has_the_parts_that_are_replaced():
@@ -233,18 +234,18 @@ def test_window_avoids_crops_of_one_class():
     y[0] = IGNORE
     tries = torch.tensor([[0.0, 0.0], [0.5, 0.3], [0.9, 0.99]])
     assert (
-        window(y, 4, 4, tries) == (4, 4)
-        and window(y, 4, 4, tries[:2]) == (2, 1)
-        and window(np.full_like(y, IGNORE), 4, 4, tries) == (4, 4)
+        window_of_mixed_classes(y, 4, 4, tries) == (4, 4)
+        and window_of_mixed_classes(y, 4, 4, tries[:2]) == (2, 1)
+        and window_of_mixed_classes(np.full_like(y, IGNORE), 4, 4, tries) == (4, 4)
     )
     y[:] = np.arange(8) % 4
-    assert window(y, 4, 4, tries) == (0, 0)
+    assert window_of_mixed_classes(y, 4, 4, tries) == (0, 0)
 
 
 def test_a_crop_at_scale_one_is_a_piece_of_the_image():
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 256, (5, 40, 50), "uint8"), rng.integers(0, 3, (40, 50), "uint8")
-    a, b = cut(x, y, 32, 1.0, torch.tensor([[0.5, 0.5]]), torch.zeros(5, dtype=torch.uint8))
+    a, b = scaled_crop(x, y, 32, 1.0, torch.tensor([[0.5, 0.5]]), torch.zeros(5, dtype=torch.uint8))
     assert np.array_equal(a, x[:, 4:36, 9:41]) and np.array_equal(b, y[4:36, 9:41])
 
 
@@ -253,7 +254,7 @@ def test_a_crop_at_scale_one_is_a_piece_of_the_image():
 def test_crops_of_any_image_have_their_size(size, scale):
     "What is labelled is at least what the image gives, and beyond it everything is fill and ignored."
     x, y = np.full((2, *size), 77, "uint8"), np.zeros(size, "uint8")
-    a, b = cut(x, y, 96, scale, torch.tensor([[0.3, 0.8]]), torch.tensor([5, 6], dtype=torch.uint8))
+    a, b = scaled_crop(x, y, 96, scale, torch.tensor([[0.3, 0.8]]), torch.tensor([5, 6], dtype=torch.uint8))
     assert a.shape == (2, 96, 96) and b.shape == (96, 96)
     inside = b != IGNORE
     h, w = inside.any(1).sum().item(), inside.any(0).sum().item()
@@ -270,7 +271,7 @@ def test_crops_of_any_image_have_their_size(size, scale):
 def test_image_and_mask_stay_together():
     "Of images whose brightness is their class, crops agree with their masks but for the borders that bilinear scaling blurs."
     data = stripes(3, (200, 150))
-    c = Crops(data, 64, [0.5, 2.0], [0.4] * 3, seed=3)
+    c = SegmentationCrops(data, 64, [0.5, 2.0], [0.4] * 3, seed=3)
     far, moved = [], []
     for step in range(6):
         x, y = c[step, np.array([0, 2])]
@@ -283,7 +284,7 @@ def test_image_and_mask_stay_together():
 
 def test_crops_are_those_of_seed_and_step():
     data, rows = stripes(3, (80, 80)), np.array([2, 0])
-    get = lambda seed, step: Crops(data, 64, [0.5, 2.0], [0.4] * 3, seed)[step, rows]
+    get = lambda seed, step: SegmentationCrops(data, 64, [0.5, 2.0], [0.4] * 3, seed)[step, rows]
     same = lambda a, b: all(map(torch.equal, a, b))
     assert same(get(1, 5), get(1, 5)) and not same(get(1, 5), get(1, 6)) and not same(get(1, 5), get(2, 5))
 
@@ -291,7 +292,7 @@ def test_crops_are_those_of_seed_and_step():
 def test_colours_move_whole_images():
     "Equal pixels stay equal; other bands than three keep their differences, but for one factor; of three, hue and saturation move too."
     draws = lambda *values: torch.stack(
-        [distort(torch.tensor(values).view(-1, 1, 1).expand(-1, 2, 2), step_generator(0, i)) for i in range(80)]
+        [photometric_distortion(torch.tensor(values).view(-1, 1, 1).expand(-1, 2, 2), step_generator(0, i)) for i in range(80)]
     )
     out = draws(0.3, 0.4, 0.5)
     assert (out == out[..., :1, :1]).all() and out.min() >= 0 and out.max() <= 1
@@ -312,10 +313,10 @@ def test_colours_move_whole_images():
 
 def test_scores_by_hand():
     "Two images of one split, counted together: a mean of the images' scores would say something else."
-    one = confusion(np.array([[0, 0], [0, 255]], "uint8"), np.array([[0, 0], [1, 1]], "uint8"), 3)
-    two = confusion(np.array([[1]], "uint8"), np.array([[1]], "uint8"), 3)
+    one = pixel_confusion(np.array([[0, 0], [0, 255]], "uint8"), np.array([[0, 0], [1, 1]], "uint8"), 3)
+    two = pixel_confusion(np.array([[1]], "uint8"), np.array([[1]], "uint8"), 3)
     assert one.tolist() == [[2, 1, 0], [0, 0, 0], [0, 0, 0]] and two.tolist() == [[0, 0, 0], [0, 1, 0], [0, 0, 0]]
-    s = scores(one + two, ["a", "b", "c"])
+    s = segmentation_scores(one + two, ["a", "b", "c"])
     assert (
         s["miou"] == pytest.approx((2 / 3 + 1 / 2) / 2)
         and s["mf1"] == pytest.approx((0.8 + 2 / 3) / 2)
@@ -329,7 +330,7 @@ def test_scores_by_hand():
 
 
 def test_a_class_that_is_never_there_but_predicted_counts_as_zero():
-    s = scores(np.array([[3, 0, 1], [0, 2, 0], [0, 0, 0]]), ["a", "b", "c"])
+    s = segmentation_scores(np.array([[3, 0, 1], [0, 2, 0], [0, 0, 0]]), ["a", "b", "c"])
     assert (
         s["per_class"]["c"]["iou"] == 0
         and s["miou"] == pytest.approx((3 / 4 + 1 + 0) / 3)
@@ -344,12 +345,12 @@ def test_scores_are_those_of_scikit_learn(seed):
     truth, guess = rng.integers(0, k, 3000), rng.integers(0, k, 3000)
     guess[::2] = truth[::2]
     kept = rng.random(3000) < 0.8
-    n = confusion(
+    n = pixel_confusion(
         np.where(kept, truth, IGNORE).astype("uint8").reshape(50, 60), guess.astype("uint8").reshape(50, 60), k
     )
     t, g = truth[kept], guess[kept]
     assert n.tolist() == confusion_matrix(t, g).tolist()
-    s = scores(n, list("abcde"))
+    s = segmentation_scores(n, list("abcde"))
     p, r, f, count = precision_recall_fscore_support(t, g)
     assert (
         s["miou"] == pytest.approx(jaccard_score(t, g, average="macro"))
@@ -365,7 +366,7 @@ def test_many_confusions_at_once():
     n[0, 0, 2] = n[0, 0, :, 2] = 0
     got = mean_iou(n)
     assert got.shape == (7, 2) and got.ravel() == pytest.approx(
-        [scores(o, list("abc"))["miou"] for o in n.reshape(-1, 3, 3)]
+        [segmentation_scores(o, list("abc"))["miou"] for o in n.reshape(-1, 3, 3)]
     )
 
 
@@ -385,7 +386,7 @@ def test_stripes_are_learnt_and_every_pixel_is_scored(models):
         and [o["pixels"] for o in metrics["per_class"].values()] == [(truth == k).sum() for k in range(3)]
     )
     assert (
-        n.tolist() == confusion(truth, kept[3], 3).tolist()
+        n.tolist() == pixel_confusion(truth, kept[3], 3).tolist()
         and list(kept) == [3]
         and metrics["oa"] > 1.5 * max(n.sum(1)) / n.sum()
         and epochs[-1]["loss"] < epochs[0]["loss"]
@@ -447,7 +448,7 @@ def test_tiles_cover_and_blend(models):
     got = blended(lambda o: o.float(), x, 64, 0.25, on=CPU)
     assert torch.allclose(got, torch.from_numpy(x).float(), atol=1e-3)
     seen = np.zeros((160, 128), int)
-    for t, l, b, r in tiles((150, 101), changed(PLAIN, overlap=0.25)):
+    for t, l, b, r in inference_tiles((150, 101), changed(PLAIN, overlap=0.25)):
         seen[t:b, l:r] += 1
     assert seen.min() >= 1 and seen.max() > 1
 
@@ -515,7 +516,7 @@ def test_bad_input_is_one_line(models):
 def test_colours_tell_classes_apart():
     from matplotlib.colors import to_rgb
 
-    from cmid.tasks.segment import ERROR
+    from cmid.tasks.segment import ERROR_COLOUR
 
     assert (
         len(np.unique(palette(21).round(3), axis=0)) == 21
@@ -523,30 +524,30 @@ def test_colours_tell_classes_apart():
         and np.array_equal(palette(40)[:5], palette(5))
     )
     assert (
-        min(np.abs(palette(21) - to_rgb(ERROR)).max(1)) > 0.1 and min(np.abs(palette(21) - 1).max(1)) > 0.1
+        min(np.abs(palette(21) - to_rgb(ERROR_COLOUR)).max(1)) > 0.1 and min(np.abs(palette(21) - 1).max(1)) > 0.1
     )  # errors and what is ignored are no class
-    assert painted(np.array([[1, IGNORE]]), 2).tolist() == [[palette(2)[1].tolist(), [1, 1, 1]]]
+    assert paint_mask(np.array([[1, IGNORE]]), 2).tolist() == [[palette(2)[1].tolist(), [1, 1, 1]]]
 
 
 def test_errors_are_where_truth_and_prediction_differ():
     from matplotlib.colors import to_rgb
 
-    from cmid.tasks.segment import ERROR
+    from cmid.tasks.segment import ERROR_COLOUR
 
-    x = errors(np.full((3, 1, 3), 100, "uint8"), np.array([[0, 1, IGNORE]], "uint8"), np.array([[0, 0, 0]], "uint8"))[0]
-    assert np.ptp(x[0]) == 0 and tuple(x[1]) == to_rgb(ERROR) and x[2].tolist() == [1, 1, 1]
+    x = error_overlay(np.full((3, 1, 3), 100, "uint8"), np.array([[0, 1, IGNORE]], "uint8"), np.array([[0, 0, 0]], "uint8"))[0]
+    assert np.ptp(x[0]) == 0 and tuple(x[1]) == to_rgb(ERROR_COLOUR) and x[2].tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize("bands,classes", [(1, 2), (3, 6), (13, 30)])
 def test_figures_of_any_scene(bands, classes):
     data = stripes(3, (70, 300), bands, min(classes, 3))
     data.classes = [f"a class with a long name {i}" for i in range(classes)]
-    seen = look(
+    seen = segmentation_examples(
         data,
-        [0, largest(data, [1, 2])],
+        [0, largest_image(data, [1, 2])],
         {i: np.full(y.shape, classes - 1, "uint8") for i, (_, y) in enumerate(data.items)},
     )
-    a, b = predictions_figure(seen, data.classes), scene_figure(seen[0], data.classes, tiles(data.sizes[0], PLAIN))
+    a, b = segmentation_figure(seen, data.classes), segmentation_scene_figure(seen[0], data.classes, inference_tiles(data.sizes[0], PLAIN))
     panels = [o for o in a.axes if o.images]
     assert (
         len(panels) == 8
@@ -566,10 +567,10 @@ def test_figures_of_strips(size):
     rng = np.random.default_rng(0)
     y = rng.integers(0, 3, size).astype("uint8")
     data = Fake([(rng.integers(0, 256, (3, *size)).astype("uint8"), y)], [0], [0])
-    seen = look(data, [0], {0: y})
+    seen = segmentation_examples(data, [0], {0: y})
     for fig, most in (
-        (predictions_figure(seen, data.classes), 280),
-        (scene_figure(seen[0], data.classes, tiles(size, PLAIN)), 700),
+        (segmentation_figure(seen, data.classes), 280),
+        (segmentation_scene_figure(seen[0], data.classes, inference_tiles(size, PLAIN)), 700),
     ):
         fig.savefig(os.devnull, format="png")
         shapes = {o.images[0].get_array().shape[:2] for o in fig.axes if o.images}
@@ -589,4 +590,4 @@ def test_the_largest_image_of_a_split():
     data = Fake(
         [(np.zeros((3, h, w), "uint8"), np.zeros((h, w), "uint8")) for h, w in ((9, 9), (5, 20), (4, 4))], [0], [0, 2]
     )
-    assert largest(data, [0, 2]) == 0 and largest(data, [0, 1, 2]) == 1
+    assert largest_image(data, [0, 2]) == 0 and largest_image(data, [0, 1, 2]) == 1

@@ -1102,11 +1102,11 @@ MEETINGS = [
         "run: a normalisation of other bands",
         nothing,
         lambda d: pooled_features(create("resnet18"), np.zeros((1, 1, 32, 32), "uint8"), [0], [0.5] * 3, [0.5] * 3),
-        ["images have 1 bands, the normalisation 3"],
+        ["images have 1 band, but mean and std have 3"],
     ),
     splits(
         "a label outside the classes",
-        "1 images of 'test' are of a class that 'train' has not, the first is cedar/cedar_2.png ('cedar'); correct the lists",
+        "1 images of 'test' are of a class that 'train' has no image of, the first is cedar/cedar_2.png ('cedar'); correct the lists",
         train="ash_0.png 0\nbirch_0.png 1\n",
         test="ash_1.png 0\ncedar_2.png 2\n",
     ),
@@ -1120,7 +1120,7 @@ MEETINGS = [
         "probe: no labels",
         lambda d: copy_of_stock("prepared", d),
         lambda d: class_splits(Prepared(d / "prepared/pool"), "train", "test"),
-        ["prepared/pool: has no classes to probe; name a labelled dataset"],
+        ["prepared/pool: has no classes; name a labelled dataset"],
     ),
     Case(
         "probe: train and test the same",
