@@ -11,14 +11,14 @@ from torchvision.ops import roi_align
 
 from cmid.tasks import boxes as module
 from cmid.tasks.boxes import (
-    bounds,
-    convert,
+    upright_bounds,
+    to_convention,
     from_polygon,
     paired_iou,
     rotated_iou,
     rotated_nms,
     rotated_roi_align,
-    sample_points,
+    roi_sample_points,
     to_polygon,
 )
 
@@ -146,7 +146,7 @@ def test_all_pairs_are_the_pairs(monkeypatch):
     for i in range(0, 300, 37):
         assert torch.allclose(whole[i], paired_iou(a[i].expand(170, 5), b), atol=1e-7)
     for k in (50, 1000, 10**9):
-        monkeypatch.setitem(module.BLOCK, "cpu", k)
+        monkeypatch.setitem(module.PAIRS_PER_BLOCK, "cpu", k)
         assert torch.allclose(rotated_iou(a, b), whole, atol=1e-7)
     assert 0.02 < (whole > 0).float().mean() < 0.5
     for n, m in ((0, 5), (5, 0), (0, 0)):
@@ -210,25 +210,25 @@ def test_gradient_does_not_depend_on_what_is_exactly_parallel():
 @pytest.mark.parametrize("to", ["le90", "le135", "oc"])
 def test_conventions_describe_the_same_rectangles(to):
     a = boxes_of(2000, rng(2)).double()
-    b = convert(a, to)
+    b = to_convention(a, to)
     q = math.pi / 2
     assert paired_iou(a, b).min() > 1 - 1e-9
     low, high = dict(le90=(-q, q), le135=(-q / 2, 1.5 * q), oc=(0, q))[to]
     assert (b[:, 4] >= low - 1e-12).all() and (b[:, 4] <= high + 1e-12).all()
     assert to == "oc" or (b[:, 2] >= b[:, 3]).all()
-    assert torch.equal(convert(b, to), b)  # once is enough
+    assert torch.equal(to_convention(b, to), b)  # once is enough
     for other in ("le90", "le135", "oc"):
-        assert torch.allclose(convert(convert(a, other), to), b, atol=1e-9)
+        assert torch.allclose(to_convention(to_convention(a, other), to), b, atol=1e-9)
 
 
 def test_unknown_convention():
     with pytest.raises(ValueError, match="no convention 'le180'"):
-        convert(torch.zeros(1, 5), "le180")
+        to_convention(torch.zeros(1, 5), "le180")
 
 
 def test_bounds_are_those_of_shapely():
     a = boxes_of(500, rng(3)).double()
-    assert np.allclose(bounds(a).numpy(), shapely.bounds(shapes(a)), atol=1e-9)
+    assert np.allclose(upright_bounds(a).numpy(), shapely.bounds(shapes(a)), atol=1e-9)
 
 
 @pytest.mark.parametrize("k", [3, 4, 8])
@@ -247,7 +247,7 @@ def test_least_rectangles_are_those_of_shapely(k):
 
 
 def test_corners_and_back():
-    a = convert(boxes_of(3000, rng(4), 5000.0, 1.0, 500.0))
+    a = to_convention(boxes_of(3000, rng(4), 5000.0, 1.0, 500.0))
     assert paired_iou(from_polygon(to_polygon(a.double())), a.double()).min() > 1 - 1e-9
     assert paired_iou(from_polygon(to_polygon(a)), a).min() > 0.99  # corners in float32, 1 px at 5,000
     assert from_polygon(to_polygon(a)).dtype == torch.float32
@@ -270,7 +270,7 @@ def greedy(boxes, scores, iou, classes=None):
 
 @pytest.mark.parametrize("at_once", [1, 7, 256])
 def test_suppression_is_the_greedy_one(at_once, monkeypatch):
-    monkeypatch.setitem(module.AT_ONCE, "cpu", at_once)
+    monkeypatch.setitem(module.NMS_CHUNK, "cpu", at_once)
     for seed in range(30):
         g = rng(seed)
         n = int(torch.randint(1, 30, (1,), generator=g))
@@ -304,7 +304,7 @@ def test_rounds_are_few(monkeypatch):
     asked = []
     equal = torch.equal
     monkeypatch.setattr(torch, "equal", lambda a, b: (asked.append(1), equal(a, b))[1])
-    monkeypatch.setitem(module.AT_ONCE, "cpu", 1024)
+    monkeypatch.setitem(module.NMS_CHUNK, "cpu", 1024)
     g = rng(0)
     b = moved(boxes_of(200, g, 1024.0, 20.0, 60.0).repeat_interleave(10, 0), g, 0.5, 0.3, 0.5)
     kept = rotated_nms(b, torch.rand(2000, generator=g), 0.3)
@@ -336,12 +336,12 @@ def test_upright_regions_are_torchvisions(size, samples, scale):
     r[:, 5] = 0
     for shape in ((3, 4, 30, 22), (3, 2, 1, 9)):
         maps = torch.randn(shape, generator=g, dtype=torch.float64)
-        expected = roi_align(maps, torch.cat([r[:, :1], bounds(r[:, 1:])], 1), size, scale, samples, True)
+        expected = roi_align(maps, torch.cat([r[:, :1], upright_bounds(r[:, 1:])], 1), size, scale, samples, True)
         assert (rotated_roi_align(maps, r, size, scale, samples) - expected).abs().max() < 1e-9
     maps = torch.randn(3, 4, 30, 22, generator=g)
     assert (
         rotated_roi_align(maps, r.float(), size, scale, samples)
-        - roi_align(maps, torch.cat([r[:, :1], bounds(r[:, 1:])], 1).float(), size, scale, samples, True)
+        - roi_align(maps, torch.cat([r[:, :1], upright_bounds(r[:, 1:])], 1).float(), size, scale, samples, True)
     ).abs().max() < 5e-5
 
 
@@ -351,7 +351,7 @@ def test_turned_regions_are_read_where_they_lie():
     maps = torch.randn(3, 4, 40, 48, generator=g, dtype=torch.float64)
     r = regions(100, g, 40.0, 30.0).double()
     r[:, 1:3] += 60
-    points = sample_points(r[:, 1:], 7, 2) / 4  # 160 by 192 px of image
+    points = roi_sample_points(r[:, 1:], 7, 2) / 4  # 160 by 192 px of image
     grid = points * 2 / torch.tensor([48.0, 40.0], dtype=torch.float64) - 1
     expected = torch.cat(
         [
@@ -370,7 +370,7 @@ def test_a_ramp_is_read_exactly():
         r = regions(200, rng(stride), 10.0, 50.0).double()
         r[:, 1:3] += 55
         got = rotated_roi_align(maps, r, 5, 1 / stride, 3)
-        x, y = sample_points(r[:, 1:], 5, 1).unbind(-1)
+        x, y = roi_sample_points(r[:, 1:], 5, 1).unbind(-1)
         assert (got - torch.stack([x, y, x - 2 * y], 1)).abs().max() < 1e-9
 
 
@@ -399,7 +399,7 @@ def test_gradient_reaches_the_maps():
     grads = []
     for o in (
         rotated_roi_align(maps, up, 3, 1 / 4),
-        roi_align(maps, torch.cat([up[:, :1], bounds(up[:, 1:])], 1), 3, 1 / 4, 2, True),
+        roi_align(maps, torch.cat([up[:, :1], upright_bounds(up[:, 1:])], 1), 3, 1 / 4, 2, True),
     ):
         grads.append(torch.autograd.grad(o.square().sum(), maps)[0])
     assert torch.allclose(*grads, atol=1e-9) and grads[0].abs().max() > 0
@@ -445,8 +445,8 @@ def test_tensors_are_made_where_the_input_is():
         rotated_nms(a, a[:, 0], 0.1),
         rotated_roi_align(maps, r),
         from_polygon(to_polygon(a)),
-        convert(a, "oc"),
-        bounds(a),
+        to_convention(a, "oc"),
+        upright_bounds(a),
     )
     with torch.device("meta"):
         got = (
@@ -454,8 +454,8 @@ def test_tensors_are_made_where_the_input_is():
             rotated_nms(a, a[:, 0], 0.1),
             rotated_roi_align(maps, r),
             from_polygon(to_polygon(a)),
-            convert(a, "oc"),
-            bounds(a),
+            to_convention(a, "oc"),
+            upright_bounds(a),
         )
         assert rotated_nms(a[:0], a[:0, 0], 0.1).device.type == "cpu"
     assert all(torch.equal(x, y) for x, y in zip(got, expected))

@@ -17,9 +17,9 @@ from cmid.data.labelled import windows
 from cmid.method import backbones
 from cmid.tasks import detect as module
 from cmid.tasks.boxes import (
-    anchors_of,
-    bounds,
-    convert,
+    make_anchors,
+    upright_bounds,
+    to_convention,
     decode_boxes,
     decode_midpoints,
     encode_boxes,
@@ -28,7 +28,7 @@ from cmid.tasks.boxes import (
     paired_iou,
     rotated_iou,
     to_polygon,
-    wrapped,
+    wrap_angle,
 )
 from cmid.tasks.detect import (
     OrientedRCNN,
@@ -47,7 +47,7 @@ from cmid.tasks.detect import (
     sampled,
     stacked,
 )
-from cmid.tasks.dota import detections_figure, judged, scaled_tile, scene_figure, windows_by_scale
+from cmid.tasks.dota import detections_figure, match_detections, scaled_tile, detection_scene_figure, windows_by_scale
 from cmid.tasks.finetune import resolved
 from cmid.train.checkpoint import export_backbone, load_backbone
 
@@ -76,7 +76,7 @@ def some(n, seed=0, low=4.0, high=60.0):
     "n boxes of all kinds, le90."
     g = torch.Generator().manual_seed(seed)
     size = low + torch.rand(n, 2, generator=g) * (high - low)
-    return convert(
+    return to_convention(
         torch.cat([torch.rand(n, 2, generator=g) * 200, size, (torch.rand(n, 1, generator=g) - 0.5) * math.pi], 1)
     )
 
@@ -238,7 +238,7 @@ def test_midpoint_offsets_are_those_of_the_polygon():
     anchor = torch.tensor([[100.0, 100.0, 32.0, 32.0]]).expand(300, 4)
     d = encode_midpoints(anchor, b) * torch.tensor(module.SPREAD)
     p = to_polygon(b)
-    r = bounds(b)
+    r = upright_bounds(b)
     size = r[:, 2:] - r[:, :2]
     top, right = p[torch.arange(300), p[..., 1].argmin(1)], p[torch.arange(300), p[..., 0].argmax(1)]
     assert torch.allclose(d[:, 4], (top[:, 0] - b[:, 0]) / size[:, 0], atol=1e-4) and torch.allclose(
@@ -280,7 +280,7 @@ def test_corrections_come_back():
     )
     assert torch.allclose(encode_boxes(b, b), torch.zeros_like(b), atol=1e-5)
     a = torch.tensor([[0.0, 0.0, 20.0, 20.001, 0.0]])
-    a = convert(a)
+    a = to_convention(a)
     near = torch.tensor([[0.0, 0.0, 20.001, 20.0, 0.0]])
     assert encode_boxes(a, near).abs().max() < 0.01  # sides swapped, turned by 90°: the same box
 
@@ -316,12 +316,12 @@ def test_assigner_is_the_slow_one(closest):
 
 def test_small_objects_find_an_anchor():
     "A car of 12 x 5 px: below .3 of every anchor of 32 px, and still learnt."
-    anchors = anchors_of([(8, 8)], [4], 8.0)[0]
+    anchors = make_anchors([(8, 8)], [4], 8.0)[0]
     c, half = anchors.split(2, 1)
     half = half / 2
     from torchvision.ops import box_iou
 
-    o = box_iou(torch.cat([c - half, c + half], 1), bounds(torch.tensor([[15.0, 17.0, 12.0, 5.0, 0.3]])))
+    o = box_iou(torch.cat([c - half, c + half], 1), upright_bounds(torch.tensor([[15.0, 17.0, 12.0, 5.0, 0.3]])))
     assert 0 < o.max() < 0.3
     kind, which = assign(o, 0.7, 0.3, True)
     assert (kind == 1).any() and set(kind.tolist()) == {0, 1} and not which[kind == 1].any()
@@ -363,13 +363,13 @@ def test_losses_vanish_where_all_is_said():
         [torch.tensor([0, 2]), torch.zeros(0, dtype=torch.long)],
     )
     sizes = [(16, 24), (8, 12)]
-    maps = anchors_of(sizes, [4, 8], 8.0)
+    maps = make_anchors(sizes, [4, 8], 8.0)
     anchors = torch.cat(maps)
     c, half = anchors.split(2, 1)
     half = half / 2
     from torchvision.ops import box_iou
 
-    kind, which = assign(box_iou(torch.cat([c - half, c + half], 1), bounds(boxes[0])), 0.7, 0.3, True)
+    kind, which = assign(box_iou(torch.cat([c - half, c + half], 1), upright_bounds(boxes[0])), 0.7, 0.3, True)
     n = len(anchors)
     scores = torch.stack([torch.where(kind == 1, 30.0, -30.0), torch.full((n,), -30.0)])
     deltas = torch.stack([encode_midpoints(anchors, boxes[0][which]), torch.zeros(n, 6)])
@@ -448,7 +448,7 @@ def test_boxes_look_at_the_map_of_their_size():
 
 
 def test_proposals_are_the_best_of_each_map():
-    a = anchors_of([(4, 4), (2, 2)], [32, 64], 1.0)
+    a = make_anchors([(4, 4), (2, 2)], [32, 64], 1.0)
     g = torch.Generator().manual_seed(0)
     s = [torch.rand(2, len(o), generator=g) for o in a]
     d = [torch.zeros(2, len(o), 6) for o in a]
@@ -574,7 +574,7 @@ def test_every_mirror_is_its_own_inverse():
     for flags in ((1, 0, 0), (0, 1, 0), (1, 1, 0), (0, 0, 1)):
         y, c = mirrored(*mirrored(x, b, *flags), *flags)
         assert torch.equal(x, y) and paired_iou(b, c).min() > 0.999
-    assert wrapped(torch.tensor([-math.pi / 2, math.pi / 2, 3.2, -1.58])).tolist() == pytest.approx(
+    assert wrap_angle(torch.tensor([-math.pi / 2, math.pi / 2, 3.2, -1.58])).tolist() == pytest.approx(
         [-math.pi / 2, -math.pi / 2, 3.2 - math.pi, -1.58 + math.pi], abs=1e-6
     )
 
@@ -786,14 +786,14 @@ def test_learns_by_heart_and_says_so(models):
         and epochs[-1]["loss"] < epochs[0]["loss"]
         and len([o for o in said if o.startswith("epoch ")]) == 45
     )
-    hits = [judged({k: v[o["scores"] > 0.5] for k, v in o.items()}, data.objects(i)) for i, o in enumerate(found)]
+    hits = [match_detections({k: v[o["scores"] > 0.5] for k, v in o.items()}, data.objects(i)) for i, o in enumerate(found)]
     assert sum(m.sum() for *_, m in hits) <= 1
     fig = detections_figure(data, [0, 1, 2], found)
     assert [ax.get_title() for ax in fig.axes[:3]] == [
         f"{(h := judged({k: v[f['scores'] >= 0.3] for k, v in f.items()}, data.objects(i)))[0].sum()} of {len(h[2])} found, {h[1].sum()} false"
         for i, f in enumerate(found)
     ]
-    scene = scene_figure(data.image(0), found[0], data.classes, windows_by_scale((96, 96), QUICK))
+    scene = detection_scene_figure(data.image(0), found[0], data.classes, windows_by_scale((96, 96), QUICK))
     assert (
         len(scene.axes[0].patches) == 4
         and f"{(found[0]['scores'] >= 0.3).sum()} detections" in scene.axes[0].get_title()
@@ -803,10 +803,10 @@ def test_learns_by_heart_and_says_so(models):
 
 def test_scores_are_written_where_they_can_be_read():
     some_of = lambda n: dict(boxes=some(n), scores=torch.ones(n), classes=torch.zeros(n, dtype=torch.long))
-    draw = lambda n: scene_figure(np.zeros((3, 90, 90), "uint8"), some_of(n), ["ship"], [(1.0, [(0, 0, 90, 90)])]).axes[
+    draw = lambda n: detection_scene_figure(np.zeros((3, 90, 90), "uint8"), some_of(n), ["ship"], [(1.0, [(0, 0, 90, 90)])]).axes[
         0
     ]
-    assert [len(draw(n).texts) for n in (3, module.FEW, module.FEW + 1)] == [3, module.FEW, 0] and "1 tile;" in draw(
+    assert [len(draw(n).texts) for n in (3, MAX_SCORE_TEXTS, MAX_SCORE_TEXTS + 1)] == [3, MAX_SCORE_TEXTS, 0] and "1 tile;" in draw(
         3
     ).get_title()
 
@@ -822,7 +822,7 @@ def test_several_scales_from_end_to_end(models):
         x, y = o["boxes"][:, :2].T
         assert len(x) and (x >= 0).all() and (y >= 0).all() and (x < w).all() and (y < h).all()
     assert (
-        len(scene_figure(data.image(2), found[2], data.classes, windows_by_scale((97, 70), s)).axes[0].patches)
+        len(detection_scene_figure(data.image(2), found[2], data.classes, windows_by_scale((97, 70), s)).axes[0].patches)
         == sum(len(o) for _, o in windows_by_scale((97, 70), s))
         > 2
     )
@@ -836,8 +836,8 @@ def test_what_is_difficult_or_without_labels_is_not_held_against_it():
     f = dict(boxes=from_polygon(torch.tensor(p)), scores=torch.tensor([0.9, 0.8]), classes=torch.tensor([0, 1]))
     none = {k: v[:0] for k, v in f.items()}
     title = lambda *o, **more: [ax.get_title() for ax in detections_figure(data, [0], *o, **more).axes[:1]]
-    assert [o.tolist() for o in judged(f, data.objects(0))] == [[True, False], [False, False], [False, False]] and [
-        o.tolist() for o in judged(none, data.objects(0))
+    assert [o.tolist() for o in match_detections(f, data.objects(0))] == [[True, False], [False, False], [False, False]] and [
+        o.tolist() for o in match_detections(none, data.objects(0))
     ] == [[], [], [True, False]]
     assert title([f]) == ["1 of 1 found, 0 false"] and title([none]) == ["0 of 1 found, 0 false"]
     data.made[0] = data.made[0][0], {k: v[:0] for k, v in data.objects(0).items()}
