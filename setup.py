@@ -18,6 +18,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=f">={s['min_python']}",
     packages=find_packages(include=["cmid", "cmid.*"]),
+    package_data={"cmid.study": ["templates/*"]},
     install_requires=s["requirements"].split(),
     extras_require={"dev": s["dev_requirements"].split()},
     long_description=Path("README.md").read_text(encoding="utf-8") if Path("README.md").exists() else "",

@@ -26,7 +26,7 @@ from nbconvert import MarkdownExporter
 
 from ..base.errors import CmidError, cli
 from ..base.files import load_yaml, root as find_root, write_whole
-from .report import HEADS, NAMES, WORK, points, share
+from .report_words import HEAD_NAMES, PROBE_NAMES, TASK_WORDS, points, share
 from .comparisons import accuracy_rows, probe_rows, score_rows, seed_rows, task_rows
 from .results import missing_runs, read_json, stage_results
 from .study import study_params
@@ -257,7 +257,7 @@ def score_table(
     )
     cells = [
         (
-            NAMES[k],
+            PROBE_NAMES[k],
             f"{share(f)} ({n:,})",
             *(scored(o.get(i, none)) for i in inits),
             *(minus(o.get(i, none), b) for i, b in pairs),
@@ -417,9 +417,9 @@ def task_table(
         else f"{o['images']} images, {o['train_images']} others learnt from"
     )
     said = lambda o: (
-        f"{o['dataset']}: {WORK[o['stage']][0]}{', ' + HEADS[o['head']] if o['head'] else ''}, {WORK[o['stage']][1]} on {on(o)}"
+        f"{o['dataset']}: {TASK_WORDS[o['stage']][0]}{', ' + HEAD_NAMES[o['head']] if o['head'] else ''}, {TASK_WORDS[o['stage']][1]} on {on(o)}"
     )
-    return compared("fine-tuned", [(said(o), o) for k in WORK for o in task_rows(root, k)])
+    return compared("fine-tuned", [(said(o), o) for k in TASK_WORDS for o in task_rows(root, k)])
 
 
 def seed_table(
