@@ -30,23 +30,8 @@ from cmid.tasks.boxes import (
     to_polygon,
     wrap_angle,
 )
-from cmid.tasks.detect import (
-    OrientedRCNN,
-    Tiles,
-    assign,
-    detect,
-    detect_image,
-    drawn,
-    fine_tune,
-    frozen,
-    head_losses,
-    mirrored,
-    pooled,
-    proposal_losses,
-    propose,
-    sampled,
-    stacked,
-)
+from cmid.tasks.boxes import assign_targets, sample_anchors
+from cmid.tasks.detect import OrientedRCNN, TileDataset, detect, detect_image, sample_rois, fine_tune_detection, frozen_stages, head_losses, mirror_tile, pool_boxes, proposal_losses, select_proposals, pad_to_batch
 from cmid.tasks.dota import detections_figure, match_detections, scaled_tile, detection_scene_figure, windows_by_scale
 from cmid.tasks.finetune import resolved
 from cmid.train.checkpoint import export_backbone, load_backbone
@@ -207,7 +192,7 @@ def test_paper_profile_is_the_published_recipe():
     ) == (1024, 200, 8.0, 256, 1024, 2000, 0.05, 0.1, 2000, "voc07", [1.0], [256, 512], 0.5, 0.0)
     got = [
         (o.optimiser, o.lr, o.weight_decay, o.drop_path)
-        for o in (resolved(s, name, module.PUBLISHED) for name in ("resnet50", "swin_base_patch4_window7_224", VIT))
+        for o in (resolved(s, name, module.PUBLISHED_DETECT) for name in ("resnet50", "swin_base_patch4_window7_224", VIT))
     ]
     assert got == [("sgd", 0.005, 1e-4, 0.0)] + [("adamw", 1e-4, 0.05, 0.2)] * 2
 
@@ -296,7 +281,7 @@ def slowly(o, high, low, closest):
         kind.append(1 if best >= high else 0 if best < low else -1)
         which.append(row.index(best))
     for i, row in enumerate(o.tolist() if closest else []):
-        near = [(v, j) for j, v in enumerate(row) if 0 < max(o[:, j].tolist()) <= v + module.NEAR]
+        near = [(v, j) for j, v in enumerate(row) if 0 < max(o[:, j].tolist()) <= v + CLOSEST_TOLERANCE]
         if near:
             kind[i], which[i] = 1, max(near)[1]
     return kind, which
@@ -307,7 +292,7 @@ def test_assigner_is_the_slow_one(closest):
     for seed in range(20):
         o = torch.rand(60, 4, generator=torch.Generator().manual_seed(seed)) ** 2
         o[:, 3] *= 0.2
-        got = assign(o, 0.7, 0.3, closest)
+        got = assign_targets(o, 0.7, 0.3, closest)
         want = slowly(o, 0.7, 0.3, closest)
         assert got[0].tolist() == want[0] and all(
             a == b for a, b, k in zip(got[1].tolist(), want[1], want[0]) if k == 1
@@ -323,7 +308,7 @@ def test_small_objects_find_an_anchor():
 
     o = box_iou(torch.cat([c - half, c + half], 1), upright_bounds(torch.tensor([[15.0, 17.0, 12.0, 5.0, 0.3]])))
     assert 0 < o.max() < 0.3
-    kind, which = assign(o, 0.7, 0.3, True)
+    kind, which = assign_targets(o, 0.7, 0.3, True)
     assert (kind == 1).any() and set(kind.tolist()) == {0, 1} and not which[kind == 1].any()
 
 
@@ -343,7 +328,7 @@ def test_sampler_draws_what_there_is(n, objects, neither, count, share):
     seen = set()
     for seed in range(5):
         torch.manual_seed(seed)
-        i, positive, counted = sampled(kind, count, share)
+        i, positive, counted = sample_anchors(kind, count, share)
         assert len(i) == min(count, n)
         i, positive = i[counted], positive[counted]
         p = min(objects, int(count * share))
@@ -369,7 +354,7 @@ def test_losses_vanish_where_all_is_said():
     half = half / 2
     from torchvision.ops import box_iou
 
-    kind, which = assign(box_iou(torch.cat([c - half, c + half], 1), upright_bounds(boxes[0])), 0.7, 0.3, True)
+    kind, which = assign_targets(box_iou(torch.cat([c - half, c + half], 1), upright_bounds(boxes[0])), 0.7, 0.3, True)
     n = len(anchors)
     scores = torch.stack([torch.where(kind == 1, 30.0, -30.0), torch.full((n,), -30.0)])
     deltas = torch.stack([encode_midpoints(anchors, boxes[0][which]), torch.zeros(n, 6)])
@@ -383,7 +368,7 @@ def test_losses_vanish_where_all_is_said():
     assert off["offsets"].item() == pytest.approx(k * per / 512, rel=1e-4)  # 256 of each image
     proposals = [torch.cat([boxes[0] + 0.5, some(30)]), some(30, 1)]
     torch.manual_seed(0)
-    rois, *rest = drawn(proposals, boxes, 512)
+    rois, *rest = sample_rois(proposals, boxes, 512)
     which, positive, counted = rest
     assert (
         positive[0].sum() == 4 and not positive[1].any() and all(o.all() for o in counted)
@@ -440,11 +425,11 @@ def test_boxes_look_at_the_map_of_their_size():
     maps = [torch.full((2, 1, 512 // s, 512 // s), float(k)) for k, s in enumerate((4, 8, 16, 32))]
     side = [5.0, 100.0, 111.0, 113.0, 223.0, 225.0, 447.0, 449.0, 900.0]
     b = torch.tensor([[256.0, 256.0, 2 * o, o / 2, 0.3] for o in side])
-    got = pooled(maps, [b[:4], b[4:]])
+    got = pool_boxes(maps, [b[:4], b[4:]])
     assert got.shape == (9, 1, 7, 7) and got[:, 0, 3, 3].tolist() == [0, 0, 0, 1, 1, 2, 2, 3, 3]
     maps = [torch.arange(2.0).view(2, 1, 1, 1).expand(2, 1, 512 // s, 512 // s) for s in (4, 8, 16, 32)]
-    assert pooled(maps, [b[:4], b[4:]])[:, 0, 3, 3].tolist() == [0] * 4 + [1] * 5
-    assert pooled(maps, [b[:0], b[:0]]).shape == (0, 1, 7, 7)
+    assert pool_boxes(maps, [b[:4], b[4:]])[:, 0, 3, 3].tolist() == [0] * 4 + [1] * 5
+    assert pool_boxes(maps, [b[:0], b[:0]]).shape == (0, 1, 7, 7)
 
 
 def test_proposals_are_the_best_of_each_map():
@@ -452,9 +437,9 @@ def test_proposals_are_the_best_of_each_map():
     g = torch.Generator().manual_seed(0)
     s = [torch.rand(2, len(o), generator=g) for o in a]
     d = [torch.zeros(2, len(o), 6) for o in a]
-    got = propose(a, s, d, 1000)
+    got = select_proposals(a, s, d, 1000)
     assert [len(o) for o in got] == [2 * 20, 2 * 20]  # of three anchors of a place two are the same box
-    best = [propose(a, s, d, 3)[b] for b in range(2)]
+    best = [select_proposals(a, s, d, 3)[b] for b in range(2)]
     assert all(torch.equal(o, w[:3]) for o, w in zip(best, got)) and not got[0].requires_grad
     for b in range(2):
         k = max((s[m][b].max(), m) for m in range(2))[1]
@@ -467,7 +452,7 @@ def test_only_a_pretrained_resnet_is_frozen(models):
     before = {}
     for method, still in (("cmid", True), ("random", False)):
         said = []
-        net, _ = fine_tune(
+        net, _ = fine_tune_detection(
             models(method=method),
             data,
             data.splits["train"],
@@ -487,7 +472,7 @@ def test_only_a_pretrained_resnet_is_frozen(models):
             and any("keep their" in o for o in said) == still
             and not {k for k in weights if "layer2" in k and "conv1" in k} & same
         )
-    assert [frozen(backbones.create(n, 3, 64), "cmid", 2) for n in ("resnet18", SWIN, VIT)] == [2, None, None]
+    assert [frozen_stages(backbones.create(n, 3, 64), "cmid", 2) for n in ("resnet18", SWIN, VIT)] == [2, None, None]
     assert {k for k, p in network(still=2).named_parameters() if not p.requires_grad and "layer2" in k} and not [
         k for k, p in network(still=0).named_parameters() if not p.requires_grad
     ]
@@ -510,7 +495,7 @@ def test_random_statistics_settle_when_the_rate_falls(models, monkeypatch, steps
 
     monkeypatch.setattr(OrientedRCNN, "forward", watched)
     data = Bars(each=2)
-    fine_tune(models(), data, data.splits["train"], changed(QUICK, epochs=4, steps=steps), on=CPU, say=said.append)
+    fine_tune_detection(models(), data, data.splits["train"], changed(QUICK, epochs=4, steps=steps), on=CPU, say=said.append)
     each = len(moved) // 4
     assert moved == [True] * learns * each + [False] * (4 - learns) * each and any(
         "anew for 2 epochs: random" in o if learns == 2 else "anew: random" in o for o in said
@@ -524,7 +509,7 @@ def test_tiles_hold_the_objects_where_they_are():
     "Mirrored and turned, a box still covers its bar: what is bright lies inside."
     data = Bars(((130, 90), (70, 45), (64, 64)), each=3)
     s = changed(QUICK, turn=0.5)
-    tiles = Tiles(data, data.splits["train"], s, [0.43] * 3, seed=1)
+    tiles = TileDataset(data, data.splits["train"], s, [0.43] * 3, seed=1)
     shapes, looks = set(), set()
     assert {o[0] for o in tiles.tiles} == {0, 1}  # a tile without objects teaches nothing
     for step in range(12):
@@ -542,13 +527,13 @@ def test_tiles_hold_the_objects_where_they_are():
                 if 1 <= y < image.shape[1] - 1 and 1 <= c < image.shape[2] - 1:
                     assert image[k, y - 1 : y + 2, c - 1 : c + 2].mean() > 160
     assert len(looks) >= 6 and torch.equal(
-        tiles[3, np.array([0])][0], Tiles(data, data.splits["train"], s, [0.43] * 3, seed=1)[3, np.array([0])][0]
+        tiles[3, np.array([0])][0], TileDataset(data, data.splits["train"], s, [0.43] * 3, seed=1)[3, np.array([0])][0]
     )
 
 
 def test_each_stage_draws_as_many_as_asked(monkeypatch):
-    asked, real = [], module.sampled
-    monkeypatch.setattr(module, "sampled", lambda kind, *o: asked.append(o) or real(kind, *o))
+    asked, real = [], module.sample_anchors
+    monkeypatch.setattr(module, "sample_anchors", lambda kind, *o: asked.append(o) or real(kind, *o))
     network(samples=[8, 16]).train()(
         torch.randn(1, 3, 64, 64), ([torch.tensor([[30.0, 30.0, 24.0, 12.0, 0.4]])], [torch.tensor([1])])
     )
@@ -561,7 +546,7 @@ def test_flips_are_as_often_as_asked():
     plain = torch.from_numpy(np.array(data.image(0)))
 
     def seen(flip):
-        tiles = Tiles(data, [0], changed(QUICK, flip=flip), [0.43] * 3)
+        tiles = TileDataset(data, [0], changed(QUICK, flip=flip), [0.43] * 3)
         return [tiles[step, np.array([0])][0][0] for step in range(200)]
 
     assert all(torch.equal(o, plain) for o in seen(0.0)) and all(torch.equal(o, plain.flip(1, 2)) for o in seen(1.0))
@@ -572,7 +557,7 @@ def test_flips_are_as_often_as_asked():
 def test_every_mirror_is_its_own_inverse():
     x, b = torch.randint(256, (2, 32, 48), dtype=torch.uint8), some(20)
     for flags in ((1, 0, 0), (0, 1, 0), (1, 1, 0), (0, 0, 1)):
-        y, c = mirrored(*mirrored(x, b, *flags), *flags)
+        y, c = mirror_tile(*mirror_tile(x, b, *flags), *flags)
         assert torch.equal(x, y) and paired_iou(b, c).min() > 0.999
     assert wrap_angle(torch.tensor([-math.pi / 2, math.pi / 2, 3.2, -1.58])).tolist() == pytest.approx(
         [-math.pi / 2, -math.pi / 2, 3.2 - math.pi, -1.58 + math.pi], abs=1e-6
@@ -580,7 +565,7 @@ def test_every_mirror_is_its_own_inverse():
 
 
 def test_small_images_are_filled_up():
-    x = stacked(
+    x = pad_to_batch(
         [torch.full((2, 5, 70), 9, dtype=torch.uint8), torch.full((2, 33, 4), 8, dtype=torch.uint8)],
         torch.tensor([1, 2], dtype=torch.uint8),
     )
@@ -687,7 +672,7 @@ def test_the_last_pixel_is_looked_at(width, scale):
 
 def test_a_plain_scale_changes_nothing():
     data = Bars(((130, 90),) * 2, each=3)
-    tiles = Tiles(data, [0], changed(QUICK, flip=0.0), [0.43] * 3)
+    tiles = TileDataset(data, [0], changed(QUICK, flip=0.0), [0.43] * 3)
     i, (t, l, b, r), *_ = tiles.tiles[0]
     assert torch.equal(
         tiles[0, np.array([0])][0][0, :, : b - t, : r - l], torch.from_numpy(data.image(0)[:, t:b, l:r].copy())
@@ -698,7 +683,7 @@ def test_a_plain_scale_changes_nothing():
 def test_tiles_of_every_scale_cover_their_bars(scales):
     "What is bright lies inside the boxes at any scale; an image gives tiles at each."
     data = Bars(((130, 90), (70, 45)), each=3)
-    tiles = Tiles(data, [0, 1], changed(QUICK, scales=scales, turn=0.5), [0.43] * 3)
+    tiles = TileDataset(data, [0, 1], changed(QUICK, scales=scales, turn=0.5), [0.43] * 3)
     assert {o[-1] for o in tiles.tiles} == {*scales}
     count = 0
     for step in range(4):
@@ -872,7 +857,7 @@ def test_two_runs_agree_bit_for_bit(models):
     data, runs = Bars(each=3), []
     for seed in (3, 3, 4):
         torch.rand(len(runs) + 1)
-        net, epochs = fine_tune(
+        net, epochs = fine_tune_detection(
             models(), data, data.splits["train"], changed(QUICK, epochs=2, turn=0.5), seed, CPU, quiet
         )
         runs.append((net.state_dict(), epochs))
