@@ -399,7 +399,9 @@ PARAMS = [
         "pretrain.epoch_images=3",
         "params.yaml: pretrain.epoch_images: 3 is smaller than batch: 8; raise it, or use 0",
     ),
-    setting_case("falling range", "prepare.stretch=[98.0, 2.0]", "params.yaml: prepare.stretch: must be strictly increasing"),
+    setting_case(
+        "falling range", "prepare.stretch=[98.0, 2.0]", "params.yaml: prepare.stretch: must be strictly increasing"
+    ),
     setting_case(
         "every loss off",
         "pretrain.weights={reconstruction: 0.0, contrast: 0.0, distillation: 0.0}",
@@ -501,8 +503,8 @@ def lists_case(id, says, *options, **lines):
 
 
 PREPARE = [
-    images_case("no folder", nothing, [], "/in: there is no such folder"),
-    images_case("a file in place of a folder", lambda d: (d / "in").write_text("x"), [], "/in: no folder"),
+    images_case("no folder", nothing, [], "/in: no such folder"),
+    images_case("a file in place of a folder", lambda d: (d / "in").write_text("x"), [], "/in: is not a folder"),
     images_case("empty folder", lambda d: (d / "in").mkdir(), [], "/in: holds no PNG, JPEG or TIFF"),
     images_case(
         "not one good file",
@@ -528,13 +530,26 @@ PREPARE = [
     images_case("a band by name", good, ["--bands", "red"], "--bands and --stretch take numbers", "'red'"),
     images_case("tile below 0", good, ["--tile", "-1"], "tile must be 0 or a number of pixels, got -1"),
     images_case(
-        "stretch that falls", good, ["--stretch", "98,2"], "stretch must be two rising percentiles, got [98.0, 2.0]"
+        "stretch that falls",
+        good,
+        ["--stretch", "98,2"],
+        "stretch must be two increasing percentiles from 0 to 100, got [98.0, 2.0]",
     ),
-    images_case("stretch of one", good, ["--stretch", "2"], "stretch must be two rising percentiles, got [2.0]"),
-    images_case("stretch of no numbers", good, ["--stretch", "nan,nan"], "stretch must be two rising percentiles"),
+    images_case(
+        "stretch of one",
+        good,
+        ["--stretch", "2"],
+        "stretch must be two increasing percentiles from 0 to 100, got [2.0]",
+    ),
+    images_case(
+        "stretch of no numbers",
+        good,
+        ["--stretch", "nan,nan"],
+        "stretch must be two increasing percentiles from 0 to 100",
+    ),
     images_case("fewer than no workers", good, ["--workers", "-1"], "workers must be 0 (all cores) or more, got -1"),
-    images_case("shards of 0", good, ["--shard_mb", "0"], "shard_mb must be above 0"),
-    images_case("shards without end", good, ["--shard_mb", "inf"], "shard_mb must be above 0, and a number, got inf"),
+    images_case("shards of 0", good, ["--shard_mb", "0"], "shard_mb must be a number above 0"),
+    images_case("shards without end", good, ["--shard_mb", "inf"], "shard_mb must be a number above 0, got inf"),
     images_case("unknown kind of labels", good, ["--labelled", "names"], "labelled must be one of", "'names'"),
     images_case(
         "labels of lists without labels",
@@ -542,12 +557,12 @@ PREPARE = [
         ["--labelled", "lists"],
         "labelled='lists', but no line of a list has a label",
     ),
-    images_case("class folders that are none", good, ["--labelled", "folders"], "0.png: lies in no class folder"),
+    images_case("class folders that are none", good, ["--labelled", "folders"], "0.png: is in no class folder"),
     images_case("unknown way with bad files", good, ["--on_error", "ski"], "on_error must be one of", "'ski'"),
     images_case("list without a name", good, ["--lists", "train.txt"], "--lists: 'train.txt' must be NAME=FILE"),
     images_case("a split twice", good, ["--lists", "train=a.txt,train=b.txt"], "--lists: train is named twice"),
     images_case(
-        "split that leaves its folder", good, ["--lists", "../x=a.txt"], "lists: '../x' is no name for a split"
+        "split that leaves its folder", good, ["--lists", "../x=a.txt"], "lists: '../x' is not a valid split name"
     ),
     images_case(
         "list that is missing",
@@ -555,7 +570,7 @@ PREPARE = [
         ["--lists", "train={d}/no.txt"],
         "/no.txt: this list cannot be read (No such file or directory)",
     ),
-    lists_case("of no text", ["/train.txt: this list is no UTF-8 text"], train=b"\xff\xfe\0"),
+    lists_case("of no text", ["/train.txt: this list is not UTF-8 text"], train=b"\xff\xfe\0"),
     lists_case("that is empty", ["/train.txt: none of its lines names an image", "empty"], train="\r\n\r\n"),
     lists_case(
         "naming missing files only",
@@ -564,7 +579,7 @@ PREPARE = [
     ),
     lists_case(
         "with a line without label",
-        ["/train.txt: ash_1.png: this line has no label, others have"],
+        ["/train.txt: ash_1.png: this line has no label, but others have one"],
         train="ash_0.png 0\nash_1.png\n",
     ),
     lists_case(
@@ -575,7 +590,7 @@ PREPARE = [
     ),
     lists_case(
         "train and test overlap",
-        ["lists train and test share 1 files (first: ash/ash_1.png)", "cannot train and test"],
+        ["lists train and test share 1 files", "'ash/ash_1.png' is in train and in test; remove it from one list"],
         train="ash_0.png\nash_1.png\n",
         test="ash_1.png\n",
     ),
@@ -589,7 +604,7 @@ PREPARE = [
         "prepare: into a folder of other things",
         lambda d: (good(d), (d / "out").mkdir(), (d / "out/mine.txt").write_text("mine")),
         ["cmid_prepare", "{d}/in", "{d}/out"],
-        ["/out: exists and is no prepared folder: name another one"],
+        ["/out: exists and is not a prepared folder: name another one"],
     ),
     Case(
         "prepare: below a file",
@@ -705,32 +720,35 @@ PREPARED = [
         "no manifest",
         "manifest.json",
         lambda b: None,
-        "prepared/scenes: no prepared folder",
+        "prepared/scenes: is not a prepared folder",
         "manifest.json",
         "cmid_prepare",
     ),
-    prepared_case("manifest cut short", "manifest.json", lambda b: b[:99], "prepared/scenes: no prepared folder"),
+    prepared_case("manifest cut short", "manifest.json", lambda b: b[:99], "prepared/scenes: is not a prepared folder"),
     prepared_case(
-        "manifest nested without end", "manifest.json", lambda b: b"[" * 100_000, "prepared/scenes: no prepared folder"
+        "manifest nested without end",
+        "manifest.json",
+        lambda b: b"[" * 100_000,
+        "prepared/scenes: is not a prepared folder",
     ),
     prepared_case(
         "manifest a list",
         "manifest.json",
         lambda b: b"[]",
-        "prepared/scenes: is not as prepare wrote it",
+        "prepared/scenes: is damaged",
         "prepare it again",
     ),
     prepared_case(
         "manifest without a key",
         "manifest.json",
         lambda b: b'{"format": 1}',
-        "prepared/scenes: is not as prepare wrote it (KeyError 'side')",
+        "prepared/scenes: is damaged (KeyError 'side')",
     ),
     prepared_case(
         "manifest of a newer version",
         "manifest.json",
         json_with(format=99),
-        "manifest.json: format 99, this version reads 1: upgrade cmid",
+        "manifest.json: format 99, but this version of cmid reads 1: upgrade cmid",
     ),
     prepared_case(
         "manifest with a side below 0", "manifest.json", json_with(side=-64), "side, bands, mean and std do not agree"
@@ -739,17 +757,17 @@ PREPARED = [
         "manifest that points elsewhere",
         "manifest.json",
         json_with(shards=[dict(file="../../../etc/passwd", count=9)]),
-        "passwd: missing or cut short",
+        "passwd: missing or truncated",
     ),
-    prepared_case("no shards", "manifest.json", json_with(shards=[]), "prepared/scenes: is not as prepare wrote it"),
+    prepared_case("no shards", "manifest.json", json_with(shards=[]), "prepared/scenes: is damaged"),
     prepared_case(
         "shard missing",
         "images-00000.npy",
         lambda b: None,
-        "images-00000.npy: missing or cut short",
+        "images-00000.npy: missing or truncated",
         "prepare it again",
     ),
-    prepared_case("shard cut short", "images-00000.npy", lambda b: b[:-1], "images-00000.npy: missing or cut short"),
+    prepared_case("shard cut short", "images-00000.npy", lambda b: b[:-1], "images-00000.npy: missing or truncated"),
     prepared_case(
         "shard of another shape",
         "images-00000.npy",
@@ -762,26 +780,26 @@ PREPARED = [
         lambda b: (pickle.dumps(Trap("ran")) + bytes(len(b)))[: len(b)],
         "images-00000.npy: damaged",
     ),
-    prepared_case("labels cut short", "labels.npy", lambda b: b[:90], "prepared/scenes: is not as prepare wrote it"),
+    prepared_case("labels cut short", "labels.npy", lambda b: b[:90], "prepared/scenes: is damaged"),
     prepared_case(
         "labels that are a pickle",
         "labels.npy",
         array_file(np.array([Trap("ran")], object)),
-        "prepared/scenes: is not as prepare wrote it",
+        "prepared/scenes: is damaged",
     ),
     prepared_case(
         "label outside the classes",
         "labels.npy",
         array_file(np.full(9, 3)),
-        "labels.npy fits neither images nor classes",
+        "labels.npy does not fit the images and classes",
     ),
     prepared_case(
         "split beyond the images",
         "split-train.npy",
         array_file(np.array([9])),
-        "split-train.npy names images that are not there",
+        "split-train.npy names images that do not exist",
     ),
-    prepared_case("list of items cut short", "items.csv", lambda b: b[:50], "items.csv: missing or cut short"),
+    prepared_case("list of items cut short", "items.csv", lambda b: b[:50], "items.csv: missing or truncated"),
 ]
 
 
@@ -1033,13 +1051,13 @@ def dataset(id, says, **where):
 MEETINGS = [
     dataset(
         "a folder of images that is not there",
-        "params.yaml: datasets.scenes.folder: imagse is no folder",
+        "params.yaml: datasets.scenes.folder: imagse is not a folder",
         folder="imagse",
         lists="images",
     ),
     dataset(
         "a folder of lists that is not there",
-        "params.yaml: datasets.scenes.lists: lits is no folder",
+        "params.yaml: datasets.scenes.lists: lits is not a folder",
         folder="images",
         lists="lits",
     ),
@@ -1209,7 +1227,9 @@ STUDIES = [
         ["/nbs/pipeline/probe.ipynb: a cell cannot be parsed", "def (:"],
         cells=notebook("def (:"),
     ),
-    digest_case("a notebook cut short", ["/nbs/pipeline/probe.ipynb: is not a readable notebook"], cells=notebook()[:-9]),
+    digest_case(
+        "a notebook cut short", ["/nbs/pipeline/probe.ipynb: is not a readable notebook"], cells=notebook()[:-9]
+    ),
     digest_case("a notebook of another form", ["/nbs/pipeline/probe.ipynb: is not a readable notebook"], cells="[1]"),
     Case(
         "digest: no stages",
@@ -1260,7 +1280,9 @@ STUDIES = [
     ),
     set_case("no such stage", "nbs/pipeline/prob.ipynb: no such stage (did you mean 'probe'?)", "prob"),
     set_case("a stage that leaves its folder", "stage: '../../etc' is not a valid name", "../../etc"),
-    set_case("an init that leaves its folder", "-p init: '../../etc' is not a valid name", "probe", "-p", "init", "../../etc"),
+    set_case(
+        "an init that leaves its folder", "-p init: '../../etc' is not a valid name", "probe", "-p", "init", "../../etc"
+    ),
     set_case(
         "a dataset that is code",
         """-p dataset: "x'); import os #" is not a valid name""",
@@ -1489,7 +1511,7 @@ def test_what_may_not_be_read():
             and len(Prepared(d / "out/a")) == 2
         )
         for (a, b), says in (
-            ((d / "none", d / "out/b"), "/none: may not be read: change its permissions"),
+            ((d / "none", d / "out/b"), "/none: no permission to read it: change its permissions"),
             ((d / "in", d / "ours/b"), "Permission denied"),
         ):
             done = ask(a, b)
@@ -1621,7 +1643,7 @@ STAGES = {  # id: what is wrong, the stage, what its line says
     "a shard cut short": (
         lambda d: swap(d / "prepared/pool/images-00000.npy", lambda b: b[:-1]),
         "pretrain -p method cmid -p backbone resnet18",
-        "/prepared/pool/images-00000.npy: missing or cut short",
+        "/prepared/pool/images-00000.npy: missing or truncated",
     ),
     "a backbone unknown to timm": (
         nothing,
@@ -1636,7 +1658,7 @@ STAGES = {  # id: what is wrong, the stage, what its line says
     "images that are not there": (
         nothing,
         "prepare -p dataset scenes",
-        "params.yaml: datasets.scenes.folder: data/scenes is no folder",
+        "params.yaml: datasets.scenes.folder: data/scenes is not a folder",
     ),
 }
 
@@ -1662,7 +1684,7 @@ def test_a_stage_ends_in_one_line(name, tmp_path):
 @pytest.mark.parametrize(
     "name, make, args, says",
     [
-        ("cmid_prepare", nothing, ["no", "out"], "cmid_prepare: no: there is no such folder\n"),
+        ("cmid_prepare", nothing, ["no", "out"], "cmid_prepare: no: no such folder\n"),
         (
             "cmid_convert",
             lambda d: torch.save(Trap(d / "ran"), d / "a.pth"),
