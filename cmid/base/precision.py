@@ -60,7 +60,7 @@ def average_precision(
     times=None,  # (draws, images): how often each image counts, as the bootstrap draws them. None: once
     metric: str = "voc07",  # voc07: eleven points | area
 ):  # (draws,), or a number where `times` is None; NaN where there is no object
-    "Average precision of a class (PASCAL VOC, as in arXiv 1711.10398, section 5). Raises `ValueError` for an unknown metric."
+    "Average precision of a class (as in arXiv 1711.10398, section 5). Raises `ValueError` for an unknown metric."
     if metric not in METRICS:
         raise ValueError(f"no metric {metric!r}{near(metric, METRICS)}; known: {', '.join(METRICS)}")
     weights = np.ones((1, len(truths)), int) if times is None else np.asarray(times)

@@ -132,7 +132,7 @@ def reach(
     package,  # folder of the package's modules
     where="code",  # file of that tree, for the error
 ) -> dict:  # module -> hash of its bare tree
-    "Every module that code reaches, directly or not, but empty ones. Raises `CmidError` naming file and line of one that is not Python."
+    "Modules that code reaches, directly or not. Raises `CmidError` naming file and line of one that is not Python."
     found, seen = {}, set()
     waiting = dict.fromkeys(imported(tree), where)
     while waiting:

@@ -62,7 +62,9 @@ def _accuracies(dataset, init, result, kind):
 def accuracy_rows(
     root,  # the study's
     stage: str,  # probe | classify
-) -> list:  # dicts: dataset, probe, fraction, init, accuracy, low, high, correct, train_images, test_images, chance, against
+) -> (
+    list
+):  # dicts: dataset, probe, fraction, init, accuracy, low, high, correct, train_images, test_images, chance, against
     "The result table of a stage: an accuracy with its 95 % interval a row, and its differences to the baselines."
     rows = []
     for (dataset, init), result in stage_results(root, stage).items():
@@ -108,9 +110,10 @@ def _purity_difference(a, b):
 
 def _match_difference(a, b):
     "Difference in the accuracy of matches and its interval, of two results with intervals"
-    p, l, u = (metric_of(a, k) for k in ("accuracy", "low", "high"))
-    q, m, v = (metric_of(b, k) for k in ("accuracy", "low", "high"))
-    return dict(difference=p - q, low=p - q - math.hypot(p - l, v - q), high=p - q + math.hypot(u - p, q - m))
+    p, p_low, p_high = (metric_of(a, k) for k in ("accuracy", "low", "high"))
+    q, q_low, q_high = (metric_of(b, k) for k in ("accuracy", "low", "high"))
+    low = p - q - math.hypot(p - p_low, q_high - q)
+    return dict(difference=p - q, low=low, high=p - q + math.hypot(p_high - p, q - q_low))
 
 # %% ../../nbs/7_study/10_comparisons.ipynb #d79a54cd
 _MEANS = dict(features=("purity", _purity_difference), correspondence=("accuracy", _match_difference))
@@ -132,7 +135,7 @@ def score_rows(
     root,  # the study's
     stage: str,  # features | correspondence
 ) -> list:  # dicts: dataset (features), init, images, score, low, high, chance, branch, against; all of metrics.json
-    "Scores that are means over images, with intervals and differences to the baselines; those without a score are left out."
+    "Means over images with their intervals and differences to the baselines; those without a score are left out."
     key, _ = _MEANS[stage]
     baselines = params_of(root).study.baselines
     found = {k: o for k, o in stage_results(root, stage).items() if metric_of(o, key) is not None}
@@ -279,7 +282,7 @@ def task_rows(
     root,  # the study's
     stage: str,  # segment | change | detect
 ) -> list:  # dicts: stage, dataset, init, head, score, low, high, images, train_images, on_training, against
-    "mIoU, F1 or mAP of each backbone with its interval over images, and paired differences to the baselines; those without a score are left out. Raises `CmidError` naming a damaged file."
+    "mIoU, F1 or mAP of each backbone that has one, with its interval and paired differences to the baselines."
     return copy.deepcopy(_task_rows(root, stage, _stamps(root, stage)))
 
 # %% ../../nbs/7_study/10_comparisons.ipynb #04c71bc0

@@ -37,7 +37,7 @@ def check_study(
 # %% ../../nbs/7_study/01_digest.ipynb #154e495c
 @cli
 def cmid_digest():
-    "Hash the code that each stage reaches, one file a stage; refuse parameters that are misspelt, mistyped or out of range."
+    "Hash the code that each stage reaches, one file a stage; refuse parameters that are misspelt or out of range."
     parser = argparse.ArgumentParser(prog="cmid_digest", description=cmid_digest.__doc__)
     parser.add_argument("out", nargs="?", default="digests", help="folder to write (digests)")
     args = parser.parse_args()

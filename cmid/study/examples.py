@@ -16,9 +16,9 @@ import numpy as np
 from ..base.errors import CmidError
 from ..base.files import write_json
 from ..base.params import Params
+from ..base.precision import average_precision
 from ..base.scores import mean_interval, wilson
 from .results import runs
-from ..base.precision import average_precision
 
 # %% ../../nbs/7_study/08_examples.ipynb #54231bad
 PROBE_ACCURACIES = dict(random=(0.30, 0.36, 0.41), imagenet=(0.38, 0.50, 0.58), other=(0.35, 0.49, 0.612))

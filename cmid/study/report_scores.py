@@ -61,9 +61,7 @@ def _accuracy_tables(root, stage, note, below):
         mine = [o for o in rows if o["dataset"] == name]
         shared = {k: mine[0][k] for k in ("test_images", "chance")}
         classes = next(iter(found[name].values())).metrics.get("classes")
-        datasets.append(
-            shared | dict(name=name, classes=classes, kinds=_kinds(mine), below=below(name, found[name]))
-        )
+        datasets.append(shared | dict(name=name, classes=classes, kinds=_kinds(mine), below=below(name, found[name])))
     return render_scores("accuracies", root, datasets=datasets, names=PROBE_NAMES, note=note) if rows else None
 
 

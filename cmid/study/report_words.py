@@ -207,7 +207,7 @@ def _mean_summary(root, out):
 def summary(
     root,  # the study's
 ) -> dict:  # as JSON takes it
-    "The study's headline numbers with their differences to the baselines, how many warnings, how many runs are missing."
+    "The study's headline numbers with differences to the baselines, and the number of warnings and missing runs."
     missing = sum(len(o) for o in missing_runs(root).values())
     out = dict(missing=missing, warnings=len(warning_sentences(root)), probe={}, classify={}, features={})
     _accuracy_summary(root, out)

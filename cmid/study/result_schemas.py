@@ -52,7 +52,9 @@ class _Segment(_TaskScores):
     def _fits(self):
         _require(list(self.per_class) == self.classes, "per_class has other classes")
         _require(len(self.per_image) == self.images, "per_image has another number of images")
-        _require({len(o) for o in self.per_image} == {len(self.classes) ** 2}, "per_image has another number of classes")
+        _require(
+            {len(o) for o in self.per_image} == {len(self.classes) ** 2}, "per_image has another number of classes"
+        )
         return self
 
 # %% ../../nbs/7_study/09_result_schemas.ipynb #89d39261
@@ -144,7 +146,7 @@ def checked_result(
     stage: str,  # segment | change | detect | labels
     result: Result,
 ) -> Result:  # the same
-    "A result whose metrics.json has the form that its stage gives it; raises `CmidError` naming the file and its fault."
+    "A result whose metrics.json has the form that its stage gives it. Raises `CmidError` naming file and fault."
     try:
         RESULT_SCHEMAS[stage].model_validate(result.metrics)
     except ValidationError as e:

@@ -165,18 +165,19 @@ class _SignalHandler:
         self.busy = False
 
 
+def _caught(work, errors):
+    "Run `work`, and keep its error"
+    try:
+        work()
+    except BaseException as e:
+        errors.append(e)
+
+
 def _in_thread(work, handler):
     "Run `work` in a thread while this one takes SIGINT and SIGTERM; gives its errors"
     errors = []
-
-    def caught():
-        try:
-            work()
-        except BaseException as e:
-            errors.append(e)
-
     before = {o: signal.signal(o, handler) for o in (signal.SIGINT, signal.SIGTERM)}
-    thread = threading.Thread(target=caught)
+    thread = threading.Thread(target=_caught, args=(work, errors))
     thread.start()
     try:
         while thread.is_alive():
