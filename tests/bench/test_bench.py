@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 from cmid.base.errors import CmidError
-from cmid.bench.bench import PARTS, cmid_bench, judge, plan, read_bench, run_grid
+from cmid.bench.bench import cmid_bench
+from cmid.bench.targets import judge, read_bench, run_grid
+from cmid.bench.floor import PARTS
+from cmid.data.scenes import plan
 
 ROOT = Path(__file__).parents[2]
 
