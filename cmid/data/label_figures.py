@@ -96,28 +96,34 @@ def _legend_columns(patches):
     return max(1, min(3, 54 // (4 + longest)))
 
 
-def items_figure(
-    labelled: Labelled,
-    n: int = 4,  # items, spread evenly over those with labels
-):  # matplotlib Figure
-    "Some items with their labels: masks coloured, changes outlined, boxes drawn."
+def _empty_panels(panels, patches):
+    "A figure with two columns of empty panels, and room for a legend below"
     from matplotlib.figure import Figure
 
-    draw, panels = _PANELS[labelled.task]
-    items = _spread_items(labelled, n)
-    patches = _legend_patches(labelled, items)
-    rows, columns = -(-len(items) * panels // 2), _legend_columns(patches)
+    rows, columns = -(-panels // 2), _legend_columns(patches)
     height = 2.3 * rows + 0.17 * -(-len(patches) // columns)
     fig = Figure(figsize=(4.4, height), dpi=80, layout="constrained")
     axes = fig.subplots(rows, 2, squeeze=False).ravel()
     for ax in axes:
         ax.axis("off")
+    if patches:
+        fig.legend(handles=patches, loc="outside lower center", ncols=columns, fontsize=7, frameon=False)
+    return fig, axes
+
+
+def items_figure(
+    labelled: Labelled,
+    n: int = 4,  # items, spread evenly over those with labels
+):  # matplotlib Figure
+    "Some items with their labels: masks coloured, changes outlined, boxes drawn."
+    draw, panels = _PANELS[labelled.task]
+    items = _spread_items(labelled, n)
+    patches = _legend_patches(labelled, items)
+    fig, axes = _empty_panels(len(items) * panels, patches)
     for k, i in enumerate(items):
         of_item = axes[k * panels : (k + 1) * panels]
         draw(of_item, labelled, i)
         of_item[0].set_title(labelled.names[i][-33 * panels :], fontsize=7, loc="left")
-    if patches:
-        fig.legend(handles=patches, loc="outside lower center", ncols=columns, fontsize=7, frameon=False)
     return fig
 
 # %% ../../nbs/2_data/29_label_figures.ipynb #c90e6bda

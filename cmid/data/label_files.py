@@ -249,7 +249,7 @@ def split_files(
     image_folders=(),  # folders in which listed names without a folder are looked up
     where: str = "splits",  # how errors name the key
 ) -> dict:  # split: names relative to `root`, each once
-    "Find the images of each split. Raises `CmidError` for a pattern without a match and for a line that names no image."
+    "Find the images of each split. Raises `CmidError` for a pattern or a line that matches no image."
     root = Path(root)
     found = {k: _split_images(root, v, image_folders, f"{where}.{k}") for k, v in splits.items()}
     for name, images in found.items():

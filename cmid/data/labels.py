@@ -22,9 +22,9 @@ from tqdm import tqdm
 from ..base.errors import CmidError, writing
 from ..base.files import write_json, write_whole
 from ..base.params import Params
-from .label_audit import labelled_findings, refuse
-from .label_items import PixelFormat, choose_pixels, read_header, read_item
-from .label_source import LabelSource, find_source, list_items, several
+from .label_audit import labelled_findings, refuse_labels
+from .label_items import PixelFormat, choose_pixels, read_header, read_labelled_item
+from .label_source import LabelSource, find_source, join_first, list_items
 from .labelled import IGNORE, LABELLED_FILES, LABELLED_FORMAT, MASKED, Labelled, is_labelled
 from .pairs import places_differ
 from .passes import ordered_results, remove_files, require_room
@@ -158,7 +158,7 @@ def _store_items(folder, source, pixels, items, headers):
 
 
 def _read_job(source, pixels, job):
-    return read_item(source, pixels, *job)
+    return read_labelled_item(source, pixels, *job)
 
 # %% ../../nbs/2_data/28_labels.ipynb #1c0b10f5
 def _check_places(source, items, first, second):
@@ -170,7 +170,8 @@ def _check_places(source, items, first, second):
     ]
     if apart:
         raise CmidError(
-            f"{source.folder}: {several(apart)} are at different places, as their files say; a pair must be registered"
+            f"{source.folder}: {join_first(apart)} are at different places, as their files say; "
+            "a pair must be registered"
         )
 
 
@@ -229,7 +230,7 @@ def _write_items(folder, source: LabelSource, pixels, headers, items, splits, un
     "Read all items and write a store"
     require_room(folder, _store_bytes(source, pixels, headers))
     records, shards = _store_items(folder, source, pixels, items, headers)
-    refuse(source, items, records)
+    refuse_labels(source, items, records)
     _write_manifest(folder, source, pixels, items, splits, unlabelled, records, shards)
 
 

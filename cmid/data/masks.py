@@ -59,7 +59,7 @@ def _lookup_table(values, colours, size):
 
 # %% ../../nbs/2_data/22_masks.ipynb #b7162bdb
 class ClassTable:
-    "What the values of masks mean. A value is an entry: `class_of` has its class (255: ignored), `value_texts` its text."
+    "What the values of masks mean: `class_of` has the class of each value (255: ignored), `value_texts` its text."
 
     def __init__(
         self,

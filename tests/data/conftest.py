@@ -12,6 +12,7 @@ from rasterio.transform import from_origin
 
 from cmid.base.params import Params
 from cmid.data.labels import label_dataset
+from cmid.data.prepare import prepare
 
 ENTRIES = dict(
     segment=dict(
@@ -145,3 +146,57 @@ def new_study(tmp_path):
 def module_study(tmp_path_factory):
     "A study that all tests of a file share."
     return LabelStudy(tmp_path_factory.mktemp("study"))
+
+
+class ImageFolder:
+    "A folder of images with lists beside it, and what `prepare` makes of them."
+
+    def __init__(self, root):
+        self.root, self.path = root, root / "in"
+        self.path.mkdir()
+
+    def tiff(self, name, pixels, driver="GTiff", **options):
+        "Write (C, h, w)."
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shape = dict(zip(("count", "height", "width"), pixels.shape))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with rasterio.open(path, "w", driver=driver, dtype=pixels.dtype, **shape, **options) as file:
+                file.write(pixels)
+        return path
+
+    def picture(self, name, seed=0, size=(40, 50), mode="RGB", **options):
+        "Write noise as a PNG or JPEG."
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype="uint8")
+        Image.fromarray(noise).convert(mode).save(path, **options)
+        return path
+
+    def pictures(self, count, **options):
+        for i in range(count):
+            self.picture(f"{i:03}.png", i, **options)
+
+    def truncate(self, name, size):
+        (self.path / name).write_bytes((self.path / name).read_bytes()[:size])
+
+    def classes(self):
+        "Three class folders of three images."
+        for name in "ash", "birch", "cedar":
+            for i in range(3):
+                self.picture(f"{name}/{name}_{i}.png", sum(map(ord, name)) + i)
+
+    def lists(self, **texts):
+        for split, text in texts.items():
+            (self.root / f"{split}.txt").write_bytes(text.encode())
+        return {split: self.root / f"{split}.txt" for split in texts}
+
+    def prepare(self, out="out", side=32, **options):
+        return prepare(self.path, self.root / out, side=side, **options)
+
+
+@pytest.fixture
+def images(tmp_path):
+    "A folder to write images into."
+    return ImageFolder(tmp_path)

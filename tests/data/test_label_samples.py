@@ -43,6 +43,7 @@ def dubai_entry(folder):
     return dict(folder=str(folder), splits=dict(train="Tile [1-6]/images/*", test="Tile [78]/images/*"))
 
 
+@pytest.mark.slow
 def test_dubai_with_its_own_class_file_stops(study, unpacked):
     "Its class file names other colours: all of them are listed with pixels and files; so is the stray black."
     folder = unpacked("seg_dubai")
@@ -58,6 +59,7 @@ def test_dubai_with_its_own_class_file_stops(study, unpacked):
         assert colour in message or name == "Unlabeled"
 
 
+@pytest.mark.slow
 def test_dubai(study, unpacked):
     entry = dubai_entry(unpacked("seg_dubai"))
     labelled = study.read("segment", classes=DUBAI, ignore=["#000000"], **entry)
