@@ -113,10 +113,14 @@ def _split(prepared, name):
     unlabelled = index[prepared.labels[index] < 0]
     if len(unlabelled):
         raise CmidError(
-            f"{prepared.folder}: {len(unlabelled)} images of split {name!r} have no class, "
+            f"{prepared.folder}: {_images_are(unlabelled)} in split {name!r} without a class, "
             f"the first is {prepared.source(unlabelled[0])}"
         )
     return index
+
+
+def _images_are(index):
+    return "1 image is" if len(index) == 1 else f"{len(index)} images are"
 
 
 def _check_disjoint(prepared, train, test, names):
@@ -124,7 +128,7 @@ def _check_disjoint(prepared, train, test, names):
     both = np.intersect1d(train, test)
     if len(both):
         raise CmidError(
-            f"{prepared.folder}: {len(both)} images are in both {names[0]!r} and {names[1]!r}, "
+            f"{prepared.folder}: {_images_are(both)} in both {names[0]!r} and {names[1]!r}, "
             f"the first is {prepared.source(both[0])}; list each once"
         )
 
@@ -136,8 +140,8 @@ def _check_classes(prepared, train, test, names):
     if len(unknown):
         first = unknown[0]
         raise CmidError(
-            f"{prepared.folder}: {len(unknown)} images of {names[1]!r} are of a class that {names[0]!r} has no "
-            f"image of, the first is {prepared.source(first)} ({prepared.classes[labels[first]]!r}); correct the lists"
+            f"{prepared.folder}: {_images_are(unknown)} in {names[1]!r} of a class that {names[0]!r} does not have, "
+            f"the first is {prepared.source(first)} ({prepared.classes[labels[first]]!r}); correct the lists"
         )
 
 

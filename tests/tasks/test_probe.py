@@ -443,7 +443,7 @@ def test_what_is_wrong_is_named(scenes):
     x = np.zeros((6, 3, 32, 32), "uint8")
     y = np.array([0, 1, 0, 1, -1, -1])
     fake = lambda labels, test: Fake(x, labels, np.arange(4), np.array(test, int), list("ab"))
-    with pytest.raises(CmidError, match="2 images of split 'test' have no class, the first is 4.png"):
+    with pytest.raises(CmidError, match="2 images are in split 'test' without a class, the first is 4.png"):
         go(fake(y, [4, 5]))
     with pytest.raises(CmidError, match="split 'test' is empty"):
         go(fake(y, []))

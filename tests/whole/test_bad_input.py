@@ -1124,7 +1124,7 @@ MEETINGS = [
     ),
     splits(
         "a label outside the classes",
-        "1 images of 'test' are of a class that 'train' has no image of, the first is cedar/cedar_2.png ('cedar'); correct the lists",
+        "1 image is in 'test' of a class that 'train' does not have, the first is cedar/cedar_2.png ('cedar'); correct the lists",
         train="ash_0.png 0\nbirch_0.png 1\n",
         test="ash_1.png 0\ncedar_2.png 2\n",
     ),
@@ -1260,17 +1260,17 @@ STUDIES = [
     ),
     study_case(
         "folder of images that is not there",
-        "datasets.pool.folder: data/pool is no folder; name it with --set datasets.pool.folder=/where/it/is",
+        "datasets.pool.folder: data/pool is not a folder; name it with --set datasets.pool.folder=/where/it/is",
     ),
     study_case(
         "folder of labels that is not there",
-        "tasks.land.folder: data/segmentation is no folder; name it with --set tasks.land.folder=/where/it/is",
+        "tasks.land.folder: data/segmentation is not a folder; name it with --set tasks.land.folder=/where/it/is",
         *(f"datasets.{o}.{k}=." for o in ("pool", "scenes") for k in ("folder", "lists")),
     ),
     study_case("set without a value", "--set pretrain.epochs: write KEY=VALUE", "pretrain.epochs"),
     study_case(
         "set a misspelt key",
-        "--set pretrain.epoch: pretrain.epoch is no parameter (did you mean 'epochs'?)",
+        "--set pretrain.epoch: pretrain.epoch is not a parameter (did you mean 'epochs'?)",
         "pretrain.epoch=3",
     ),
     study_case("set what is no YAML", "--set pretrain.betas: not valid YAML", "pretrain.betas=[1, 2"),
@@ -1325,7 +1325,7 @@ def test_one_line_and_nothing_lost(case, tmp_path, monkeypatch):
 
 def test_a_smoke_study_has_tasks_of_its_own(tmp_path):
     with pytest.raises(
-        CmidError, match="smoke: 'other' is no task of a smoke study, which has only land, dates, objects"
+        CmidError, match="smoke: 'other' is not a task of a smoke study, which has only land, dates, objects"
     ):
         smoke_tasks(tmp_path, ["land", "other"])
     assert not list(tmp_path.iterdir())
