@@ -17,11 +17,11 @@ from ..base.errors import CmidError, cli
 from ..base.files import root
 from ..base.params import Params, check_all
 from ..base.runtime import provenance, seed_everything
-from ..data.batches import Mix, corpus, shares
+from ..data.batches import CorpusMix, counts_by_weight, select_corpus
 from ..data.dataset import Prepared
 from .code import digest
 from ..train.pretrain import pretrain_learner, run_pretraining
-from ..train.processes import followed, joined, launch, own_device, rank
+from ..train.processes import follow_launcher, process_group, launch, process_device, rank
 
 # %% ../../nbs/7_study/05_train.ipynb #f73af205
 def study_learner(
@@ -35,15 +35,15 @@ def study_learner(
     "The learner of one cell of a study. Raises `CmidError` naming the key or folder that is wrong."
     settings, health = p.pretrain, p.health
     prepared, labelled = (Prepared(p.path("prepared") / o) for o in (settings.dataset, health.labelled))
-    index = corpus(prepared, settings.split)
-    if isinstance(index, Mix) and rank() == 0 and "CMID_LAUNCHER" not in os.environ:
+    index = select_corpus(prepared, settings.split)
+    if isinstance(index, CorpusMix) and rank() == 0 and "CMID_LAUNCHER" not in os.environ:
         say(
             "an epoch mixes "
             + ", ".join(
                 f"{n:,} of {k}"
                 for k, n in zip(
                     settings.split,
-                    shares((settings.epoch_images or len(index)) // settings.batch * settings.batch, index.weights),
+                    counts_by_weight((settings.epoch_images or len(index)) // settings.batch * settings.batch, index.weights),
                 )
             )
         )
@@ -84,8 +84,8 @@ def pretrain_study(
     "Pretrain one cell of the study to its last checkpoint, alone or as one of the processes that torchrun started. Raises `CmidError` naming the key that is wrong."
     p = check_all(Params(root()))
     seed_everything(p.run.seed, p.run.deterministic)
-    on = own_device(p.run.device)
-    with joined(on):
+    on = process_device(p.run.device)
+    with process_group(on):
         learn = run_pretraining(study_learner(p, method, backbone, on, code or trained_by()))
         learn.journal.say(f"trained to step {learn.cmid.done}: {learn.checkpoints.folder}")
 
@@ -98,7 +98,7 @@ def cmid_pretrain():
     parser.add_argument("backbone", help="timm name, such as resnet50")
     parser.add_argument("--code", default="", help="digest of the code that trains; found out if not given")
     a = parser.parse_args()
-    followed()
+    follow_launcher()
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         pretrain_study(a.method, a.backbone, a.code)

@@ -19,7 +19,7 @@ with warnings.catch_warnings():  # fastai 2.8 scripts a function when it is impo
 from ..base.errors import CmidError
 from .checkpoint import checkpoints
 from .health import Watch, alarms
-from .processes import averaged
+from .processes import mean_over_processes
 from .training import clock
 
 # %% ../../nbs/4_train/09_journal.ipynb #7a8cb2ee
@@ -90,7 +90,7 @@ class Journal(Callback):
         "Losses and gradient norms of this epoch's steps, (steps, 5), means over all processes. Raises `CmidError`."
         steps = self.learn.cmid
         found = torch.cat([torch.stack(steps.sums), torch.stack(steps.norms)[:, None]], 1)
-        found = averaged(found).float().cpu().numpy()
+        found = mean_over_processes(found).float().cpu().numpy()
         first = steps.done - len(found)
         checked = found[:, 1:-1] if steps.scaler.is_enabled() else found[:, 1:]  # float16 drops steps that overflow
         wrong = np.argwhere(~np.isfinite(checked))

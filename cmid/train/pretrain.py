@@ -21,7 +21,7 @@ from timm.optim import Adan
 
 from ..base.errors import CmidError
 from ..base.runtime import device, step_generator
-from ..data.batches import Batches, members
+from ..data.batches import Batches, distinct_images
 from ..method.masking import fill_mean
 from ..method.model import CMID
 from ..method.views import TwoViews
@@ -30,7 +30,7 @@ from ..settings.pretrain import Pretrain
 from .export import input_statistics
 from .health import Watch
 from .journal import Curves, Journal
-from .processes import rank, synchronised, world
+from .processes import rank, synchronise_batch_norm, world
 from .resume import Checkpoints, stoppable
 from .steps import CMIDCallback, peak_lr
 from .training import parameter_groups, precision_of, too_large, unwrapped_errors
@@ -114,7 +114,7 @@ def _model_on_device(settings, backbone, variant, images, on):
     token = model.student.encoder.mask_token
     token.data = token.data.clone(memory_format=torch.contiguous_format)  # the memory format of its gradient
     if settings.sync_batch_norm and world() > 1:
-        synchronised(model, on)
+        synchronise_batch_norm(model, on)
     model.student.encoder.gradient_checkpointing = settings.gradient_checkpointing
     if settings.compile:
         for branch in (model.student, model.teacher):
@@ -199,7 +199,7 @@ def _announce(learn, settings, batches, dtype, say):
 
 def pretrain_learner(
     images,  # `dataset.Prepared`: uint8 rows, with bands, side, mean and std
-    index,  # which of them are the corpus: what `batches.corpus` gives
+    index,  # which of them are the corpus: what `select_corpus` gives
     settings: Pretrain,  # params.yaml: pretrain
     backbone: str,  # timm name
     variant: str = "cmid",  # cmid | byol
@@ -221,7 +221,7 @@ def pretrain_learner(
     batches = Batches(images, index, settings.batch, seed, settings.epoch_images, on=on, rank=rank(), processes=world())
     if rank():
         say, health = _silent, None
-    watch = health and Watch(images, members(index), health, labelled, settings.mask_ratio, seed, size)
+    watch = health and Watch(images, distinct_images(index), health, labelled, settings.mask_ratio, seed, size)
     callbacks = [CMIDCallback(settings, _two_views(images, settings, model.stride), seed, dtype), Journal(watch, say)]
     if folder is not None:
         identity = _identity(images, settings, backbone, variant, seed, data_hash, code, dtype)

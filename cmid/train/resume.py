@@ -22,7 +22,7 @@ with warnings.catch_warnings():  # fastai 2.8 scripts a function when it is impo
 
 from ..base.files import write_json
 from .checkpoint import checkpoints, differences, latest, save
-from .processes import Asked, averaged, rank
+from .processes import StopRequest, mean_over_processes, rank
 
 # %% ../../nbs/4_train/10_resume.ipynb #b28c637a
 def _note_of_ways(then, now):
@@ -50,7 +50,7 @@ class Checkpoints(Callback):
         self.way = way or {}
         self.ways = []  # of the run so far, each with its first step
         self.asked = False  # was this process asked to stop?
-        self.agree = Asked()
+        self.agree = StopRequest()
         key = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()
         self.folder = Path(folder) / key[:8]
 
@@ -110,7 +110,7 @@ class Checkpoints(Callback):
         "Writes the checkpoint of the last step, in the first process. Raises `CmidError` where the disk is full."
         steps, journal = self.learn.cmid, self.learn.journal
         part = steps.done % steps.epoch_steps
-        sums = list(averaged(torch.stack(steps.sums))) if part else []  # takes part in all processes
+        sums = list(mean_over_processes(torch.stack(steps.sums))) if part else []  # takes part in all processes
         if rank():
             return
         if self.commit not in self.commits:

@@ -819,8 +819,8 @@ MODELS = [
         lambda d: load_backbone(d / "models/cmid-resnet18"),
         ["models/cmid-resnet18/card.json: there is no backbone here"],
     ),
-    model_case("card cut short", "card.json", lambda b: b[:-20], "card.json: is no JSON"),
-    model_case("card nested without end", "card.json", lambda b: b"[" * 100_000, "card.json: is no JSON"),
+    model_case("card cut short", "card.json", lambda b: b[:-20], "card.json: is not JSON"),
+    model_case("card nested without end", "card.json", lambda b: b"[" * 100_000, "card.json: is not JSON"),
     model_case("card a list", "card.json", lambda b: b"[]", "card.json: must hold a JSON object"),
     model_case(
         "card of a newer version",
@@ -872,31 +872,31 @@ MODELS = [
         "weights cut short",
         "model.safetensors",
         lambda b: b[: 10**6],
-        "model.safetensors: is cut short or is no safetensors file",
+        "model.safetensors: is truncated or not a safetensors file",
     ),
     model_case(
         "weights with a header of 4 EB",
         "model.safetensors",
         lambda b: (2**62).to_bytes(8, "little") + b[8:99],
-        "model.safetensors: is cut short or is no safetensors file",
+        "model.safetensors: is truncated or not a safetensors file",
     ),
     model_case(
         "weights that claim 4 TB",
         "model.safetensors",
         safetensors_header({"a": dict(dtype="F32", shape=[10**12], data_offsets=[0, 4 * 10**12])}, b"x" * 8),
-        "model.safetensors: is cut short or is no safetensors file",
+        "model.safetensors: is truncated or not a safetensors file",
     ),
     model_case(
         "weights whose shape overflows",
         "model.safetensors",
         safetensors_header({"a": dict(dtype="F32", shape=[2**40, 2**40], data_offsets=[0, 8])}, b"x" * 8),
-        "model.safetensors: is cut short or is no safetensors file",
+        "model.safetensors: is truncated or not a safetensors file",
     ),
     model_case(
         "weights that are a pickle",
         "model.safetensors",
         lambda b: bytes_of(dict(a=Trap("ran"))),
-        "model.safetensors: is cut short or is no safetensors file",
+        "model.safetensors: is truncated or not a safetensors file",
     ),
     model_case(
         "weights with one too many",
@@ -941,15 +941,15 @@ def checkpoint_bytes():
 
 
 CHECKPOINTS = [
-    checkpoint_case("text", lambda d: b"hello", "cut short or altered"),
-    checkpoint_case("empty", lambda d: b"", "cut short or altered"),
-    checkpoint_case("cut short", lambda d: checkpoint_bytes()[:-100], "cut short or altered"),
-    checkpoint_case("a picture", lambda d: png_bytes(d), "cut short or altered"),
-    checkpoint_case("other tensors", lambda d: bytes_of([torch.ones(3)]), "is no training checkpoint of cmid"),
+    checkpoint_case("text", lambda d: b"hello", "truncated or altered"),
+    checkpoint_case("empty", lambda d: b"", "truncated or altered"),
+    checkpoint_case("cut short", lambda d: checkpoint_bytes()[:-100], "truncated or altered"),
+    checkpoint_case("a picture", lambda d: png_bytes(d), "truncated or altered"),
+    checkpoint_case("other tensors", lambda d: bytes_of([torch.ones(3)]), "is not a training checkpoint of cmid"),
     checkpoint_case(
         "of another form",
         lambda d: bytes_of(dict(format=torch.ones(3), meta=[], state={})),
-        "is no training checkpoint of cmid",
+        "is not a training checkpoint of cmid",
     ),
     checkpoint_case(
         "of a newer version",
@@ -964,7 +964,7 @@ CHECKPOINTS = [
         expect=dict(lr=0.2, head=dict(dim=16, depth=2)),
     ),
     checkpoint_case("a pickle that calls", lambda d: bytes_of(trapped(d)), "could run code, and was not opened"),
-    checkpoint_case("a bare pickle that calls", lambda d: pickle.dumps(Trap(d / "ran")), "cut short or altered"),
+    checkpoint_case("a bare pickle that calls", lambda d: pickle.dumps(Trap(d / "ran")), "truncated or altered"),
     Case(
         "checkpoint: not one can be read",
         lambda d: (d / "ckpt").mkdir() or (d / "ckpt/epoch-1.ckpt").write_bytes(b"x"),
@@ -1638,7 +1638,7 @@ STAGES = {  # id: what is wrong, the stage, what its line says
     "a card cut short": (
         lambda d: swap(d / "models/random-resnet18/card.json", lambda b: b[:-20]),
         "probe -p dataset scenes -p init random-resnet18",
-        "/models/random-resnet18/card.json: is no JSON",
+        "/models/random-resnet18/card.json: is not JSON",
     ),
     "a shard cut short": (
         lambda d: swap(d / "prepared/pool/images-00000.npy", lambda b: b[:-1]),

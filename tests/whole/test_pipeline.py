@@ -274,7 +274,7 @@ def test_code_of_the_method_trains_anew(study):
     ]
     assert (
         study.metrics("pretrain", "cmid-resnet18")["reconstruction"] != before["reconstruction"]
-        and "going on after" not in study.said
+        and "resuming after" not in study.said
     )
 
 
