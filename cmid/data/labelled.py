@@ -140,6 +140,10 @@ def _check_boxes(polygons, classes, difficult, objects, known):
         raise ValueError("a box is of an unknown class")
 
 # %% ../../nbs/2_data/20_labelled.ipynb #0f01d332
+def _counted(n, noun):
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
+
+
 def _split_line(manifest, split):
     "Images, classes and ignored pixels of a split"
     counts = manifest["histogram"][split]
@@ -148,8 +152,8 @@ def _split_line(manifest, split):
     else:
         unit, shares = "pixels", [f"{n / max(1, sum(counts)):.1%}" for n in counts]
     classes = ", ".join(f"{k} {share}" for k, share in zip(manifest["classes"], shares))
-    images = len(manifest["splits"][split])
-    return f"{split}: {images:,} images; {unit} {classes}; ignored {manifest['ignored'][split]:,}"
+    images = _counted(len(manifest["splits"][split]), "image")
+    return f"{split}: {images}; {unit} {classes}; ignored {manifest['ignored'][split]:,}"
 
 
 def _finding_line(finding):
@@ -162,11 +166,10 @@ def labels_table(
     manifest: dict,  # of a store
 ) -> str:  # some lines
     "What a store holds, and the findings of its audit; warnings come first."
-    items = "pairs" if manifest["task"] in DATED else "images"
+    items = _counted(len(manifest["names"]), "pair" if manifest["task"] in DATED else "image")
     low, high = (" x ".join(str(n) for n in reduce(manifest["sizes"], 0)) for reduce in (np.min, np.max))
     head = (
-        f"{len(manifest['names']):,} {items} of {manifest['bands']} bands for {manifest['task']}, "
-        f"{low} to {high} px (height x width)"
+        f"{items} of {_counted(manifest['bands'], 'band')} for {manifest['task']}, {low} to {high} px (height x width)"
     )
     findings = sorted(manifest["audit"], key=lambda o: o["level"] != "warning")
     lines = [head]
