@@ -161,9 +161,10 @@ def digest(
     notebook,  # a stage's path
     package,  # folder of the package's modules
 ) -> dict:  # part -> hash, and `all`
-    "Hashes of what a stage reaches: its own cells, each module, and the templates that these load."
+    "Hashes of what a stage reaches: its cells, each module, the schema of its section, and the templates."
     tree = notebook_tree(notebook)
-    modules = reach(tree, package, notebook)
+    schema = ast.parse(f"import cmid.settings.{Path(notebook).stem}")  # `Stage` loads it by its name
+    modules = reach(tree, package, notebook) | reach(schema, package)
     parts = modules | _template_hashes(modules, package)
     hashes = {"notebook": _tree_hash(tree)} | dict(sorted(parts.items()))
     return {"all": _hash(json.dumps(hashes).encode())} | hashes

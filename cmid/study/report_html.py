@@ -105,13 +105,21 @@ def _drawn_uri(draw, ink):
     return _data_uri(out.getvalue())
 
 
+def _jpeg(path):
+    "A picture as JPEG, or None: an image of nothing but noise overflows the buffer of Pillow"
+    out = io.BytesIO()
+    try:
+        with Image.open(path) as image:
+            image.convert("RGB").save(out, "jpeg", quality=JPEG_QUALITY, subsampling=0, optimize=True)
+    except OSError:
+        return None
+    return out.getvalue()
+
+
 def _saved_uri(path):
     "A PNG as it is, or as JPEG where that is smaller"
-    out = io.BytesIO()
-    with Image.open(path) as image:
-        image.convert("RGB").save(out, "jpeg", quality=JPEG_QUALITY, subsampling=0, optimize=True)
-    png, jpeg = Path(path).read_bytes(), out.getvalue()
-    return _data_uri(png) if len(png) <= len(jpeg) else _data_uri(jpeg, "jpeg")
+    jpeg, png = _jpeg(path), Path(path).read_bytes()
+    return _data_uri(png) if jpeg is None or len(png) <= len(jpeg) else _data_uri(jpeg, "jpeg")
 
 
 def themed_figure(

@@ -10,17 +10,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from PIL import Image
 
 from cmid.base.errors import CmidError
-from cmid.base.files import load_yaml, write_json, write_whole
-from cmid.base.scores import difference, wilson
-from cmid.study import report, results
+from cmid.base.files import write_json
+from cmid.base.scores import difference
+from cmid.study.comparisons import probe_rows, task_rows
+from cmid.study.examples import example_accuracy
+from cmid.study.report import report_page
+from cmid.study.report_html import saved_figure
+from cmid.study.report_runs import label_section
+from cmid.study.report_words import accuracy_sentence, headlines, summary
+from cmid.study.results import TASK_SCORES, runs
 
 ROOT = Path(__file__).parents[2]
 VOID = {"meta", "img", "br", "source", "wbr"}
 INITS = ["cmid-resnet18", "random-resnet18", "imagenet-resnet18", "cmid-resnet50"]
+LINKS = "src", "srcset", "href", "action", "data", "poster"
 
 
 class Page(HTMLParser):
@@ -46,207 +52,264 @@ class Page(HTMLParser):
             self.text += data
 
     def all(self, tag):
-        return [a for t, a in self.elements if t == tag]
+        return [attributes for name, attributes in self.elements if name == tag]
+
+    def links(self):
+        return [o[k] for _, o in self.elements for k in LINKS if k in o]
+
+    def handlers(self):
+        "Attributes that would run a script"
+        return [k for _, o in self.elements for k in o if k.startswith("on")]
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    "Made-up results of a study; each test has a copy."
-    at = tmp_path_factory.mktemp("made")
-    values = load_yaml(ROOT / "params.yaml")
-    values["profile"], values["profiles"] = "sample", {"sample": values["profiles"]["sample"]}
-    values["study"] = dict(
-        backbones=["resnet18", "resnet50"],
-        methods=["cmid"],
-        baselines=["random-resnet18", "imagenet-resnet18"],
-        inits=INITS,
-        probes=["scenes"],
-        segment=["land"],
-        change=["dates"],
-        detect=["objects"],
-    )
-    write_whole(at / "params.yaml", yaml.safe_dump(values, sort_keys=False))
-    results.example_results(at)
-    return at
+def parsed(html):
+    page = Page(html)
+    assert not page.crossed, page.crossed
+    assert not page.open, page.open
+    return page
+
+
+def page_of(study):
+    return parsed(report_page(study))
+
+
+def text_of(study):
+    return " ".join(page_of(study).text.split())
 
 
 @pytest.fixture(scope="module")
 def whole(made):
     "The page with all its figures."
-    return report.html(made)
+    return report_page(made)
 
 
-@pytest.fixture
-def study(made, tmp_path):
-    return shutil.copytree(made, tmp_path / "study")
-
-
-@pytest.fixture
-def plain(monkeypatch):
-    "Figures are made but not rendered, which is most of a report's time."
-    monkeypatch.setattr(report, "_png", lambda draw, colour: draw() and "data:image/png;base64,")
-    monkeypatch.setattr(report, "_light", lambda path: "data:image/png;base64,")
-
-
-def page(study):
-    return checked(report.html(study))
-
-
-def checked(html):
-    p = Page(html)
-    assert not p.crossed and not p.open, (p.crossed, p.open)
-    return p
-
-
-def change(path, **more):
-    write_json(path, json.loads(path.read_text()) | more)
+# The page as a file
 
 
 def test_one_file_that_fetches_nothing(whole):
-    p = checked(whole)
-    assert "Missing" not in p.text and "cannot be" not in p.text
-    assert p.all("img") and all(a.get("alt", "").strip() for a in p.all("img"))
-    links = [
-        v for _, a in p.elements for k, v in a.items() if k in ("src", "srcset", "href", "action", "data", "poster")
-    ]
-    assert links and all(o.startswith(("data:image/png;base64,", "data:image/jpeg;base64,", "#")) for o in links)
-    assert {o[1:] for o in links if o.startswith("#")} <= {a.get("id") for _, a in p.elements}
-    assert not p.all("script") and not p.all("link") and "url(" not in report.STYLE and "@import" not in report.STYLE
-    assert not [k for _, a in p.elements for k in a if k.startswith("on")]
-    assert len([t for t, _ in p.elements if t == "h1"]) == 1 and p.all("html")[0]["lang"] and p.all("main")
-    assert len(p.all("source")) > 2 and all(a["media"] == "(prefers-color-scheme: dark)" for a in p.all("source"))
+    page = parsed(whole)
+    embedded = "data:image/png;base64,", "data:image/jpeg;base64,", "#"
+    assert page.links()
+    assert all(o.startswith(embedded) for o in page.links())
+    assert not page.all("script")
+    assert not page.all("link")
+    assert not page.handlers()
+    style = (ROOT / "cmid/study/templates/report.css").read_text()
+    assert "url(" not in style
+    assert "@import" not in style
 
 
-def test_numbers_are_those_of_the_results(study, plain):
-    shown = [float(a["value"]) for a in page(study).all("data")]
-    read = lambda stage, init, name="metrics": json.loads(
-        (study / "results" / stage / init / f"{name}.json").read_text()
-    )
-    rivals = lambda init: INITS[1:3] if init == "cmid-resnet18" else []
+def test_a_page_for_people(whole):
+    page = parsed(whole)
+    assert whole.startswith("<!doctype html>")
+    assert "Missing" not in page.text
+    assert "cannot be" not in page.text
+    assert page.all("img")
+    assert all(o.get("alt", "").strip() for o in page.all("img"))
+    ids = {o.get("id") for _, o in page.elements}
+    assert {o[1:] for o in page.links() if o.startswith("#")} <= ids
+    assert len(page.all("h1")) == 1
+    assert page.all("html")[0]["lang"]
+    assert page.all("main")
+
+
+def test_drawn_figures_have_a_dark_form(whole):
+    sources = parsed(whole).all("source")
+    assert len(sources) > 2
+    assert all(o["media"] == "(prefers-color-scheme: dark)" for o in sources)
+
+
+def test_the_style_sheet_is_in_the_page(whole):
+    style = (ROOT / "cmid/study/templates/report.css").read_text()
+    assert style.strip() in whole
+
+
+def test_it_repeats(made, whole):
+    assert report_page(made) == whole
+
+
+# Numbers
+
+
+def rivals(init):
+    return INITS[1:3] if init == "cmid-resnet18" else []
+
+
+def read(study, stage, init, name="metrics"):
+    return json.loads((study / "results" / stage / init / f"{name}.json").read_text())
+
+
+def accuracy_numbers(study, stage, kind, fraction):
+    "Numbers of one table of accuracies, row by row"
+    numbers = []
+    for init in INITS:
+        mine = read(study, f"{stage}/scenes", init)[kind][fraction]
+        numbers += [mine["accuracy"], mine["low"], mine["high"]]
+        for baseline in rivals(init):
+            other = read(study, f"{stage}/scenes", baseline)[kind][fraction]
+            numbers.append(mine["accuracy"] - other["accuracy"])
+            numbers += difference(mine["correct"], 500, other["correct"], 500)
+    return numbers
+
+
+def task_numbers(study, stage):
+    "Numbers of a task's tables, a table a head; that they are right is shown by the notebook"
+    numbers = []
+    for row in sorted(task_rows(study, stage), key=lambda o: o["head"] or ""):
+        metrics = read(study, f"{stage}/{row['dataset']}", row["init"])
+        score = metrics["heads"][row["head"]]["f1"] if row["head"] else metrics[TASK_SCORES[stage]]
+        assert row["score"] == pytest.approx(score)
+        numbers += [row["score"], row["low"], row["high"]]
+        for other in row["against"]:
+            numbers += [other["difference"], other["low"], other["high"]]
+    return numbers
+
+
+def purity_numbers(study):
+    numbers = []
+    for init in INITS:
+        metrics = read(study, "features/scenes", init)
+        numbers += [metrics["purity"], metrics["low"], metrics["high"]]
+        purity = np.array(read(study, "features/scenes", init, "embedding")["purity"])
+        for baseline in rivals(init):
+            change = purity - read(study, "features/scenes", baseline, "embedding")["purity"]
+            half = 1.959963984540054 * change.std(ddof=1) / 120**0.5
+            numbers += [change.mean(), change.mean() - half, change.mean() + half]
+    return numbers
+
+
+def match_numbers(study):
+    numbers = []
+    for init in INITS:
+        metrics = read(study, "correspondence", init)
+        numbers += [metrics["accuracy"], metrics["low"], metrics["high"]]
+        for baseline in rivals(init):  # both intervals are .05 to either side
+            change = metrics["accuracy"] - read(study, "correspondence", baseline)["accuracy"]
+            numbers += [change, change - 0.005**0.5, change + 0.005**0.5]
+    return numbers
+
+
+def test_numbers_are_those_of_the_results(made, plain):
     due = []
-    for stage, kind, f in [("probe", k, f) for k in ("linear", "knn") for f in ("0.01", "0.1", "1.0")] + [
-        ("classify", "finetune", "1.0")
-    ]:
-        for i in INITS:
-            m = read(f"{stage}/scenes", i)[kind][f]
-            due += [m["accuracy"], m["low"], m["high"]]
-            for b in rivals(i):
-                o = read(f"{stage}/scenes", b)[kind][f]
-                due += [m["accuracy"] - o["accuracy"], *difference(m["correct"], 500, o["correct"], 500)]
-    for stage in results.TASKS:  # the arithmetic is that of the notebook; here, that the page shows it
-        for o in sorted(results.task_rows(study, stage), key=lambda o: o["head"] or ""):  # a table a head
-            due += [o["score"], o["low"], o["high"]] + [
-                a[k] for a in o["against"] for k in ("difference", "low", "high")
-            ]
-            m = read(f"{stage}/{o['dataset']}", o["init"])
-            assert o["score"] == pytest.approx(m["heads"][o["head"]]["f1"] if o["head"] else m[results.TASKS[stage]])
-    for i in INITS:
-        m, p = read("features/scenes", i), np.array(read("features/scenes", i, "embedding")["purity"])
-        due += [m["purity"], m["low"], m["high"]]
-        for b in rivals(i):
-            d = p - read("features/scenes", b, "embedding")["purity"]
-            half = 1.959963984540054 * d.std(ddof=1) / 120**0.5
-            due += [d.mean(), d.mean() - half, d.mean() + half]
-    for i in INITS:
-        m = read("correspondence", i)
-        due += [m["accuracy"], m["low"], m["high"]]
-        for b in rivals(i):  # both intervals are .05 to either side
-            d = m["accuracy"] - read("correspondence", b)["accuracy"]
-            due += [d, d - 0.005**0.5, d + 0.005**0.5]
-    assert np.allclose(shown, due, rtol=0, atol=1e-9) and len(shown) == len(due)
+    for kind in ("linear", "knn"):
+        for fraction in ("0.01", "0.1", "1.0"):
+            due += accuracy_numbers(made, "probe", kind, fraction)
+    due += accuracy_numbers(made, "classify", "finetune", "1.0")
+    for stage in TASK_SCORES:
+        due += task_numbers(made, stage)
+    due += purity_numbers(made) + match_numbers(made)
+    shown = [float(o["value"]) for o in page_of(made).all("data")]
+    assert len(shown) == len(due)
+    assert np.allclose(shown, due, rtol=0, atol=1e-9)
 
 
-def test_intervals_by_hand(study):
-    # 306 of 500: z = 1.96, p = .612: centre (p + z^2/2n) / (1 + z^2/n) = .611146, half width .042566
-    row = next(
-        o
-        for o in results.probe_rows(study)
-        if (o["init"], o["probe"], o["fraction"]) == ("cmid-resnet18", "linear", 1.0)
-    )
-    assert row["correct"] == 306 and (row["low"], row["high"]) == wilson(306, 500)
-    assert (
-        abs((row["low"] + row["high"]) / 2 - 0.611146) < 1e-5 and abs((row["high"] - row["low"]) / 2 - 0.042566) < 1e-5
-    )
-    against = {o["baseline"]: o for o in row["against"]}
-    assert list(against) == ["random-resnet18", "imagenet-resnet18"]
-    o = against["random-resnet18"]
-    (l1, u1), (l2, u2) = wilson(306, 500), wilson(205, 500)
-    assert (
-        abs(o["low"] - (0.202 - ((0.612 - l1) ** 2 + (u2 - 0.41) ** 2) ** 0.5)) < 1e-12
-        and abs(o["high"] - (0.202 + ((u1 - 0.612) ** 2 + (0.41 - l2) ** 2) ** 0.5)) < 1e-12
-    )
+def test_alternative_texts_have_the_numbers(made, plain):
+    alts = [o["alt"].replace("\u202f", " ") for o in page_of(made).all("img")]
+    for due in (
+        "Confusion of cmid-resnet18 on scenes: 390 of 500 test images are right; most often wrong: ",
+        "t-SNE maps of scenes, an image a point, coloured by class, for cmid-resnet18 (purity 70 %), ",
+        "Images of scenes, each with its nearest neighbours by cmid-resnet18: 21 of 30 neighbours",
+        "over 64 images 52.0 % are correct, chance 22.0 %",
+        "60 % of it lies on 48 % of the area, where an even map would need 62 %",
+    ):
+        assert any(due in o for o in alts), due
 
 
-def test_words_say_no_more_than_the_numbers(study, plain):
-    said = {
-        (o["probe"], a["baseline"]): report.sentence(o, a)
-        for o in results.probe_rows(study)
-        if o["fraction"] == 1
-        for a in o["against"]
-    }
+# Words
+
+
+def test_words_say_no_more_than_the_numbers(made):
+    said = {}
+    for row in probe_rows(made):
+        for other in row["against"] if row["fraction"] == 1 else []:
+            said[row["probe"], other["baseline"]] = accuracy_sentence(row, other)
     assert said["linear", "random-resnet18"].endswith("is not explained by chance.")
-    assert said["linear", "imagenet-resnet18"].endswith(
-        "may be chance: the interval includes 0."
-    )  # 3 points on 500 images
-    change(
-        study / "results/probe/scenes/cmid-resnet18/metrics.json",
-        linear={"1.0": results._accuracy(0.2, 500, train_images=2000)},
-    )
-    worse = [o for o in report.headlines(study) if "linear" in o and "random" in o]
-    assert not [o for o in report.headlines(study) if o.startswith("Warning")]
-    assert (
-        len(worse) == 1
-        and "20.0" in worse[0]
-        and "\u221221.0 points" in worse[0]
-        and worse[0].endswith("the baseline is better.")
-    )
-    text = page(study).text
-    assert all(o in text for o in report.headlines(study))
+    few = said["linear", "imagenet-resnet18"]  # 3 points on 500 images
+    assert few.endswith("may be chance: the interval includes 0.")
 
 
-def test_an_architecture_without_baseline_is_compared_with_none(study, plain):
-    assert not [o for o in results.probe_rows(study) if o["init"] == "cmid-resnet50" and o["against"]]
-    assert "nothing to compare with" in page(study).text
+def test_a_baseline_may_be_better(study, plain, change):
+    worse = {"1.0": example_accuracy(0.2, 500, train_images=2000)}
+    change("probe/scenes/cmid-resnet18/metrics.json", linear=worse)
+    said = headlines(study)
+    (sentence,) = [o for o in said if "linear" in o and "random" in o]
+    assert "20.0" in sentence
+    assert "\u221221.0 points" in sentence
+    assert sentence.endswith("the baseline is better.")
+    text = page_of(study).text
+    assert all(o in text for o in said)
+    assert not [o for o in said if o.startswith("Warning")]
+
+
+def test_an_architecture_without_baseline_is_compared_with_none(made, plain):
+    assert not [o for o in probe_rows(made) if o["init"] == "cmid-resnet50" and o["against"]]
+    assert "nothing to compare with" in page_of(made).text
+
+
+def test_warnings_are_said_first_and_in_their_place(study, plain, change):
+    "The numbers of a run that warned are below what it could have reached."
+    warnings = [
+        "the local branch idles: its loss <b>6.1</b> is within 2 %",
+        "the reconstruction is no better than a flat colour",
+    ]
+    change("pretrain/cmid-resnet18/metrics.json", warnings=warnings)
+    said = headlines(study)
+    assert said[:2] == [f"Warning, pretraining of cmid-resnet18: {o}." for o in warnings]
+    assert not said[2].startswith("Warning")
+    page = page_of(study)
+    assert page.text.count(warnings[0] + ".") == 2
+    assert len([o for _, o in page.elements if o.get("class") == "alarm"]) == 4
+    assert summary(study)["warnings"] == 2
+
+
+def test_no_classes_no_purity(study, plain, change):
+    for init in INITS:
+        nothing = dict.fromkeys(("purity", "low", "high", "chance", "purity_2d"))
+        change(f"features/scenes/{init}/metrics.json", **nothing, per_class={}, classes=0)
+        change(f"features/scenes/{init}/embedding.json", label=None, purity=None, chance=None, classes=[])
+    assert "The images have no classes" in page_of(study).text
+    assert not [o for o in headlines(study) if "feature space" in o]
+    assert summary(study)["features"] == {}
+
+
+# What is missing or damaged
+
+
+MISSING = (
+    "probe/scenes/random-resnet18",
+    "classify/scenes/cmid-resnet18",
+    "features/scenes/cmid-resnet50",
+    "correspondence/random-resnet18",
+    "attention/cmid-resnet50",
+    "pretrain/cmid-resnet50",
+    "baselines/imagenet-resnet18",
+    "prepare/pool",
+    "reconstruct/cmid-resnet18",
+)
 
 
 def test_missing_stages_are_named(study, plain):
-    gone = (
-        "probe/scenes/random-resnet18",
-        "classify/scenes/cmid-resnet18",
-        "features/scenes/cmid-resnet50",
-        "correspondence/random-resnet18",
-        "attention/cmid-resnet50",
-        "pretrain/cmid-resnet50",
-        "baselines/imagenet-resnet18",
-        "prepare/pool",
-        "reconstruct/cmid-resnet18",
-    )
-    assert report.summary(study)["missing"] == 0
-    for o in gone:
-        shutil.rmtree(study / "results" / o)
-    text = page(study).text
-    assert (
-        all(f"Missing, its stage has not run: {o.replace('/', ' ')}." in text for o in gone)
-        and text.count("Missing") == len(gone) == report.summary(study)["missing"]
-    )
+    assert summary(study)["missing"] == 0
+    for run in MISSING:
+        shutil.rmtree(study / "results" / run)
+    text = text_of(study)
+    for run in MISSING:
+        assert f"Missing, its stage has not run: {run.replace('/', ' ')}." in text
+    assert text.count("Missing") == len(MISSING) == summary(study)["missing"]
+
+
+def test_nothing_has_run(study, plain):
     shutil.rmtree(study / "results")
-    text = page(study).text
-    assert "There is nothing to compare yet." in text and all(
-        f"{stage} {' '.join(o)}" in text for stage, due in results.cells(study).items() for o in due
-    )
-    assert report.summary(study) == dict(
-        missing=sum(len(o) for o in results.cells(study).values()),
-        warnings=0,
-        probe={},
-        classify={},
-        features={},
-        correspondence={},
-        reconstruct={},
-    )
+    text = text_of(study)
+    assert "There is nothing to compare yet." in text
+    due = [f"{stage} {' '.join(o)}" for stage, identities in runs(study).items() for o in identities]
+    assert all(o in text for o in due)
+    empty = dict(probe={}, classify={}, features={}, correspondence={}, reconstruct={})
+    assert summary(study) == dict(missing=len(due), warnings=0) | empty
 
 
-def test_parts_of_a_run_may_be_missing(study, plain):
-    for o in (
+def test_parts_of_a_run_may_be_missing(study, plain, change):
+    for file in (
         "pretrain/cmid-resnet18/curve.json",
         "pretrain/cmid-resnet18/epochs.json",
         "reconstruct/cmid-resnet18/figure.png",
@@ -257,251 +320,136 @@ def test_parts_of_a_run_may_be_missing(study, plain):
         "attention/cmid-resnet18/figure.png",
         "correspondence/cmid-resnet18/figure.png",
     ):
-        (study / "results" / o).unlink()
-    change(study / "results/reconstruct/cmid-resnet18/metrics.json", skill=None)
-    text = page(study).text
-    assert "Its curves are missing." in text and "they are flat" in text and "unknown" in text
+        (study / "results" / file).unlink()
+    change("reconstruct/cmid-resnet18/metrics.json", skill=None)
+    text = page_of(study).text
+    assert "Its curves are missing." in text
+    assert "they are flat" in text
+    assert "unknown" in text
 
 
 def test_damaged_results_do_not_take_the_rest_along(study, plain):
-    (study / "results/probe/scenes/cmid-resnet18/metrics.json").write_text('{"linear": ')
-    text = page(study).text
-    assert (
-        "scenes/cmid-resnet18/metrics.json: is no readable JSON" in text
-        and "/" + study.name not in text
-        and "is not explained" not in text
-        and "1,000 steps" in text
-    )
+    file = study / "results/probe/scenes/cmid-resnet18/metrics.json"
+    file.write_text('{"linear": ')
+    text = page_of(study).text
+    assert "scenes/cmid-resnet18/metrics.json: is not readable JSON" in text
+    assert f"/{study.name}" not in text
+    assert "is not explained" not in text
+    assert "1,000 steps" in text
     with pytest.raises(CmidError, match="run its stage again"):
-        report.summary(study)
-    write_json(
-        study / "results/probe/scenes/cmid-resnet18/metrics.json",
-        {"linear": {"1.0": {}}, "knn": {}, "chance": 0.1, "test_images": 5},
-    )
-    assert "has no linear.1.0.accuracy" in page(study).text
+        summary(study)
+    write_json(file, {"linear": {"1.0": {}}, "knn": {}, "chance": 0.1, "test_images": 5})
+    assert "has no linear.1.0.accuracy" in page_of(study).text
 
 
-def test_other_studies_results_are_not_mixed_in(study, plain):
+def test_leftovers_of_another_study_are_named(study, plain):
     shutil.copytree(study / "results/probe/scenes/cmid-resnet18", study / "results/probe/scenes/byol-resnet18")
-    assert "byol-resnet18" not in {o["init"] for o in results.probe_rows(study)}
-    assert "no longer has them: results/probe/scenes/byol-resnet18." in page(study).text
+    assert "no longer has them: results/probe/scenes/byol-resnet18." in page_of(study).text
 
 
-def test_text_from_results_stays_text(study, plain):
-    evil = '<script>alert(1)</script><img src=http://x.invalid/a.png onerror="alert(2)">{{ 7 * 7 }}'
-    run = study / "results/probe/scenes/cmid-resnet18/run.json"
-    change(run, device=evil, commit=evil, data=evil, versions={evil: evil}, parameters={evil: [evil]})
-    change(study / "results/prepare/pool/metrics.json", findings=[evil], images=evil)
-    change(study / "results/probe/scenes/cmid-resnet18/metrics.json", classes=evil)
-    shutil.copytree(run.parent, study / "results/probe/scenes/<b onclick=x>")
-    p = page(study)
-    assert (
-        not p.all("script")
-        and not p.all("b onclick")
-        and not [a for a in p.all("img") if not a["src"].startswith("data:")]
-    )
-    assert not [k for _, a in p.elements for k in a if k.startswith("on")] and "49" not in [o for o in p.text.split()]
-    assert p.text.count(evil) >= 6 and "<b onclick=x>" in p.text
-
-
-def test_it_repeats(made, whole):
-    assert report.html(made) == whole
-
-
-def test_examples_do_not_replace_results(study):
-    with pytest.raises(CmidError, match="results already"):
-        results.example_results(study)
-
-
-# what later stages brought
-
-
-def test_what_idled_is_said_first_and_in_its_place(study, plain):
-    "Where pretraining warned, the numbers are below what it could have come to."
-    change(
-        study / "results/pretrain/cmid-resnet18/metrics.json",
-        warnings=[
-            "the local branch idles: its loss <b>6.1</b> is within 2 %",
-            "the reconstruction is no better than a flat colour",
-        ],
-    )
-    said = report.headlines(study)
-    assert (
-        said[0] == "Warning, pretraining of cmid-resnet18: the local branch idles: its loss <b>6.1</b> is within 2 %."
-        and said[1].startswith("Warning")
-        and not said[2].startswith("Warning")
-    )
-    p = page(study)
-    assert (
-        p.text.count("the local branch idles: its loss <b>6.1</b> is within 2 %.") == 2
-        and report.summary(study)["warnings"] == 2
-    )
-    assert len([a for t, a in p.elements if a.get("class") == "alarm"]) == 4
-
-
-def test_other_images_are_not_compared(study, plain):
-    at = study / "results/features/scenes/random-resnet18/embedding.json"
-    o = json.loads(at.read_text())
-    change(at, label=o["label"][1:] + [0])
-    rows = {o["init"]: o for o in results.score_rows(study, "features")}
-    assert [a["baseline"] for a in rows["cmid-resnet18"]["against"]] == ["imagenet-resnet18"] and not [
-        o for o in report.headlines(study) if "feature space" in o and "random" in o
-    ]
-
-
-def test_no_classes_no_purity(study, plain):
-    for i in INITS:
-        at = study / "results/features/scenes" / i
-        change(
-            at / "metrics.json",
-            **dict.fromkeys(("purity", "low", "high", "chance", "purity_2d")),
-            per_class={},
-            classes=0,
-        )
-        change(at / "embedding.json", label=None, purity=None, chance=None, classes=[])
-    text = page(study).text
-    assert (
-        "The images have no classes" in text
-        and not [o for o in report.headlines(study) if "feature space" in o]
-        and report.summary(study)["features"] == {}
-    )
+def test_a_number_that_is_not_there_is_named(study, plain):
+    lost = {
+        "classify/scenes": "confusion",
+        "features/scenes": "per_class",
+        "correspondence": "error_px",
+        "attention": "mass_area",
+        "segment/land": "images",
+    }
+    for stage, key in lost.items():
+        file = study / "results" / stage / "cmid-resnet18/metrics.json"
+        metrics = json.loads(file.read_text())
+        del metrics[key]
+        write_json(file, metrics)
+    text = text_of(study)
+    for stage, key in lost.items():
+        assert f"{stage}/cmid-resnet18/metrics.json: has no {key}" in text
+    assert "1,000 steps" in text
 
 
 @pytest.mark.parametrize(
     "stage, key",
-    [
-        ("classify/scenes", "finetune"),
-        ("classify/scenes", "confusion"),
-        ("features/scenes", "purity"),
-        ("features/scenes", "per_class"),
-        ("correspondence", "accuracy"),
-        ("correspondence", "error_px"),
-        ("attention", "mass_area"),
-    ],
+    [("classify/scenes", "finetune"), ("features/scenes", "purity"), ("correspondence", "accuracy")],
 )
-def test_a_number_that_is_not_there_is_named(study, plain, stage, key):
-    at = study / "results" / stage / "cmid-resnet18/metrics.json"
-    m = json.loads(at.read_text())
-    del m[key]
-    write_json(at, m)
-    text = page(study).text
-    assert f"{stage}/cmid-resnet18/metrics.json: has no {key}" in text and "1,000 steps" in text
+def test_a_score_that_is_not_there_is_named(study, stage, key):
+    file = study / "results" / stage / "cmid-resnet18/metrics.json"
+    metrics = json.loads(file.read_text())
+    del metrics[key]
+    write_json(file, metrics)
+    for reads in (headlines, summary):
+        with pytest.raises(CmidError, match=f"{stage}/cmid-resnet18/metrics.json: has no {key}"):
+            reads(study)
 
 
-def test_alternative_texts_have_the_numbers(study, plain):
-    alts = [a["alt"] for a in page(study).all("img")]
-    for due in (
-        "Confusion of cmid-resnet18 on scenes: 390 of 500 test images are right; most often wrong: ",
-        "t-SNE maps of scenes, an image a point, coloured by class, for cmid-resnet18 (purity 70\u202f%), random-resnet18 (purity 50\u202f%)",
-        "Images of scenes, each with its nearest by cmid-resnet18: 21 of 30 neighbours",
-        "over 64 images 52.0\u202f% are right, chance 22.0\u202f%",
-        "60\u202f% of it lies on 48\u202f% of the area, where an even map would need 62\u202f%",
-    ):
-        assert [o for o in alts if due in o], due
-
-
-def test_photographs_become_light(study):
-    at = study / "results/attention/cmid-resnet18/figure.png"
-    noise = np.random.default_rng(0).integers(0, 255, (300, 400, 3), np.uint8)
-    Image.fromarray(np.kron(noise[::4, ::4], np.ones((4, 4, 1), np.uint8))).save(at)
-    flat = study / "flat.png"
-    Image.new("RGB", (400, 300), "#0072b2").save(flat)
-    src = re.search('src="([^"]+)"', report.image(at, "x"))[1]
-    if len(b64decode(src.split(",")[1])) < at.stat().st_size:
-        assert src.startswith("data:image/jpeg")
-    assert (
-        Image.open(io.BytesIO(b64decode(src.split(",")[1]))).size == (400, 300)
-        and b64decode(re.search('base64,([^"]+)', report.image(flat, "x"))[1]) == flat.read_bytes()
-    )
-
-
-# files that were damaged in shape
-
-EACH = dict(segment="land", change="dates", detect="objects")
-
-
-def broken(stage, m):
-    "Ways in which the metrics of a stage can be wrong, and what is said of each."
-    one, head = next(iter(m.get("matches", {"x": 0}))), dict(m.get("heads", {}).get("bit", {}))
-    return dict(
-        segment=[
-            (dict(per_image=[[1, 2]]), "per_image is not of its images"),
-            (dict(per_image=[[1, 2]] * 8), "per_image is not of its classes"),
-            (dict(per_class=None), "per_class"),
-            (dict(per_class={}), "per_class is not of its classes"),
-            (dict(miou="x", per_image="x"), "per_image"),
-        ],
-        change=[
-            (dict(heads=dict(foo=head)), "heads.foo"),
-            (dict(heads=3), "heads"),
-            (dict(heads=dict(bit=head | dict(per_image=[[1, 2]] * 8))), "heads.bit.per_image.0"),
-            (dict(heads=dict(bit=head | dict(per_image=[]))), "per_image is not of its images"),
-        ],
-        detect=[
-            (dict(images=3), "truths are not of its images"),
-            (dict(matches=m.get("matches", {}) | {one: [[99, 0.9, 1]]}), "matches are not of its images"),
-            (dict(matches=m.get("matches", {}) | {one: [[-1, 0.9, 1]]}), "matches are not of its images"),
-            (dict(metric="foo"), "metric"),
-            (dict(truths={}), "not of the same classes"),
-            (dict(truths={}, matches={}), "not of the same classes"),
-            (dict(matches=[3]), "matches"),
-        ],
-        labels=[
-            (dict(images=3), "images"),
-            (dict(findings=["a"]), "findings.0"),
-            (dict(sizes=[]), "sizes"),
-            (dict(bands=None), "bands"),
-        ],
-    )[stage]
-
-
-@pytest.mark.parametrize("stage", ["segment", "change", "detect"])
-def test_damage_in_shape_is_named(study, plain, stage):
-    "Words, numbers and rows each end in one line that names the file; the page has it in its place, and stands."
-    at = study / "results" / stage / EACH[stage] / "cmid-resnet18/metrics.json"
-    m = json.loads(at.read_text())
-    for more, said in broken(stage, m):
-        change(at, **more)
-        for f in (report.headlines, report.summary, lambda o: results.task_rows(o, stage)):
-            with pytest.raises(
-                CmidError,
-                match=rf"cmid-resnet18/metrics.json: is damaged \(.*{re.escape(said)}.*\); run its stage again",
-            ):
-                f(study)
-        write_json(at, m)
-    change(at, **more)
-    text = page(study).text
-    assert (
-        text.count(f"{EACH[stage]}/cmid-resnet18/metrics.json: is damaged") == 2
-        and "1,000 steps" in text
-        and "Frozen features" in text
-    )  # in short, and its section
-    write_json(at, {k: v for k, v in m.items() if k != "images"})
-    with pytest.raises(CmidError, match="metrics.json: has no images; run its stage again"):
-        report.summary(study)
+def test_damage_in_form_is_named(study, plain, change):
+    change("segment/land/cmid-resnet18/metrics.json", per_image=[[1, 2]])
+    text = page_of(study).text
+    assert text.count("land/cmid-resnet18/metrics.json: is damaged") == 2  # in short, and in its section
+    assert "1,000 steps" in text
+    assert "Frozen features" in text
+    for reads in (headlines, summary):
+        with pytest.raises(CmidError, match="land/cmid-resnet18/metrics.json: is damaged"):
+            reads(study)
 
 
 def test_damaged_labels_are_named(study, plain):
-    at = study / "results/labels/land/metrics.json"
-    m = json.loads(at.read_text())
-    for more, said in broken("labels", m):
-        write_json(at, m | more)
-        with pytest.raises(CmidError, match=rf"land/metrics.json: is damaged \(.*{re.escape(said)}"):
-            report.annotations(study)
-    text = page(study).text
-    assert text.count("land/metrics.json: is damaged") == 1 and "is not explained" in text
+    file = study / "results/labels/land/metrics.json"
+    metrics = json.loads(file.read_text())
+    damages = dict(images=3, findings=["a"], sizes=[], bands=None)
+    said = dict(images="images", findings="findings.0", sizes="sizes", bands="bands")
+    for key, value in damages.items():
+        write_json(file, metrics | {key: value})
+        with pytest.raises(CmidError, match=rf"land/metrics.json: is damaged \(.*{re.escape(said[key])}"):
+            label_section(study)
+    text = page_of(study).text
+    assert text.count("land/metrics.json: is damaged") == 1
+    assert "is not explained" in text
 
 
-def test_draws_are_counted_once_as_long_as_files_stay(study, plain, monkeypatch):
-    counted = []
-    drawn = results._drawn
-    monkeypatch.setattr(results, "_drawn", lambda stage, *o: (counted.append(stage), drawn(stage, *o))[1])
-    page(study)
-    report.summary(study)
-    first = len(counted)
-    report.headlines(study)
-    assert first == len(counted) == 4 * (1 + 2 + 1)  # inits; change has two heads
-    results.task_rows(study, "detect")[0]["init"] = "mine"
-    assert results.task_rows(study, "detect")[0]["init"] == "cmid-resnet18"
-    change(study / "results/detect/objects/cmid-resnet18/metrics.json", scored_on_training=True)
-    assert results.task_rows(study, "detect")[0]["on_training"] and len(counted) == first + 4
+# Text and pictures
+
+
+def test_text_from_results_stays_text(study, plain, change):
+    evil = '<script>alert(1)</script><img src=http://x.invalid/a.png onerror="alert(2)">{{ 7 * 7 }}'
+    run = "probe/scenes/cmid-resnet18/run.json"
+    change(run, device=evil, commit=evil, data=evil, versions={evil: evil}, parameters={evil: [evil]})
+    change("prepare/pool/metrics.json", findings=[evil], images=evil)
+    change("probe/scenes/cmid-resnet18/metrics.json", classes=evil)
+    shutil.copytree((study / "results" / run).parent, study / "results/probe/scenes/<b onclick=x>")
+    page = page_of(study)
+    assert not page.all("script")
+    assert not page.all("b onclick")
+    assert all(o["src"].startswith("data:") for o in page.all("img"))
+    assert not page.handlers()
+    assert "49" not in page.text.split()
+    assert page.text.count(evil) >= 6
+    assert "<b onclick=x>" in page.text
+
+
+def embedded(html):
+    "Kind and content of an embedded picture"
+    kind, content = re.search(r'src="data:image/(\w+);base64,([^"]+)"', html).groups()
+    return kind, b64decode(content)
+
+
+def photograph_file(folder):
+    "Smooth light and dark, with a little noise"
+    noise = np.random.default_rng(0).normal(0, 4, (300, 400, 3))
+    light = 128 + 100 * np.sin(np.arange(400) / 60)[None, :, None]
+    Image.fromarray((light + noise).clip(0, 255).astype(np.uint8)).save(folder / "photograph.png")
+    return folder / "photograph.png"
+
+
+def test_photographs_become_jpeg(tmp_path):
+    photograph = photograph_file(tmp_path)
+    kind, content = embedded(saved_figure(photograph, "x"))
+    assert kind == "jpeg"
+    assert len(content) < photograph.stat().st_size
+    assert Image.open(io.BytesIO(content)).size == (400, 300)
+
+
+def test_other_pictures_stay_png(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (300, 400, 3), np.uint8)
+    for name, image in dict(noise=Image.fromarray(noise), flat=Image.new("RGB", (400, 300), "#0072b2")).items():
+        path = tmp_path / f"{name}.png"
+        image.save(path)
+        assert embedded(saved_figure(path, "x")) == ("png", path.read_bytes())
