@@ -6,8 +6,8 @@
 __all__ = ['POOLS', 'DROPOUT', 'TRIES', 'LARGEST_SHARE', 'ERROR_COLOUR', 'PUBLISHED_SEGMENTATION', 'PANELS', 'OTHERS',
            'BinPooling', 'upernet', 'Segmenter', 'window_of_mixed_classes', 'scaled_crop', 'photometric_distortion',
            'SegmentationCrops', 'paint_mask', 'error_overlay', 'pixel_confusion', 'segmentation_scores',
-           'segment_splits', 'fine_tune_segmentation', 'segment', 'segmentation_examples', 'inference_tiles',
-           'segmentation_figure', 'segmentation_scene_figure']
+           'segment_splits', 'fine_tune_segmentation', 'segment', 'images_to_show', 'segmentation_examples',
+           'inference_tiles', 'segmentation_figure', 'segmentation_scene_figure']
 
 # %% ../../nbs/5_tasks/07_segment.ipynb #d8a31857
 import numpy as np
@@ -408,6 +408,15 @@ def segment(
 # %% ../../nbs/5_tasks/07_segment.ipynb #43007796
 PANELS = "image", "ground truth", "prediction", "errors"
 OTHERS = {"wrong": ERROR_COLOUR, "not labelled": "white"}  # in the legend, beside classes
+
+
+def images_to_show(
+    index,  # numbers of images
+    count: int = 4,  # how many are wanted
+) -> np.ndarray:  # numbers, from the first to the last
+    "Images for figures, evenly spread over a split."
+    places = np.linspace(0, len(index) - 1, min(count, len(index))).round().astype(int)
+    return np.asarray(index)[places]
 
 
 def segmentation_examples(
