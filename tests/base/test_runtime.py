@@ -4,7 +4,7 @@ import torch
 
 from cmid.base.runtime import step_generator
 
-SEEDS = ImportError: cannot import name 'step_generator' from 'cmid.params' (/tmp/wt_sample/cmid/params.py)
+SEEDS = [6262535349803285907, 2330999334775523360, 3550634350471688302, 8356416239501728886]
 
 
 def test_seeds_of_steps_are_pinned():
