@@ -12,7 +12,7 @@ from fastcore.script import call_parse, store_true
 
 from ..base.errors import cli
 from .measure import measure
-from .plan import plan, plan_table
+from .plan import plan_pretraining, plan_table
 from .targets import run_grid
 
 # %% ../../nbs/8_bench/04_bench.ipynb #9e86ce63
@@ -94,4 +94,4 @@ def cmid_plan(
     json: store_true = False,  # one line of JSON
 ):
     "Compute the hours, disk and price of a pretraining, from a rate that was measured."
-    _print(plan(backbone, images, epochs, side, bands, images_per_s, devices, price), json, plan_table)
+    _print(plan_pretraining(backbone, images, epochs, side, bands, images_per_s, devices, price), json, plan_table)
