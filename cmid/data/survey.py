@@ -107,6 +107,10 @@ class Headers:
         for text in row["notes"]:
             tally(self.notes, text, name)
 
+    def of(self, i):
+        "Width, height, bands and pixel type of file `i`."
+        return self.width[i], self.height[i], self.bands[i], self.dtypes[self.dtype[i]]
+
 
 def survey(
     request: Request,
