@@ -1,5 +1,6 @@
 "No command and no stage loads a library that it does not use: the heavy ones cost each of them a second or more."
 
+import ast
 import json
 import os
 import subprocess
@@ -22,11 +23,15 @@ HEAVY = (
     "rasterio",
     "matplotlib.pyplot",
 )
+IN_PLACE = """import cmid.study.stage
+cmid.study.stage._smoke_root = lambda upstream: cmid.study.stage.root()
+cmid.study.stage.hold_folder = lambda *_: None
+"""  # a stage takes the project for its study, and locks nothing
 
 
 def loaded(code):
     "Heavy libraries that are there after some code, in a process of its own."
-    code += f"\nimport sys; print('loaded', *(o for o in {HEAVY!r} if o in sys.modules))"
+    code += f"\nimport sys\nprint('loaded', *(o for o in {HEAVY!r} if o in sys.modules))"
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
         cwd=ROOT,
@@ -38,55 +43,55 @@ def loaded(code):
     return {*done.stdout.splitlines()[-1].split()[1:]}
 
 
-def begun(stage):
-    "A stage up to where it knows its parameters: its identity, its imports and its `Stage`, which here takes the project for its study."
-    cells = [
-        "".join(o["source"])
-        for o in json.loads((ROOT / f"nbs/pipeline/{stage}.ipynb").read_text(encoding="utf-8"))["cells"]
-        if o["cell_type"] == "code"
-    ]
+def beginning(stage):
+    "A stage up to where it knows its parameters: its identity, its imports and its `Stage`."
+    notebook = json.loads((ROOT / f"nbs/pipeline/{stage}.ipynb").read_text(encoding="utf-8"))
+    cells = ["".join(o["source"]) for o in notebook["cells"] if o["cell_type"] == "code"]
     lines = [o for o in "\n".join(cells[:2]).splitlines() if not o.startswith("%")]
-    last = next(i for i, o in enumerate(lines) if o.startswith("stage = Stage("))
-    return "\n".join(
-        [
-            "import cmid.study.stage",
-            "cmid.study.stage._smoke = lambda upstream: cmid.study.stage.root()",
-            "cmid.study.stage._hold = lambda *_: None",
-            *lines[: last + 1],
-        ]
-    )
+    end = next(o.end_lineno for o in ast.parse("\n".join(lines)).body if ast.unparse(o).startswith("stage = Stage("))
+    return "\n".join(lines[:end])
 
 
-def test_the_package_itself_loads_nothing():
-    names = loaded("import sys; before = {*sys.modules}; import cmid; print(*{*sys.modules} - before)")
-    assert not names
-    assert not loaded("import numpy; import cmid.base.params, cmid.study.digest, cmid.study.stage, cmid.study.study")
+def loaded_by_stages(stages):
+    return loaded(IN_PLACE + "\n".join(map(beginning, stages)))
 
 
-@pytest.mark.parametrize(
-    "stage, uses",
-    dict(
-        prepare={"rasterio"},
-        labels={"rasterio"},
-        report=set(),
-        attention={"torch", "timm", "rasterio"},
-        correspondence={"torch", "timm", "rasterio"},
-        reconstruct={"torch", "timm", "rasterio"},
-    ).items(),
-)
-def test_a_stage_loads_what_it_uses(stage, uses):
-    assert loaded(begun(stage)) == uses
+def test_commands_load_nothing_heavy():
+    modules = "base.params", "study.digest", "study.stage", "study.runner", "study.study"
+    assert not loaded("import numpy\n" + "\n".join(f"import cmid.{o}" for o in modules))
+
+
+def test_digest_loads_nothing_heavy():
+    "DVC runs it first each time: its work must take less than a second."
+    code = """from cmid.base.files import root
+from cmid.study.digest import check_study, stage_digests
+assert len(stage_digests(root())) > 10
+check_study(root())"""
+    assert not loaded(code)
 
 
 @pytest.mark.parametrize(
-    "stage, spared",
-    dict(
-        probe={"fastai", "segmentation_models_pytorch", "dvclive"},
-        features={"fastai", "segmentation_models_pytorch", "dvclive"},
-        change={"segmentation_models_pytorch", "dvclive"},
-        detect={"segmentation_models_pytorch", "dvclive"},
-    ).items(),
+    "stages, uses",
+    [
+        (("prepare", "labels"), {"rasterio"}),
+        (("report",), set()),
+        (("attention", "correspondence", "reconstruct"), {"torch", "timm"}),
+    ],
+    ids=["images", "report", "figures"],
 )
-def test_a_stage_that_computes_spares_what_others_use(stage, spared):
-    names = loaded(begun(stage))
-    assert "torch" in names and not names & spared
+def test_stages_load_what_they_use(stages, uses):
+    assert loaded_by_stages(stages) == uses
+
+
+@pytest.mark.parametrize(
+    "stages, spared",
+    [
+        (("probe", "features"), {"fastai", "segmentation_models_pytorch", "dvclive"}),
+        (("change", "detect"), {"segmentation_models_pytorch", "dvclive"}),
+    ],
+    ids=["scores", "tasks"],
+)
+def test_stages_that_compute_spare_what_others_use(stages, spared):
+    names = loaded_by_stages(stages)
+    assert "torch" in names
+    assert not names & spared
