@@ -1,10 +1,6 @@
-"What the probes say is what the features hold: no test label is used, no image is dropped, and chance stays chance."
+"Probes: the whole test split is evaluated, and no test label is used."
 
 import json
-import os
-from statistics import NormalDist
-
-os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
 
 import numpy as np
 import pytest
@@ -12,14 +8,17 @@ import torch
 from PIL import Image
 from torch import nn
 
+from cmid.base.errors import CmidError
 from cmid.base.figures import accuracy_figure
-from cmid.base.params import CmidError, Probe
-from cmid.base.scores import difference, wilson
+from cmid.base.scores import wilson
 from cmid.data.prepare import prepare
 from cmid.method import backbones
+from cmid.settings.probe import Probe
 from cmid.tasks import probe as module
-from cmid.tasks.probe import recall_figure, features, fit_linear, knn_predict, probe, subsample
+from cmid.tasks.probe import fit_linear, probe, recall_figure
+from cmid.tasks.scene_classes import pooled_features, subsample
 from cmid.train import knn
+from cmid.train.knn import knn_predict
 
 SETTINGS = Probe(
     train="train",
@@ -30,326 +29,205 @@ SETTINGS = Probe(
     regularisation=[0.1, 10.0],
     batch=4,
 )
+COLOURS = dict(blue=(40, 60, 180), green=(50, 170, 60), red=(190, 50, 40))
 
 
-class Colour(nn.Module):
+class MeanColour(nn.Module):
     "The image as its own map: features are normalised mean colours."
 
     def forward(self, images):
         return [images]
 
 
-COLOURS = dict(blue=(40, 60, 180), green=(50, 170, 60), red=(190, 50, 40))
-
-
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
     "3 classes of 15 images: 10 to train, 5 to test; colours that hardly overlap."
-    at = tmp_path_factory.mktemp("scenes")
+    folder = tmp_path_factory.mktemp("scenes")
     rng = np.random.default_rng(0)
-    lists = dict(train=[], test=[], some=[])
-    for c, rgb in COLOURS.items():
-        (at / "in" / c).mkdir(parents=True)
+    lines = dict(train=[], test=[])
+    for name, colour in COLOURS.items():
+        (folder / "in" / name).mkdir(parents=True)
         for i in range(15):
-            x = np.clip(np.array(rgb) + rng.normal(0, 12, 3) + rng.normal(0, 20, (32, 32, 3)), 0, 255).astype("uint8")
-            Image.fromarray(x).save(at / "in" / c / f"{i:02}.png")
-            lists["train" if i < 10 else "test"].append(f"{c}/{i:02}.png")
-    lists["some"] = lists["train"][8:12] + lists["test"][:2]
-    for k, o in lists.items():
-        (at / f"{k}.txt").write_text("\n".join(f"{p} {p.split('/')[0]}" for p in o))
-    return prepare(at / "in", at / "out", side=32, lists={k: at / f"{k}.txt" for k in lists}, workers=1)
+            image = np.array(colour) + rng.normal(0, 12, 3) + rng.normal(0, 20, (32, 32, 3))
+            Image.fromarray(image.clip(0, 255).astype("uint8")).save(folder / "in" / name / f"{i:02}.png")
+            lines["train" if i < 10 else "test"].append(f"{name}/{i:02}.png {name}")
+    lists = {split: folder / f"{split}.txt" for split in lines}
+    for split, path in lists.items():
+        path.write_text("\n".join(lines[split]))
+    return prepare(folder / "in", folder / "out", side=32, lists=lists, workers=1)
 
 
-class Fake:
-    "A prepared dataset in memory, with what `probe` asks of one."
+class Memory:
+    "What `probe` reads of a prepared dataset, in memory."
 
     folder, mean, std = "fake", [0.5], [0.25]
 
-    def __init__(self, x, labels, train, test, names):
-        self.x, self.labels, self.classes, self.splits = x, labels, names, dict(train=train, test=test)
+    def __init__(self, images, labels, train, test, names):
+        self.images, self.labels, self.classes = images, labels, names
+        self.splits = dict(train=train, test=test)
 
-    def __getitem__(self, i):
-        return self.x[i]
+    def __getitem__(self, rows):
+        return self.images[rows]
 
     def source(self, i):
         return f"{i}.png"
 
 
-# --- features
-
-
-@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224"])
-@pytest.mark.parametrize("bands", [1, 4])
-def test_features_are_pooled_normalised_maps(name, bands):
-    torch.manual_seed(0)
-    encoder = backbones.create(name, bands, 64)
-    x = np.random.default_rng(0).integers(0, 256, (5, bands, 64, 64), "uint8")
-    mean, std = np.linspace(0.3, 0.5, bands), np.linspace(0.1, 0.2, bands)
-    got = features(encoder, x, [3, 0, 4, 1, 3], mean, std, batch=2)
-    z = (torch.from_numpy(x[[3, 0, 4, 1, 3]] / 255) - torch.tensor(mean).view(1, -1, 1, 1)) / torch.tensor(std).view(
-        1, -1, 1, 1
-    )
-    with torch.no_grad():
-        want = encoder.eval()(z.float())[-1].flatten(2).mean(2)
-    assert got.dtype == torch.float32 and not got.requires_grad and torch.allclose(got, want, atol=1e-4)
-
-
-def test_features_in_any_batches():
-    torch.manual_seed(0)
-    encoder = backbones.create("resnet18", img_size=32)
-    x = np.random.default_rng(0).integers(0, 256, (7, 3, 32, 32), "uint8")
-    a, *others = (features(encoder, x, range(7), [0.5] * 3, [0.2] * 3, batch=b) for b in (1, 3, 7, 64))
-    assert all(torch.allclose(a, o, atol=1e-4) for o in others)
-    assert features(encoder, x, [5], [0.5] * 3, [0.2] * 3).shape == (1, 512)
-
-
-def test_encoder_is_left_as_it_was():
-    encoder = backbones.create("resnet18", img_size=32).train()
-    encoder.model.layer1.eval()
-    before = {k: v.clone() for k, v in encoder.state_dict().items()}
-    modes = [o.training for o in encoder.modules()]
-    x = np.zeros((2, 3, 32, 32), "uint8")
-    features(encoder, x, [0, 1], [0.5] * 3, [0.2] * 3)
-    with pytest.raises(CmidError):
-        features(encoder, x[:, :1], [0, 1], [0.5], [0.2])  # also when it fails
-    assert [o.training for o in encoder.modules()] == modes and all(
-        torch.equal(v, before[k]) for k, v in encoder.state_dict().items()
-    )
-
-
-def test_reads_on_disk_in_order(scenes):
-    "Shards are read forwards, whatever was asked, and each image once."
-    asked = []
-
-    class Watched:
-        def __getitem__(self, i):
-            asked.extend(i)
-            return scenes[i]
-
-    index = np.random.default_rng(1).permutation(45)
-    got = features(Colour(), Watched(), index, scenes.mean, scenes.std, batch=7)
-    assert asked == list(range(45))
-    want = (scenes[index].mean((2, 3)) / 255 - scenes.mean) / scenes.std
-    assert np.allclose(got, want, atol=1e-4)
-
-
-def test_bad_features_are_refused():
-    x = np.zeros((3, 2, 32, 32), "uint8")
-    with pytest.raises(CmidError, match="2 bands, but mean and std have 3"):
-        features(Colour(), x, [0], [0.5] * 3, [0.2] * 3)
-    with pytest.raises(CmidError, match="no images"):
-        features(Colour(), x, [], [0.5] * 2, [0.2] * 2)
-
-    class Broken(nn.Module):
-        def forward(self, o):
-            return [o / (o[:, :1] - o[:, :1])]
-
-    with pytest.raises(CmidError, match="3 of 3 images are not finite"):
-        features(Broken(), x, range(3), [0.5] * 2, [0.2] * 2)
-
-
 # --- kNN
 
 
-@pytest.mark.parametrize("k,T", [(1, 0.07), (7, 0.07), (40, 0.5), (500, 0.07), (9, 1e-3)])
-def test_knn_is_the_formula(k, T):
+@pytest.mark.parametrize("k, temperature", [(1, 0.07), (7, 0.07), (40, 0.5), (500, 0.07), (9, 1e-3)])
+def test_knn_is_its_formula(k, temperature):
     rng = np.random.default_rng(0)
-    y, truth = rng.integers(0, 4, 60), rng.integers(0, 4, 30)
-    at = rng.normal(size=(4, 6))
-    x, q = at[y] + rng.normal(size=(60, 6)), at[truth] + rng.normal(size=(30, 6))
-    cosines = (q @ x.T) / np.linalg.norm(q, axis=1)[:, None] / np.linalg.norm(x, axis=1)
-    near = np.argsort(-cosines, 1)[:, :k]
-    w = np.exp((np.take_along_axis(cosines, near, 1) - cosines.max(1, keepdims=True)) / T)
-    votes = np.stack([(w * (y[near] == c)).sum(1) for c in range(4)], 1)
-    assert knn_predict(torch.tensor(x), y, torch.tensor(q), 4, k, T).tolist() == votes.argmax(1).tolist()
+    labels, truth = rng.integers(0, 4, 60), rng.integers(0, 4, 30)
+    centres = rng.normal(size=(4, 6))
+    x, query = centres[labels] + rng.normal(size=(60, 6)), centres[truth] + rng.normal(size=(30, 6))
+    cosines = (query @ x.T) / np.linalg.norm(query, axis=1)[:, None] / np.linalg.norm(x, axis=1)
+    nearest = np.argsort(-cosines, 1)[:, :k]
+    weights = np.exp((np.take_along_axis(cosines, nearest, 1) - cosines.max(1, keepdims=True)) / temperature)
+    votes = np.stack([(weights * (labels[nearest] == c)).sum(1) for c in range(4)], 1)
+    predicted = knn_predict(torch.tensor(x), labels, torch.tensor(query), 4, k, temperature)
+    assert predicted.tolist() == votes.argmax(1).tolist()
 
 
-def test_knn_in_chunks(monkeypatch):
-    g = torch.Generator().manual_seed(0)
-    x, q, y = torch.randn(50, 8, generator=g), torch.randn(33, 8, generator=g), torch.arange(50, dtype=torch.int32) % 3
-    whole = knn_predict(x, y, q, 3)
-    monkeypatch.setattr(knn, "SIMILARITIES", 120)
+def test_knn_is_computed_in_chunks(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    x, query = torch.randn(50, 8, generator=generator), torch.randn(33, 8, generator=generator)
+    labels = torch.arange(50, dtype=torch.int32) % 3
+    whole = knn_predict(x, labels, query, 3)
     sizes, vote = [], knn._vote
-    monkeypatch.setattr(knn, "_vote", lambda cosines, *a: sizes.append(cosines.numel()) or vote(cosines, *a))
-    assert torch.equal(knn_predict(x, y, q, 3), whole) and max(sizes) <= 120 and sum(sizes) == 50 * 33
 
+    def watched(cosines, *rest):
+        sizes.append(cosines.numel())
+        return vote(cosines, *rest)
 
-# --- labels
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_subsets_are_nested_and_stratified(seed):
-    labels = np.random.default_rng(seed).integers(0, 7, 900)
-    index = np.random.default_rng(9).choice(900, 500, replace=False)
-    last = set()
-    for f in (0.001, 0.01, 0.1, 0.33, 0.5, 1.0):
-        part = subsample(labels, index, f, seed)
-        counts, whole = (np.bincount(labels[o], minlength=7) for o in (part, index))
-        assert last <= set(part) <= set(index) and len(set(part)) == len(part) and (np.diff(part) > 0).all()
-        assert (counts == np.maximum(1, np.floor(f * whole + 0.5))).all()
-        last = set(part)
-    assert last == set(index)
-
-
-def test_subsets_follow_the_seed_alone():
-    labels = np.arange(300) % 3
-    parts = [tuple(subsample(labels, np.random.default_rng(k).permutation(300), 0.1, 5)) for k in range(3)]
-    assert len(set(parts)) == 1 and tuple(subsample(labels, np.arange(300), 0.1, 6)) != parts[0]
+    monkeypatch.setattr(knn, "SIMILARITIES", 120)
+    monkeypatch.setattr(knn, "_vote", watched)
+    assert torch.equal(knn_predict(x, labels, query, 3), whole)
+    assert max(sizes) <= 120
+    assert sum(sizes) == 50 * 33
 
 
 # --- the linear classifier
 
 
-def blobs(n, seed, d=20, classes=3):
+def clusters(n, seed, channels=20, classes=3):
     y = np.arange(n) % classes
-    return np.random.default_rng(seed).normal(size=(n, d)) + 3 * np.eye(d)[y], y
+    return np.random.default_rng(seed).normal(size=(n, channels)) + 3 * np.eye(channels)[y], y
 
 
-def test_held_out_is_a_stratified_fifth(monkeypatch):
+def weak_channels(n, seed):
+    y = np.arange(n) % 2
+    return np.random.default_rng(seed).normal(size=(n, 50)) + 0.4 * y[:, None], y
+
+
+def test_a_stratified_fifth_is_held_out(monkeypatch):
     "C is rated on 20 of 100 images, in proportion; the last fit has all 100."
-    seen, fit, rating = [], module._fit, module._rating
-    monkeypatch.setattr(module, "_fit", lambda x, y, C: seen.append(len(y)) or fit(x, y, C))
-    monkeypatch.setattr(
-        module, "_rating", lambda x, y, held, C: seen.append(np.bincount(y[held]).tolist()) or rating(x, y, held, C)
-    )
+    seen, fit, rate = [], module._fit, module._rating
+
+    def watched_fit(x, y, C):
+        seen.append(len(y))
+        return fit(x, y, C)
+
+    def watched_rating(x, y, held, C):
+        seen.append(np.bincount(y[held]).tolist())
+        return rate(x, y, held, C)
+
+    monkeypatch.setattr(module, "_fit", watched_fit)
+    monkeypatch.setattr(module, "_rating", watched_rating)
     y = np.repeat([0, 1], [75, 25])
     x = np.random.default_rng(0).normal(size=(100, 4)) + y[:, None]
-    assert fit_linear(x, y, [0.1, 1.0]).held_out == 20 and seen == [[15, 5], 80] * 2 + [100]
+    assert fit_linear(x, y, [0.1, 1.0]).held_out == 20
+    assert seen == [[15, 5], 80] * 2 + [100]
 
 
 def test_the_better_penalty_is_chosen():
-    "50 channels that each say a little want a strong penalty: the rule finds it, whatever the order of the grid."
-
-    def murmur(n, seed):
-        y = np.arange(n) % 2
-        return np.random.default_rng(seed).normal(size=(n, 50)) + 0.4 * y[:, None], y
-
-    (x, y), (q, truth) = murmur(120, 2), murmur(2000, 3)
-    scores = [(fit_linear(x, y, [C]).predict(q) == truth).mean() for C in (0.01, 100.0)]
-    assert (
-        scores[0] > scores[1] + 0.02 and fit_linear(x, y, [0.01, 100.0]).C == fit_linear(x, y, [100.0, 0.01]).C == 0.01
-    )
+    "50 channels with a little information each need a strong penalty: it is chosen in any order of the grid."
+    x, y = weak_channels(120, 2)
+    query, truth = weak_channels(2000, 3)
+    strong, weak = ((fit_linear(x, y, [C]).predict(query) == truth).mean() for C in (0.01, 100.0))
+    assert strong > weak + 0.02
+    assert fit_linear(x, y, [0.01, 100.0]).C == 0.01
+    assert fit_linear(x, y, [100.0, 0.01]).C == 0.01
 
 
-def test_scale_does_not_matter():
-    x, y = blobs(120, 0)
-    q, _ = blobs(300, 1)
-    a, b = fit_linear(x, y, [1.0]), fit_linear(x * np.geomspace(1e-3, 1e3, 20) + 7, y, [1.0])
-    assert (a.predict(q) == b.predict(q * np.geomspace(1e-3, 1e3, 20) + 7)).mean() > 0.99
+def test_the_scale_of_channels_does_not_matter():
+    x, y = clusters(120, 0)
+    query, _ = clusters(300, 1)
+    scale = np.geomspace(1e-3, 1e3, 20)
+    expected = fit_linear(x, y, [1.0]).predict(query)
+    predicted = fit_linear(x * scale + 7, y, [1.0]).predict(query * scale + 7)
+    assert (predicted == expected).mean() > 0.99
 
 
 def test_constant_channels_do_no_harm():
-    x, y = blobs(60, 0)
+    x, y = clusters(60, 0)
     x[:, 5:9] = 0.0
     assert (fit_linear(torch.tensor(x), y, [0.1, 1.0]).predict(x) == y).mean() > 0.9
 
 
 @pytest.mark.parametrize("counts", [(1, 1, 1), (1, 5, 9)])
-def test_too_few_to_choose(counts):
+def test_nothing_is_held_out_where_a_class_has_one_image(counts):
     y = np.repeat([0, 1, 2], counts)
-    fit = fit_linear(blobs(len(y), 0)[0], y, [0.01, 2.0, 30.0])
+    fit = fit_linear(clusters(len(y), 0)[0], y, [0.01, 2.0, 30.0])
     assert (fit.C, fit.held_out, fit.converged) == (2.0, 0, True)
 
 
-def test_two_a_class_are_enough_to_choose():
-    x, y = blobs(6, 0)
+def test_two_images_a_class_are_enough_to_choose():
+    x, y = clusters(6, 0)
     assert fit_linear(x, y, [0.1, 1.0]).held_out == 3
 
 
-def test_classes_need_not_be_all_there():
+def test_classes_may_be_missing():
     "Labels 1 and 4 of five: predictions are 1 and 4."
-    x, y = blobs(80, 0, classes=2)
+    x, y = clusters(80, 0, classes=2)
     assert set(fit_linear(x, np.array([1, 4])[y], [0.1, 1.0]).predict(x)) == {1, 4}
 
 
-def test_what_did_not_converge_says_so(monkeypatch, recwarn):
-    monkeypatch.setattr(module, "ITERATIONS", 2)
-    x, y = blobs(120, 0)
-    assert not fit_linear(x, y, [100.0]).converged and not len(recwarn)
+def test_a_fit_that_does_not_converge_is_reported(monkeypatch, recwarn):
+    monkeypatch.setattr(module, "MAX_ITERATIONS", 2)
+    x, y = clusters(120, 0)
+    assert not fit_linear(x, y, [100.0]).converged
+    assert not len(recwarn)
 
 
-def test_one_class_is_refused():
+def test_one_class_is_an_error():
     with pytest.raises(CmidError, match="one class"):
         fit_linear(np.zeros((4, 2)), [3] * 4, [1.0])
 
 
-# --- intervals
+# --- the whole probe
 
 
-@pytest.mark.parametrize("c,n", [(0, 1), (1, 1), (3, 7), (45, 90), (89, 90), (7999, 8000)])
-@pytest.mark.parametrize("level", [0.5, 0.95, 0.99])
-def test_wilson_ends_are_where_the_test_turns(c, n, level):
-    "At both ends the distance from the observed share is z standard errors of the end itself."
-    z = NormalDist().inv_cdf((1 + level) / 2)
-    low, high = wilson(c, n, level)
-    assert 0 <= low <= c / n <= high <= 1 and low < high
-    for p in (low, high):
-        if 0 < p < 1:
-            assert abs(c / n - p) == pytest.approx(z * (p * (1 - p) / n) ** 0.5, rel=1e-6)
+def run(data, settings=SETTINGS, seed=0):
+    return probe(MeanColour(), data.mean, data.std, data, settings, seed)
 
 
-def test_wilson_holds_the_truth():
-    "20,000 draws of 60 images; the usual interval misses far more near 1."
-    for p in (0.5, 0.9, 0.97):
-        draws = np.random.default_rng(0).binomial(60, p, 20000)
-        ends = np.array([wilson(int(c), 60) for c in range(61)])[draws]
-        assert 0.93 < ((ends[:, 0] <= p) & (p <= ends[:, 1])).mean() < 0.98
-
-
-@pytest.mark.parametrize("bad", [(5, 4), (-1, 4), (0, 0)])
-def test_no_accuracy(bad):
-    with pytest.raises(ValueError, match="no accuracy"):
-        wilson(*bad)
-
-
-@pytest.mark.parametrize(
-    "counts,want",
-    [
-        ((56, 70, 48, 80), (0.0524, 0.3339)),
-        ((9, 10, 3, 10), (0.1705, 0.8090)),
-        ((5, 56, 0, 29), (-0.0381, 0.1926)),
-        ((10, 10, 0, 20), (0.6791, 1.0)),
-    ],
-)
-def test_difference_is_as_published(counts, want):
-    a, b, c, d = counts
-    assert difference(*counts) == pytest.approx(want, abs=5e-5) and difference(c, d, a, b) == pytest.approx(
-        (-want[1], -want[0]), abs=5e-5
-    )
-
-
-# --- the whole
-
-
-def test_probe(scenes):
-    r, guess = probe(Colour(), scenes.mean, scenes.std, scenes, SETTINGS)
+def test_results_agree_with_each_other(scenes):
+    result, predicted = run(scenes)
     truth = scenes.labels[scenes.splits["test"]]
-    assert json.loads(json.dumps(r, allow_nan=False)) == r and (r["classes"], r["test_images"], r["chance"]) == (
-        3,
-        15,
-        pytest.approx(1 / 3),
-    )
-    assert (
-        list(r["knn"]) == list(r["linear"]) == ["0.1", "1.0"]
-        and [o["train_images"] for o in r["knn"].values()] == [3, 30]
-        and [o["k"] for o in r["knn"].values()] == [3, 5]
-    )
-    assert [o["held_out"] for o in r["linear"].values()] == [0, 6] and all(
-        o["C"] in (0.1, 10.0) for o in r["linear"].values()
-    )
-    for o in (*r["knn"].values(), *r["linear"].values()):
-        assert o["accuracy"] == o["correct"] / 15 and (o["low"], o["high"]) == wilson(o["correct"], 15)
-    assert len(guess) == 15 and (guess == truth).sum() == r["linear"]["1.0"]["correct"] > 12
-    assert r["recall_at"] == "1.0" and r["recall"] == {
-        o: pytest.approx((guess[truth == c] == c).mean()) for c, o in enumerate(scenes.classes)
-    }
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    assert (result["classes"], result["test_images"], result["chance"]) == (3, 15, pytest.approx(1 / 3))
+    assert list(result["knn"]) == list(result["linear"]) == ["0.1", "1.0"]
+    assert [o["train_images"] for o in result["knn"].values()] == [3, 30]
+    assert [o["k"] for o in result["knn"].values()] == [3, 5]
+    assert [o["held_out"] for o in result["linear"].values()] == [0, 6]
+    assert all(o["C"] in (0.1, 10.0) for o in result["linear"].values())
+    for score in (*result["knn"].values(), *result["linear"].values()):
+        assert score["accuracy"] == score["correct"] / 15
+        assert (score["low"], score["high"]) == wilson(score["correct"], 15)
+    assert len(predicted) == 15
+    assert (predicted == truth).sum() == result["linear"]["1.0"]["correct"] > 12
+    assert result["recall_at"] == "1.0"
+    for c, name in enumerate(scenes.classes):
+        assert result["recall"][name] == pytest.approx((predicted[truth == c] == c).mean())
 
 
-def test_every_batch_size_counts_the_whole_test_set(scenes):
-    a, b = (
-        probe(Colour(), scenes.mean, scenes.std, scenes, SETTINGS.model_copy(update=dict(batch=o))) for o in (1, 11)
-    )
-    assert a[0] == b[0] and (a[1] == b[1]).all()
+def test_every_batch_size_evaluates_the_whole_test_split(scenes):
+    result, predicted = run(scenes, SETTINGS.model_copy(update=dict(batch=1)))
+    other_result, other_predicted = run(scenes, SETTINGS.model_copy(update=dict(batch=11)))
+    assert result == other_result
+    assert (predicted == other_predicted).all()
 
 
 def test_the_same_seed_gives_the_same_numbers(scenes):
@@ -359,49 +237,52 @@ def test_the_same_seed_gives_the_same_numbers(scenes):
     assert runs[0] == runs[1]
 
 
-def test_chance_stays_chance():
-    "Labels that have nothing to do with the images: the interval of both probes holds 1/4."
+def test_random_labels_give_the_accuracy_of_chance():
+    "The intervals of both probes contain 1/4."
     rng = np.random.default_rng(0)
-    x = rng.integers(0, 256, (600, 1, 32, 32), "uint8")
-    labels = rng.integers(0, 4, 600)
-    r, _ = probe(Colour(), [0.5], [0.25], Fake(x, labels, np.arange(200), np.arange(200, 600), list("abcd")), SETTINGS)
-    for o in (r["knn"]["1.0"], r["linear"]["1.0"]):
-        assert o["low"] < 0.25 < o["high"]
+    images = rng.integers(0, 256, (600, 1, 32, 32), "uint8")
+    result, _ = run(Memory(images, rng.integers(0, 4, 600), np.arange(200), np.arange(200, 600), list("abcd")))
+    for score in (result["knn"]["1.0"], result["linear"]["1.0"]):
+        assert score["low"] < 0.25 < score["high"]
 
 
-def test_few_labels_are_all_that_is_used():
-    "Both probes at 10 % are those of that tenth alone; and the order in which the split lists its images is of no account."
-    rng = np.random.default_rng(0)
-    labels = np.arange(300) % 3
-    test = np.arange(200, 300)
-    x = (60 + 40 * labels + rng.normal(0, 25, 300)).clip(0, 255).astype("uint8").reshape(300, 1, 1, 1) * np.ones(
-        (1, 2, 32, 32), "uint8"
-    )
-    x[:, 1] = 128
-    go = lambda y, train, seed=0: probe(
-        Colour(), [0.5] * 2, [0.25] * 2, Fake(x, y, train, test, list("abc")), SETTINGS, seed
-    )[0]
+class GreyLevels(Memory):
+    "Three classes of 100 images, told apart by their grey level, with some overlap."
+
+    mean, std = [0.5] * 2, [0.25] * 2
+
+    def __init__(self, train):
+        rng = np.random.default_rng(0)
+        labels = np.arange(300) % 3
+        grey = (60 + 40 * labels + rng.normal(0, 25, 300)).clip(0, 255).astype("uint8")
+        images = np.full((300, 2, 32, 32), 128, "uint8")
+        images[:, 0] = grey[:, None, None]
+        super().__init__(images, labels, train, np.arange(200, 300), list("abc"))
+
+
+def test_a_fraction_of_the_labels_is_all_that_is_used():
+    "Both probes at 10 % are those of that tenth alone."
+    data = GreyLevels(np.arange(200))
+    labels, truth = data.labels, data.labels[200:]
     kept = subsample(labels, np.arange(200), 0.1)
     assert len(kept) == 21
-    part, q = (features(Colour(), x, o, [0.5] * 2, [0.25] * 2) for o in (kept, test))
-    a = go(labels, np.arange(200))
-    assert (
-        a["knn"]["0.1"]["correct"]
-        == int((knn_predict(part, labels[kept], q, 3, 5).numpy() == labels[test]).sum())
-        != a["knn"]["1.0"]["correct"]
-    )
-    fit = fit_linear(part, labels[kept], SETTINGS.regularisation)
-    assert (
-        a["linear"]["0.1"]["correct"] == int((fit.predict(q) == labels[test]).sum())
-        and a["linear"]["0.1"]["C"] == fit.C
-    )
-    assert go(labels, rng.permutation(200)) == a and a["chance"] == 0.34
-    others = [
-        go(labels, np.arange(200), seed) for seed in (1, 2, 3)
-    ]  # another seed draws another tenth, and the whole stays the whole
-    assert any(o["knn"]["0.1"] != a["knn"]["0.1"] for o in others) and all(
-        o["knn"]["1.0"] == a["knn"]["1.0"] for o in others
-    )
+    features = pooled_features(MeanColour(), data.images, kept, data.mean, data.std)
+    query = pooled_features(MeanColour(), data.images, np.arange(200, 300), data.mean, data.std)
+    result, _ = run(data)
+    by_neighbours = int((knn_predict(features, labels[kept], query, 3, 5).numpy() == truth).sum())
+    assert result["knn"]["0.1"]["correct"] == by_neighbours != result["knn"]["1.0"]["correct"]
+    fit = fit_linear(features, labels[kept], SETTINGS.regularisation)
+    assert result["linear"]["0.1"]["correct"] == int((fit.predict(query) == truth).sum())
+    assert result["linear"]["0.1"]["C"] == fit.C
+    assert result["chance"] == 0.34
+
+
+def test_the_order_of_a_split_does_not_matter_and_its_seed_does():
+    result, _ = run(GreyLevels(np.arange(200)))
+    assert run(GreyLevels(np.random.default_rng(1).permutation(200)))[0] == result
+    others = [run(GreyLevels(np.arange(200)), seed=seed)[0] for seed in (1, 2, 3)]
+    assert any(other["knn"]["0.1"] != result["knn"]["0.1"] for other in others)
+    assert all(other["knn"]["1.0"] == result["knn"]["1.0"] for other in others)
 
 
 def test_test_labels_change_no_prediction(scenes):
@@ -409,75 +290,55 @@ def test_test_labels_change_no_prediction(scenes):
     train, test = scenes.splits["train"], scenes.splits["test"]
     wrong = scenes.labels.copy()
     wrong[test] = (wrong[test] + 1) % 3
-    (a, guess), (b, other) = (
-        probe(Colour(), scenes.mean, scenes.std, Fake(scenes, y, train, test, scenes.classes), SETTINGS)
-        for y in (scenes.labels, wrong)
-    )
-    assert (
-        (guess == other).all()
-        and a["linear"]["1.0"]["C"] == b["linear"]["1.0"]["C"]
-        and b["linear"]["1.0"]["accuracy"] < 0.2 < a["linear"]["1.0"]["accuracy"]
-    )
+    data = Memory(scenes, wrong, train, test, scenes.classes)
+    data.mean, data.std = scenes.mean, scenes.std
+    result, predicted = run(scenes)
+    other, other_predicted = run(data)
+    assert (predicted == other_predicted).all()
+    assert result["linear"]["1.0"]["C"] == other["linear"]["1.0"]["C"]
+    assert other["linear"]["1.0"]["accuracy"] < 0.2 < result["linear"]["1.0"]["accuracy"]
 
 
-def test_a_class_without_test_images():
-    x = np.arange(40, dtype="uint8").reshape(40, 1, 1, 1) * np.ones((1, 1, 32, 32), "uint8")
-    labels = np.arange(40) // 14
-    r, _ = probe(
-        Colour(), [0.5], [0.25], Fake(x, labels, np.arange(0, 40, 2), np.arange(1, 28, 2), list("abc")), SETTINGS
-    )
-    assert r["recall"]["c"] is None and json.dumps(r, allow_nan=False)
-    assert recall_figure(dict(one=r)).axes[0].get_yticklabels()[0].get_text() == "c"
-
-
-def test_what_is_wrong_is_named(scenes):
-    go = lambda data, **o: probe(Colour(), scenes.mean, scenes.std, data, SETTINGS.model_copy(update=o))
-    with pytest.raises(CmidError, match=r"no split 'tran' \(did you mean 'train'\?\); it has train, test, some"):
-        go(scenes, train="tran")
-    with pytest.raises(CmidError, match="30 images are in both 'train' and 'train'"):
-        go(scenes, test="train")
-    with pytest.raises(
-        CmidError, match="4 images are in both 'train' and 'some', the first is blue/08.png; list each once"
-    ):
-        go(scenes, test="some")
-    x = np.zeros((6, 3, 32, 32), "uint8")
-    y = np.array([0, 1, 0, 1, -1, -1])
-    fake = lambda labels, test: Fake(x, labels, np.arange(4), np.array(test, int), list("ab"))
-    with pytest.raises(CmidError, match="2 images are in split 'test' without a class, the first is 4.png"):
-        go(fake(y, [4, 5]))
-    with pytest.raises(CmidError, match="split 'test' is empty"):
-        go(fake(y, []))
-    with pytest.raises(CmidError, match="has no classes; name"):
-        go(fake(None, [4, 5]))
-    assert all("\n" not in str(o) for o in [pytest.raises(CmidError, go, fake(None, [4])).value])
+def test_a_class_without_test_images_has_no_recall():
+    images = np.broadcast_to(np.arange(40, dtype="uint8").reshape(40, 1, 1, 1), (40, 1, 32, 32))
+    result, _ = run(Memory(images, np.arange(40) // 14, np.arange(0, 40, 2), np.arange(1, 28, 2), list("abc")))
+    assert result["recall"]["c"] is None
+    assert json.dumps(result, allow_nan=False)
+    assert recall_figure(dict(one=result)).axes[0].get_yticklabels()[0].get_text() == "c"
 
 
 # --- figures
 
 
-@pytest.mark.parametrize("inits,fractions", [(1, [1.0]), (3, [0.01, 0.1, 1.0]), (9, [0.1, 1.0])])
+def made_up(correct, fractions):
+    low, high = wilson(correct, 100)
+    return {str(fraction): dict(accuracy=correct / 100, low=low, high=high) for fraction in fractions}
+
+
+@pytest.mark.parametrize("inits, fractions", [(1, [1.0]), (3, [0.01, 0.1, 1.0]), (9, [0.1, 1.0])])
 def test_accuracy_figure(inits, fractions):
-    "One line with intervals an init and panel, at the numbers; as wide as a phone."
-
-    def made(c):
-        return {str(f): dict(accuracy=c / 100, low=wilson(c, 100)[0], high=wilson(c, 100)[1]) for f in fractions}
-
-    fig = accuracy_figure({f"init{i}": dict(chance=0.1, knn=made(50 + i), linear=made(60 + i)) for i in range(inits)})
-    assert fig.get_size_inches()[0] < 5 and len(fig.axes) == 2
-    for ax, base in zip(fig.axes, (50, 60)):
-        assert [o.get_label() for o in ax.containers] == [f"init{i}" for i in range(inits)] and ax.get_xscale() == "log"
+    "One line with intervals for each init and panel, at the numbers; as wide as a phone."
+    results = {}
+    for i in range(inits):
+        results[f"init{i}"] = dict(chance=0.1, knn=made_up(50 + i, fractions), linear=made_up(60 + i, fractions))
+    fig = accuracy_figure(results)
+    assert fig.get_size_inches()[0] < 5
+    assert len(fig.axes) == 2
+    for ax, first in zip(fig.axes, (50, 60)):
+        last = first + inits - 1
+        assert [o.get_label() for o in ax.containers] == list(results)
+        assert ax.get_xscale() == "log"
         line, _, (bars,) = ax.containers[-1].lines
-        assert np.allclose(line.get_ydata(), base + inits - 1) and np.allclose(
-            [o[:, 1] for o in bars.get_segments()], [100 * np.array(wilson(base + inits - 1, 100))] * len(fractions)
-        )
-    assert len({(o.lines[0].get_color(), o.lines[0].get_linestyle()) for o in fig.axes[0].containers}) == inits
+        assert np.allclose(line.get_ydata(), last)
+        assert np.allclose([o[:, 1] for o in bars.get_segments()], [100 * np.array(wilson(last, 100))] * len(fractions))
+    lines = [o.lines[0] for o in fig.axes[0].containers]
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == inits
     fig.canvas.draw()
 
 
-def test_class_figure_from_hard_to_easy():
-    a, b = (dict(recall=dict(zip("abc", o))) for o in ((0.9, 0.1, 0.5), (1.0, 0.2, 0.4)))
-    ax = recall_figure(dict(a=a, b=b)).axes[0]
-    assert [o.get_text() for o in ax.get_yticklabels()] == ["b", "c", "a"] and np.allclose(
-        ax.collections[2].get_offsets()[:, 0], [20, 40, 100]
-    )
+def test_recall_figure_goes_from_hard_to_easy():
+    results = dict(a=dict(recall=dict(a=0.9, b=0.1, c=0.5)), b=dict(recall=dict(a=1.0, b=0.2, c=0.4)))
+    ax = recall_figure(results).axes[0]
+    assert [o.get_text() for o in ax.get_yticklabels()] == ["b", "c", "a"]
+    assert np.allclose(ax.collections[2].get_offsets()[:, 0], [20, 40, 100])
     assert len({tuple(o.get_facecolor()[0]) for o in ax.collections[1:]}) == 2
