@@ -77,6 +77,13 @@ def test_abandoned_loop_ends_its_thread():
     raise AssertionError("the thread still runs")
 
 
+def test_epoch_of_one_corpus_is_never_longer_than_it():
+    "No image is shown twice, even where an epoch of more images is asked for."
+    batches = Batches(Rows(10), np.arange(10), 4, epoch_images=50)
+    assert (batches.count, len(batches)) == (10, 2)
+    assert len(np.unique(batches.order(0))) == 8
+
+
 # --- mixes
 
 

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -196,6 +197,24 @@ def refusal(folder, content, manifest, damage=None):
 def test_damaged_files_are_refused(tmp_path, sound, damage):
     message = refusal(tmp_path / "x", sound, json.loads(sound["manifest.json"]), damage)
     assert "\n" not in message
+
+
+class Trap:
+    "Writes a file where it is unpickled."
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_pickle_in_a_store_is_not_run(tmp_path, sound):
+    def add_trap(folder, manifest):
+        np.save(folder / "classes.npy", np.array([Trap(tmp_path / "ran")] * 6, object), allow_pickle=True)
+
+    refusal(tmp_path / "x", sound, json.loads(sound["manifest.json"]), add_trap)
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("values", DAMAGED_VALUES.values(), ids=DAMAGED_VALUES.keys())

@@ -77,4 +77,4 @@ def test_mask_of_many_rows_is_counted_whole(tmp_path, monkeypatch):
     assert (at_once[0] == in_blocks[0]).all()
     assert (at_once[1] == in_blocks[1]).all()
     assert at_once[2] == in_blocks[2] == {"3": (x == 3).sum()}
-    assert at_once[1][:3].tolist() == [(x == v).sum() for v in (1, 2, 0)]
+    assert at_once[1].tolist() == [(x == v).sum() for v in (1, 2, 0)] + [0] * 253
