@@ -34,46 +34,15 @@ from cmid.data.passes import (
 from .rasters import Conversion
 from .shards import PassPlan, close_shard, gather, items_of_files, make_items, shard_jobs, shard_layout
 from .statistics import moments, stretch_limits
-from .survey import Request, Unusable, choose_bands, survey
+from .survey import Request, Unusable, choose_bands, is_natural, require, survey
 from ..settings.dataset import Dataset
 from ..settings.prepare import Prepare
 
 # %% ../../nbs/2_data/14_prepare.ipynb #e571f0e9
-def _require(ok, text):
-    if not ok:
-        raise CmidError(f"prepare: {text}")
-
-
-def _is_whole(value, low):
-    "Is this an integer of at least `low`?"
-    return isinstance(value, int) and not isinstance(value, bool) and value >= low
-
-
-def _check_sizes(side, tile, workers, shard_mb):
-    _require(_is_whole(side, 32) and side % 32 == 0, f"side must be a multiple of 32 pixels, got {side}")
-    _require(_is_whole(tile, 0), f"tile must be 0 or a number of pixels, got {tile}")
-    _require(_is_whole(workers, 0), f"workers must be 0 (all cores) or more, got {workers}")
-    _require(0 < shard_mb < 2**40, f"shard_mb must be a number above 0, got {shard_mb}")
-
-
-def _check_pixels(bands, stretch):
-    different = bands is None or (len(bands) > 0 and len(set(bands)) == len(bands))
-    _require(
-        different and all(_is_whole(band, 0) for band in bands or []),
-        f"bands must be different numbers from 0, got {bands}",
-    )
-    _require(
-        len(stretch) == 2 and 0 <= stretch[0] < stretch[1] <= 100,
-        f"stretch must be two increasing percentiles from 0 to 100, got {stretch}",
-    )
-
-
-def _check_choices(labelled, on_error, lists):
-    sources, ways = (None, "folders", "lists", "none"), ("skip", "raise")
-    _require(labelled in sources, f"labelled must be one of {sources}, got {labelled!r}")
-    _require(on_error in ways, f"on_error must be one of {ways}, got {on_error!r}")
+def _check_run(workers, lists):
+    require(is_natural(workers), f"workers must be 0 (all cores) or more, got {workers}")
     for split in lists:
-        _require(
+        require(
             split and not set(split) & set("/\\.,= "),
             f"lists: {split!r} is not a valid split name: leave out '/', '\\', '.', ',', '=' and blanks",
         )
@@ -369,12 +338,9 @@ def prepare(
 ) -> Prepared:  # CmidError, one line, if an argument is wrong or no image can be used
     "Images on disk become memory-mapped uint8 arrays (arXiv 2304.09670, section IV-A), audited; a second call resumes."
     folder, out, lists = Path(folder), Path(out).resolve(), lists or {}
-    _check_sizes(side, tile, workers, shard_mb)
-    _check_pixels(bands, stretch)
-    _check_choices(labelled, on_error, lists)
+    request = Request.checked(str(folder), side, tile, bands, stretch, shard_mb, labelled, on_error)
+    _check_run(workers, lists)
     _check_folders(folder, out)
-    bands, stretch = None if bands is None else list(bands), [float(percentile) for percentile in stretch]
-    request = Request(str(folder), side, tile, bands, stretch, float(shard_mb), labelled, on_error)
     return _prepared(request, out, lists, workers)
 
 
