@@ -1,4 +1,4 @@
-"Attention maps are what the networks compute: against q k^T by hand, place by place, on real Swins and ViTs."
+"Attention maps equal what the networks compute: against q k^T by hand, place by place, on real Swins and ViTs."
 
 import json
 import os
@@ -15,262 +15,292 @@ from cmid.method import backbones
 from cmid.viz.attention import (
     COSINE,
     SELF,
-    Looks,
+    AttentionMaps,
     attention_figure,
+    attention_maps,
     attention_metrics,
-    captured,
+    capture_attention,
     cosine_map,
-    entropy,
     keep_mass,
-    look,
+    normalised_entropy,
     swin_attention,
     vit_attention,
 )
 
 ROOT = Path(__file__).parents[2]
 SWIN = "swin_tiny_patch4_window7_224"
+RUN_STAGE = """
+import sys
+from cmid.study.runner import run_notebook
+notebook, out, init = sys.argv[1:]
+run_notebook(notebook, out, dict(smoke=True, init=init))
+"""
 
 
-def lively(name, side, bands=3):
-    "An encoder whose attention is far from even: what is learnt of a network without training is loud."
-    torch.manual_seed(0)
-    encoder = backbones.create(name, bands, side).eval()
-    block = encoder.model.layers[-1].blocks[-1] if name == SWIN else encoder.model.blocks[-1]
+def last_block(encoder):
+    blocks = encoder.model.layers[-1].blocks if encoder.name == SWIN else encoder.model.blocks
+    return blocks[-1]
+
+
+def uneven(encoder):
+    "An encoder whose attention is far from uniform; without training it nearly is."
+    block = last_block(encoder)
     with torch.no_grad():
         block.attn.qkv.weight.mul_(6)
-        if name == SWIN:
+        if encoder.name == SWIN:
             block.attn.relative_position_bias_table.normal_()
     return encoder, block
 
 
-def given(layer, encoder, images):
-    "What a layer is given in a forward pass."
-    seen = []
-    hook = layer.register_forward_pre_hook(lambda _, o: seen.append(o[0]))
+def uneven_encoder(name, side):
+    torch.manual_seed(0)
+    return uneven(backbones.create(name, img_size=side).eval())
+
+
+def input_of(layer, encoder, images):
+    "What a layer gets in a forward pass."
+    inputs = []
+    hook = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     with torch.no_grad():
         encoder(images)
     hook.remove()
-    return seen[0]
+    return inputs[0]
 
 
-def scores(attn, x, heads):
+def scores(attention, x, heads):
     "q k^T / sqrt(d) of tokens (N, C): (heads, N, N)."
-    q, k, _ = attn.qkv(x).view(len(x), 3, heads, -1).permute(1, 2, 0, 3)
+    q, k, _ = attention.qkv(x).view(len(x), 3, heads, -1).permute(1, 2, 0, 3)
     return q @ k.mT / q.shape[-1] ** 0.5
 
 
-def swin_by_hand(block, x, heads=24):
+class SwinByHand:
     "What each place of one map (h, w, C) receives, query by query, from the geometry alone; no padding beside a shift."
-    (h, w, C), (wh, ww), (sh, sw) = x.shape, block.window_size, block.shift_size
-    s, table = (
-        scores(block.attn, x.reshape(-1, C), heads),
-        block.attn.relative_position_bias_table.view(2 * wh - 1, 2 * ww - 1, heads),
-    )
-    zero = scores(block.attn, torch.cat([x.reshape(-1, C), torch.zeros(1, C)]), heads)[
-        :, :-1, -1
-    ]  # of a place with padding, which is a token of zeros
-    rolled = lambda r, c: ((r - sh) % h, (c - sw) % w)
-    room = lambda r, c: (
-        rolled(r, c)[0] // wh,
-        rolled(r, c)[1] // ww,
-        r < sh,
-        c < sw,
-    )  # window; and which edge it came from
-    got = torch.zeros(heads, h * w)
-    for r in range(h):
-        for c in range(w):
-            (a, b), keys, values = rolled(r, c), [], []
-            for y in range(a // wh * wh, a // wh * wh + wh):
-                for z in range(b // ww * ww, b // ww * ww + ww):
-                    inside = y < h and z < w
-                    at = ((y + sh) % h, (z + sw) % w)
-                    if inside and room(*at) != room(r, c):
-                        continue
-                    keys.append(at[0] * w + at[1] if inside else None)
-                    values.append(
-                        (s[:, r * w + c, keys[-1]] if inside else zero[:, r * w + c])
-                        + table[a - y + wh - 1, b - z + ww - 1]
-                    )
-            for k, p in zip(keys, torch.stack(values).softmax(0)):
-                if k is not None:
-                    got[:, k] += p
-    return (got / got.sum(1, keepdim=True)).view(heads, h, w)
+
+    def __init__(self, block, x, heads=24):
+        self.h, self.w, channels = x.shape
+        self.window, self.shift, self.heads = block.window_size, block.shift_size, heads
+        tokens = x.reshape(-1, channels)
+        padding = torch.zeros(1, channels)
+        with_padding = scores(block.attn, torch.cat([tokens, padding]), heads)
+        self.scores = with_padding[:, :-1, :-1]
+        self.to_padding = with_padding[:, :-1, -1]
+        rows, columns = self.window
+        self.bias = block.attn.relative_position_bias_table.view(2 * rows - 1, 2 * columns - 1, heads)
+
+    def rolled(self, row, column):
+        "Where a place of the image is in the rolled map."
+        return (row - self.shift[0]) % self.h, (column - self.shift[1]) % self.w
+
+    def region(self, row, column):
+        "Places attend to each other within a window, if they did not come from opposite edges."
+        y, x = self.rolled(row, column)
+        return y // self.window[0], x // self.window[1], row < self.shift[0], column < self.shift[1]
+
+    def weights(self, row, column):
+        "Attention of one query: places of the image (None for padding) and (heads, places)."
+        y, x = self.rolled(row, column)
+        (rows, columns), query = self.window, row * self.w + column
+        top, left = y // rows * rows, x // columns * columns
+        keys, values = [], []
+        for i in range(top, top + rows):
+            for j in range(left, left + columns):
+                bias = self.bias[y - i + rows - 1, x - j + columns - 1]
+                if i >= self.h or j >= self.w:
+                    keys.append(None)
+                    values.append(self.to_padding[:, query] + bias)
+                    continue
+                place = (i + self.shift[0]) % self.h, (j + self.shift[1]) % self.w
+                if self.region(*place) == self.region(row, column):
+                    keys.append(place[0] * self.w + place[1])
+                    values.append(self.scores[:, query, keys[-1]] + bias)
+        return keys, torch.stack(values).softmax(0)
+
+    def received(self):
+        "(heads, h, w), each of sum 1."
+        received = torch.zeros(self.heads, self.h * self.w)
+        for row in range(self.h):
+            for column in range(self.w):
+                for key, weight in zip(*self.weights(row, column)):
+                    if key is not None:
+                        received[:, key] += weight
+        return (received / received.sum(1, keepdim=True)).view(self.heads, self.h, self.w)
 
 
-# side it was built for, images given: one window; windows of 2 x 2; padded windows of 7 x 7; not square; one window, not square
 @pytest.mark.parametrize(
     "side, size",
     [
-        (64, (64, 64)),
-        (128, (128, 128)),
-        (224, (224, 224)),
-        (64, (128, 128)),
-        (224, (64, 128)),
-        (128, (128, 256)),
-        (96, (96, 160)),
+        pytest.param(64, (64, 64), id="one window"),
+        pytest.param(128, (128, 128), id="one larger window"),
+        pytest.param(224, (224, 224), id="one window of 7 x 7"),
+        pytest.param(64, (128, 128), id="windows of 2 x 2"),
+        pytest.param(224, (64, 128), id="padded windows of 7 x 7, not square"),
+        pytest.param(128, (128, 256), id="not square"),
+        pytest.param(96, (96, 160), id="padded windows of 3 x 3, not square"),
     ],
 )
 @torch.no_grad()
-def test_swin_is_q_times_k(side, size):
-    encoder, block = lively(SWIN, side)
+def test_swin_attention_by_hand(side, size):
+    encoder, block = uneven_encoder(SWIN, side)
     images = torch.randn(2, 3, *size)
-    got = swin_attention(encoder, images)
-    x = given(block.norm1, encoder, images)
-    assert got.shape == (2, 24, size[0] // 32, size[1] // 32) and torch.allclose(
-        got.sum((2, 3)), torch.ones(2, 24), atol=1e-5
-    )
-    want = torch.stack([swin_by_hand(block, o) for o in block.norm1(x)])
-    assert torch.allclose(got, want, atol=1e-5) and want.amax() > 2 * want.mean()  # and far from even
+    maps = swin_attention(encoder, images)
+    assert maps.shape == (2, 24, size[0] // 32, size[1] // 32)
+    assert torch.allclose(maps.sum((2, 3)), torch.ones(2, 24), atol=1e-5)
+
+    tokens = block.norm1(input_of(block.norm1, encoder, images))
+    wanted = torch.stack([SwinByHand(block, x).received() for x in tokens])
+    assert torch.allclose(maps, wanted, atol=1e-5)
+    assert wanted.amax() > 2 * wanted.mean()  # far from uniform, so the comparison means something
 
 
 @torch.no_grad()
 def test_shifted_windows_are_rolled_back():
-    torch.manual_seed(0)
-    encoder = backbones.create(SWIN, img_size=448).eval()
-    block = encoder.model.layers[-1].blocks[-1]
-    assert block.window_size == (7, 7) and block.shift_size == (3, 3)  # as timm builds it
-    block.attn.qkv.weight.mul_(6)
-    block.attn.relative_position_bias_table.normal_()
+    encoder, block = uneven_encoder(SWIN, 448)
+    assert (block.window_size, block.shift_size) == ((7, 7), (3, 3))  # as timm builds it
     images = torch.randn(1, 3, 448, 448)
-    x = block.norm1(given(block.norm1, encoder, images))
-    assert torch.allclose(swin_attention(encoder, images)[0], swin_by_hand(block, x[0]), atol=1e-5)
-    assert look(encoder, images)[1:] == (SELF, "places of the same window", "last block, windows of 7 x 7, shifted")
+    tokens = block.norm1(input_of(block.norm1, encoder, images))
+    assert torch.allclose(swin_attention(encoder, images)[0], SwinByHand(block, tokens[0]).received(), atol=1e-5)
+    description = SELF, "places of the same window", "last block, windows of 7 x 7, shifted"
+    assert attention_maps(encoder, images)[1:] == description
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_224"])
 @pytest.mark.parametrize("side, size", [(64, (64, 64)), (224, (224, 224)), (64, (64, 128))])
 @torch.no_grad()
-def test_vit_is_q_times_k(name, side, size):
-    encoder, block = lively(name, side)
+def test_vit_attention_by_hand(name, side, size):
+    encoder, block = uneven_encoder(name, side)
     images = torch.randn(2, 3, *size)
     heads = block.attn.num_heads
-    h, w = size[0] // 16, size[1] // 16
-    a = torch.stack([scores(block.attn, o, heads).softmax(-1) for o in given(block.attn, encoder, images)])
-    for queries, rows in (("places", a[:, :, 1:, 1:].mean(2)), ("class", a[:, :, 0, 1:])):
-        want = (rows / rows.sum(-1, keepdim=True)).view(2, heads, h, w)
-        assert (
-            torch.allclose(vit_attention(encoder, images, queries), want, atol=1e-6) and want.amax() > 2 * want.mean()
-        )
+    weights = [scores(block.attn, x, heads).softmax(-1) for x in input_of(block.attn, encoder, images)]
+    weights = torch.stack(weights)
+    for queries, received in (("places", weights[:, :, 1:, 1:].mean(2)), ("class", weights[:, :, 0, 1:])):
+        wanted = (received / received.sum(-1, keepdim=True)).view(2, heads, size[0] // 16, size[1] // 16)
+        assert torch.allclose(vit_attention(encoder, images, queries), wanted, atol=1e-6)
+        assert wanted.amax() > 2 * wanted.mean()
 
 
 @torch.no_grad()
 def test_vit_without_class_token():
     encoder = backbones.create("vit_little_patch16_reg1_gap_256", img_size=64).eval()
-    assert encoder.model.num_prefix_tokens == 1 and not encoder.model.has_class_token
+    assert encoder.model.num_prefix_tokens == 1
+    assert not encoder.model.has_class_token
     images = torch.randn(1, 3, 64, 64)
-    assert (
-        torch.equal(vit_attention(encoder, images, "class"), vit_attention(encoder, images, "places"))
-        and look(encoder, images, "class").asking == "all places"
-    )
-    assert vit_attention(encoder, images).shape[2:] == (4, 4)  # the register token is no place
+    from_places = vit_attention(encoder, images, "places")
+    assert torch.equal(vit_attention(encoder, images, "class"), from_places)
+    assert attention_maps(encoder, images, "class").asking == "all places"
+    assert from_places.shape[2:] == (4, 4)  # the register token is not a place
+
+
+def hooks(encoder):
+    "Hooks and fused attention of all modules."
+    return [
+        (name, len(module._forward_pre_hooks), len(module._forward_hooks), getattr(module, "fused_attn", None))
+        for name, module in encoder.named_modules()
+    ]
 
 
 @pytest.mark.parametrize("name", [SWIN, "vit_tiny_patch16_224", "resnet18"])
 @torch.no_grad()
-def test_looking_changes_nothing(name):
+def test_reading_attention_changes_nothing(name):
     torch.manual_seed(0)
     encoder = backbones.create(name, img_size=64).eval()
     images = torch.randn(3, 3, 64, 64)
-    before, state = encoder(images)[-1], {k: v.clone() for k, v in encoder.state_dict().items()}
-    hooks = lambda: [
-        (n, len(m._forward_pre_hooks), len(m._forward_hooks), getattr(m, "fused_attn", None))
-        for n, m in encoder.named_modules()
-    ]
-    was = hooks()
-    look(encoder, images)
-    assert (
-        torch.equal(encoder(images)[-1], before)
-        and hooks() == was
-        and all(torch.equal(v, state[k]) for k, v in encoder.state_dict().items())
-    )
-    if name != "resnet18":
-        block = encoder.model.layers[-1].blocks[-1] if name == SWIN else encoder.model.blocks[-1]
-        with captured(block.attn):
-            assert torch.allclose(encoder(images)[-1], before, atol=1e-5)
-        with pytest.raises(ZeroDivisionError):
-            with captured(block.attn):
-                1 / 0
-        assert hooks() == was
+    last_map = encoder(images)[-1]
+    state = {key: value.clone() for key, value in encoder.state_dict().items()}
+    hooks_before = hooks(encoder)
+    attention_maps(encoder, images)
+    assert torch.equal(encoder(images)[-1], last_map)
+    assert hooks(encoder) == hooks_before
+    assert all(torch.equal(value, state[key]) for key, value in encoder.state_dict().items())
+
+
+@pytest.mark.parametrize("name", [SWIN, "vit_tiny_patch16_224"])
+@torch.no_grad()
+def test_capture_ends_after_an_error(name):
+    encoder = backbones.create(name, img_size=64).eval()
+    images = torch.randn(1, 3, 64, 64)
+    hooks_before, last_map = hooks(encoder), encoder(images)[-1]
+    with pytest.raises(ZeroDivisionError):
+        with capture_attention(last_block(encoder).attn):
+            assert torch.allclose(encoder(images)[-1], last_map, atol=1e-5)  # unfused, the same
+            raise ZeroDivisionError
+    assert hooks(encoder) == hooks_before
 
 
 def test_dropout_is_not_in_the_weights():
-    encoder, block = lively("vit_tiny_patch16_224", 64)
+    encoder, block = uneven_encoder("vit_tiny_patch16_224", 64)
     block.attn.attn_drop.p = 0.5
     encoder.train()
-    images = torch.randn(1, 3, 64, 64)
-    with captured(block.attn) as seen, torch.no_grad():
-        encoder(images)
-    assert torch.allclose(seen[0].sum(-1), torch.ones(1, 3, 17), atol=1e-5)
+    with capture_attention(block.attn) as weights, torch.no_grad():
+        encoder(torch.randn(1, 3, 64, 64))
+    assert torch.allclose(weights[0].sum(-1), torch.ones(1, 3, 17), atol=1e-5)
 
 
 @torch.no_grad()
-def test_cosine_of_a_cnn():
+def test_cosine_map_of_a_cnn():
     encoder = backbones.create("resnet18", 13, 64).eval()
     images = torch.randn(2, 13, 64, 96)
-    f = encoder(images)[-1].double().numpy()
-    p = f.mean((2, 3), keepdims=True)
-    cosine = (f * p).sum(1) / np.sqrt((f**2).sum(1) * (p**2).sum(1))
-    assert cosine.min() > 0 and np.allclose(
-        cosine_map(encoder, images)[:, 0], cosine / cosine.sum((1, 2), keepdims=True), atol=1e-6
-    )
-    assert look(encoder, images).kind == COSINE
+    features = encoder(images)[-1].double().numpy()
+    pooled = features.mean((2, 3), keepdims=True)
+    cosine = (features * pooled).sum(1) / np.sqrt((features**2).sum(1) * (pooled**2).sum(1))
+    assert cosine.min() > 0
+    wanted = cosine / cosine.sum((1, 2), keepdims=True)
+    assert np.allclose(cosine_map(encoder, images)[:, 0], wanted, atol=1e-6)
+    assert attention_maps(encoder, images).kind == COSINE
 
 
-def test_kept_is_the_smallest_set_that_holds_the_mass():
-    rng = np.random.default_rng(0)
-    for mass in (0.05, 0.3, 0.6, 0.95, 1.0):
-        maps = torch.from_numpy(rng.dirichlet(np.full(12, 0.3), 50)).view(50, 3, 4)
-        kept = keep_mass(maps, mass)
-        held = (maps * kept).sum((1, 2))
-        weakest = torch.where(kept, maps, 2.0).amin((1, 2))
-        assert (held >= mass * (1 - 1e-5)).all() and (held - weakest < mass).all()  # holds it; not without its weakest
-        assert (torch.where(kept, -1.0, maps).amax((1, 2)) <= weakest).all()  # and nothing stronger was left out
+@pytest.mark.parametrize("mass", (0.05, 0.3, 0.6, 0.95, 1.0))
+def test_kept_is_the_smallest_set_that_holds_the_mass(mass):
+    maps = torch.from_numpy(np.random.default_rng(0).dirichlet(np.full(12, 0.3), 50)).view(50, 3, 4)
+    kept = keep_mass(maps, mass)
+    held = (maps * kept).sum((1, 2))
+    weakest_kept = torch.where(kept, maps, 2.0).amin((1, 2))
+    strongest_left = torch.where(kept, -1.0, maps).amax((1, 2))
+    assert (held >= mass * (1 - 1e-5)).all()
+    assert (held - weakest_kept < mass).all()  # without its weakest place it does not hold the mass
+    assert (strongest_left <= weakest_kept).all()
 
 
 def test_entropy_against_its_definition():
     p = np.random.default_rng(0).dirichlet(np.ones(20), 7)
-    want = -(p * np.log(p)).sum(1) / np.log(20)
-    assert np.allclose(entropy(torch.from_numpy(p).view(7, 4, 5)), want)
+    wanted = -(p * np.log(p)).sum(1) / np.log(20)
+    assert np.allclose(normalised_entropy(torch.from_numpy(p).view(7, 4, 5)), wanted)
 
 
-def test_a_broken_backbone_is_named():
+def test_a_damaged_backbone_is_named():
     encoder = backbones.create("vit_tiny_patch16_224", img_size=64).eval()
     with torch.no_grad():
-        encoder.model.blocks[-1].attn.qkv.weight.fill_(float("nan"))
+        last_block(encoder).attn.qkv.weight.fill_(float("nan"))
     with pytest.raises(CmidError, match="not finite"):
-        look(encoder, torch.randn(1, 3, 64, 64))
+        attention_maps(encoder, torch.randn(1, 3, 64, 64))
 
 
-def test_the_figure_says_what_it_is():
-    looks = Looks(torch.full((2, 9, 4, 4), 1 / 16), COSINE, "the pooled feature", "last map")
-    fig = attention_figure(torch.rand(2, 1, 64, 64), looks, 0.5, "its one network", ["river", ""])
-    said = fig._supxlabel.get_text()
-    assert all(o in said for o in (COSINE, "not attention", "its one network", "50%", "last map"))
-    assert [a.get_ylabel() for a in fig.axes[::2]] == ["image", "mean", "holds 50%"] + [
-        f"head {i}" for i in (1, 3, 4, 6, 7, 9)
-    ]
-    assert fig.axes[0].get_title() == "river" and fig.axes[4].get_xlabel() == "50% of area" and fig.get_figwidth() < 4.5
+def test_metrics_of_a_cnn_are_json():
+    encoder = backbones.create("resnet18", img_size=64).eval()
+    metrics = attention_metrics(attention_maps(encoder, torch.randn(2, 3, 64, 64)), 0.6)
+    assert json.loads(json.dumps(metrics)) == metrics
+    assert (metrics["places"], metrics["heads"], metrics["mass_area_even"]) == (4, 1, 0.75)
+    assert 0.5 <= metrics["mass_area"] <= 0.75
 
 
-def test_stage(tmp_path):
-    "Alone, for a baseline that is asked for its teacher's class token: it has neither, and says so."
-    metrics = attention_metrics(look(backbones.create("resnet18", img_size=64).eval(), torch.randn(2, 3, 64, 64)), 0.6)
-    assert (
-        json.loads(json.dumps(metrics)) == metrics
-        and metrics["places"] == 4
-        and metrics["heads"] == 1
-        and 0.5 <= metrics["mass_area"] <= metrics["mass_area_even"] == 0.75
-    )
-    out = tmp_path / "out.ipynb"
-    subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            f"from cmid.study.stage import run_notebook; run_notebook('nbs/pipeline/attention.ipynb', {str(out)!r}, dict(smoke=True, init='random-resnet18'))",
-        ],
-        cwd=ROOT,
-        check=True,
-        env=os.environ | dict(OMP_NUM_THREADS="1"),
-    )
-    text = out.read_text()
-    assert "random-resnet18: its one network; cosine with the pooled feature" in text and "image/png" in text
+def test_the_figure_describes_itself():
+    maps = AttentionMaps(torch.full((2, 9, 4, 4), 1 / 16), COSINE, "the pooled feature", "last map")
+    fig = attention_figure(torch.rand(2, 1, 64, 64), maps, 0.5, "its one network", ["river", ""])
+    caption = fig._supxlabel.get_text()
+    for words in (COSINE, "not attention", "its one network", "50%", "last map"):
+        assert words in caption
+    heads = [f"head {i}" for i in (1, 3, 4, 6, 7, 9)]
+    assert [ax.get_ylabel() for ax in fig.axes[::2]] == ["image", "mean", "holds 50%", *heads]
+    assert fig.axes[0].get_title() == "river"
+    assert fig.axes[4].get_xlabel() == "50% of area"
+    assert fig.get_figwidth() < 4.5
+
+
+@pytest.mark.slow
+def test_stage_of_a_baseline(tmp_path):
+    "A ResNet baseline has no attention, and the stage's output says so."
+    copy = tmp_path / "out.ipynb"
+    command = [sys.executable, "-c", RUN_STAGE, "nbs/pipeline/attention.ipynb", str(copy), "random-resnet18"]
+    subprocess.run(command, cwd=ROOT, check=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    text = copy.read_text()
+    assert "random-resnet18: its one network; cosine with the pooled feature" in text
+    assert "image/png" in text
