@@ -498,7 +498,7 @@ def test_lists_that_do_not_fit():
 @pytest.mark.skipif("CMID_REALDATA" not in os.environ, reason="CMID_REALDATA names no folder of real archives")
 def test_real_labels_of_dota(tmp_path):
     "Real labels, cut to 1024 px tiles with a gap of 200 and merged: every object that fits into a tile is found once."
-    from cmid.data.labels import read_dota
+    from cmid.data.box_files import read_dota
 
     with tarfile.open(Path(os.environ["CMID_REALDATA"]) / "obb.tar.gz") as f:
         f.extractall(tmp_path, filter="data")
