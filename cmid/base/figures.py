@@ -116,7 +116,7 @@ def curves_figure(
     epochs: list,  # records of epochs.json
 ):  # matplotlib Figure
     "Draw losses, schedules and speed of a pretraining run."
-    speed = [{k: v for k, v in o.items() if k in ("step", "images_per_s")} for o in epochs]
+    speed = [dict(step=o["step"], images_per_s=o["images_per_s"]) for o in epochs if "images_per_s" in o]
     return panels_figure(lines_of(CURVES, curve, speed))
 
 
@@ -140,8 +140,9 @@ def legend_columns(
 def _accuracy_line(ax, name, scores, k, shift):
     "Draw one init's accuracies with intervals, moved sideways by a factor so that intervals do not overlap"
     fractions = np.array([float(o) for o in scores])
-    scores = scores.values()
-    accuracy, low, high = (100 * np.array([score[key] for score in scores]) for key in ("accuracy", "low", "high"))
+    accuracy = 100 * np.array([o["accuracy"] for o in scores.values()])
+    low = 100 * np.array([o["low"] for o in scores.values()])
+    high = 100 * np.array([o["high"] for o in scores.values()])
     style = dict(color=COLOURS[k % 7], marker=MARKERS[k % 7], ls="-" if k < 7 else "--", ms=5, lw=1.5, capsize=3)
     ax.errorbar(fractions * shift, accuracy, (accuracy - low, high - accuracy), label=name, **style)
 

@@ -40,7 +40,10 @@ class Study(Section):
 
     def produced(self) -> list:  # names such as cmid-resnet18
         "Every init that a stage produces: <method>-<backbone>, and the baselines."
-        return [f"{method}-{backbone}" for method in self.methods for backbone in self.backbones] + self.baselines
+        names = []
+        for method in self.methods:
+            names += [f"{method}-{backbone}" for backbone in self.backbones]
+        return names + self.baselines
 
     @model_validator(mode="after")
     def _check(self):
