@@ -1,0 +1,276 @@
+"""A study that is run once, edited and run again: what runs again, and what is left.
+
+The tests share one study and stand in the order in which they edit it. Every stage runs in it once; after that, most
+tests ask DVC what it would run, and run only what they look at.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+
+from cmid.study.smoke import smoke_data, smoke_tasks
+from cmid.train.checkpoint import load_backbone
+
+ROOT = Path(__file__).parents[2]
+TASKS = dict(segment="land", change="dates", detect="objects")
+INIT, BASELINE = "cmid-resnet18", "random-resnet18"
+PRETRAIN = f"pretrain@{INIT}"
+BOTH, ONE = f"inits: [{INIT}, {BASELINE}]", f"inits: [{INIT}]"
+RECORD = {
+    "commit",
+    "changed",
+    "device",
+    "versions",
+    "seconds",
+    "peak_memory_mb",
+    "images_per_s",
+    "data",
+    "parameters",
+    "run",
+}
+pytestmark = pytest.mark.slow
+
+
+class Study:
+    "A copy of the project with the smoke profile and a little generated imagery."
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.said = ""
+        self.copy_project()
+        smoke_data(folder)
+        smoke_tasks(folder, TASKS.values())
+        self.commit()
+
+    def copy_project(self):
+        listed = ["git", "ls-files", "-co", "--exclude-standard", "-z"]
+        names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+        left_out = "results/", "studies/", "tests/", "data.dvc", "dvc.lock"
+        for name in filter(None, names):
+            if (ROOT / name).is_file() and not name.startswith(left_out):
+                (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / name, self.folder / name)
+        self.edit("params.yaml", r"^profile: \w+", "profile: smoke")
+        self.edit("params.yaml", "^device: auto", "device: cpu")
+
+    def commit(self):
+        who = ["-c", "user.name=cmid", "-c", "user.email=cmid@example.com"]
+        for args in (["init", "-q"], ["add", "-A"], [*who, "commit", "-qm", "study"]):
+            subprocess.run(["git", *args], cwd=self.folder, check=True, capture_output=True)
+
+    def dvc(self, *args, fails=False):
+        "Names of the stages that ran, or would run."
+        environment = os.environ | dict(
+            PYTHONPATH=str(self.folder),
+            PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+            CMID_ROOT=str(self.folder),
+            OMP_NUM_THREADS="1",
+        )
+        done = subprocess.run(["dvc", *args], cwd=self.folder, env=environment, capture_output=True, text=True)
+        self.said = done.stdout + done.stderr
+        assert (done.returncode != 0) == fails, self.said[-5000:]
+        return re.findall(r"Running stage '([^']+)'", self.said)
+
+    def edit(self, path, pattern, new):
+        "Replace the first match in a file."
+        file = self.folder / path
+        text = file.read_text(encoding="utf-8")
+        edited, count = re.subn(pattern, lambda match: new, text, count=1, flags=re.M)
+        assert count, f"{path}: {pattern}"
+        file.write_text(edited, encoding="utf-8")
+
+    def json(self, path):
+        return json.loads((self.folder / path).read_text())
+
+    def metrics(self, *parts):
+        return self.json(Path("results", *parts, "metrics.json"))
+
+    def model(self):
+        return (self.folder / "models" / INIT / "model.safetensors").read_bytes()
+
+
+def kinds(stages):
+    "Names of stages without their identities"
+    return {o.split("@")[0] for o in stages}
+
+
+def expected(inits):
+    "Every stage of the study"
+    return {
+        "digest",
+        "prepare@pool",
+        "prepare@scenes",
+        PRETRAIN,
+        f"baselines@{BASELINE}",
+        f"reconstruct@{INIT}",
+        "report",
+        *(f"labels@{o}" for o in TASKS.values()),
+        *(f"{stage}@{dataset}-{i}" for stage, dataset in TASKS.items() for i in inits),
+        *(f"{stage}@scenes-{i}" for stage in ("probe", "classify", "features") for i in inits),
+        *(f"{stage}@{i}" for stage in ("attention", "correspondence") for i in inits),
+    }
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    study = Study(tmp_path_factory.mktemp("study"))
+    study.dvc("stage", "list", "--name-only")
+    study.planned = study.said.split()
+    study.edit("params.yaml", re.escape(BOTH), ONE)
+    study.ran = study.dvc("repro")
+    return study
+
+
+# What runs, and what is left
+
+
+def test_every_run_of_the_study_is_planned(study):
+    assert set(study.planned) == expected([INIT, BASELINE])
+
+
+def test_everything_runs_once(study):
+    assert set(study.ran) == expected([INIT])
+    assert study.dvc("repro") == []
+
+
+def test_what_pretraining_leaves(study):
+    assert {o.name for o in (study.folder / "models").iterdir()} == {INIT, BASELINE}
+    assert RECORD <= set(study.json(f"results/pretrain/{INIT}/run.json"))
+    curve = study.folder / f"results/pretrain/{INIT}/curves/plots/metrics/total.tsv"
+    assert len(curve.read_text().splitlines()) == 7  # a head, 2 epochs of 3 steps
+    assert "resnet18" in (study.folder / f"reports/pretrain-{INIT}.ipynb").read_text()
+
+
+def test_every_stage_is_scored_and_in_the_report(study):
+    assert study.metrics("probe", "scenes", INIT)["test_images"] == 3
+    for stage, dataset in TASKS.items():
+        assert study.metrics(stage, dataset, INIT)["images"] == 2
+    summary = study.metrics("report")
+    assert summary["missing"] == 0
+    assert set(summary["segment"]["land"]) == {INIT}
+    assert set(summary["change"]["dates"][INIT]) == {"bit", "difference"}
+    page = (study.folder / "reports/report.html").read_text()
+    assert "<html" in page
+    assert "Oriented detection" in page
+
+
+def test_timm_loads_the_export_by_itself(study):
+    weights = str(study.folder / f"models/{INIT}/model.safetensors")
+    network = timm.create_model("resnet18", num_classes=0, checkpoint_path=weights)
+    encoder, _ = load_backbone(study.folder / "models" / INIT)
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(network.eval().forward_features(x), encoder(x)[-1])
+
+
+def test_an_init_may_be_added_and_left_out(study):
+    study.edit("params.yaml", re.escape(ONE), BOTH)
+    probe = f"probe@scenes-{BASELINE}"
+    assert study.dvc("repro", probe) == ["digest", probe]
+    assert study.metrics("probe", "scenes", BASELINE)["test_images"] == 3
+    study.edit("params.yaml", re.escape(BOTH), ONE)
+
+
+# What an edit runs again
+
+
+def test_prose_reruns_nothing_but_digests(study):
+    before = study.metrics("pretrain", INIT)
+    study.edit("nbs/pipeline/pretrain.ipynb", "# Pretrain", "# Pretraining, in other words")
+    study.edit("cmid/method/views.py", '^"""', '"""In other words: ')
+    assert set(study.dvc("repro")) <= {"digest"}
+    assert study.metrics("pretrain", INIT) == before
+
+
+def test_an_experiment_is_listed_and_keeps_checkpoints(study):
+    def checkpoints():
+        return {o: o.read_bytes() for o in (study.folder / "checkpoints").rglob("*.ckpt")}
+
+    before = checkpoints()
+    study.dvc("exp", "run", "-n", "fewer", "-S", "profiles.smoke.probe.neighbours=2", f"probe@scenes-{INIT}")
+    assert before
+    assert checkpoints() == before
+    assert study.metrics("probe", "scenes", INIT)["knn"]["1.0"]["k"] == 2
+    study.dvc("exp", "show", "--md", "--only-changed")
+    assert "[fewer]" in study.said
+    assert "neighbours" in study.said
+
+
+def test_code_reruns_what_reaches_it(study):
+    "A module of a task, and the cell of a stage: asked for here, not run."
+    study.edit("cmid/tasks/probe.py", "^import", "import sys\nimport")
+    study.edit("nbs/pipeline/reconstruct.ipynb", re.escape("stage.finish("), "_ = 1; stage.finish(")
+    assert study.dvc("repro", "digest") == ["digest"]
+    wanted = study.dvc("repro", "--dry")
+    assert {f"probe@scenes-{INIT}", f"reconstruct@{INIT}", "report"} <= set(wanted)
+    assert not kinds(wanted) & {"prepare", "labels", "pretrain", "segment", "change", "detect"}
+
+
+def test_wrong_parameters_are_refused_in_one_line_before_anything_is_removed(study):
+    folders = "results", "models", "prepared", "reports"
+
+    def files():
+        found = (o for folder in folders for o in (study.folder / folder).rglob("*") if o.is_file())
+        return {o: o.stat().st_mtime_ns for o in found}
+
+    before = files()
+    study.edit("params.yaml", "neighbours: 2, regularisation", "neighbors: 2, regularisation")
+    study.dvc("repro", fails=True)
+    assert files() == before
+    assert "cmid_digest: params.yaml: probe.neighbors: unknown key (did you mean 'neighbours'?)" in study.said
+    assert "Traceback" not in study.said
+    study.edit("params.yaml", "neighbors: 2, regularisation", "neighbours: 2, regularisation")
+
+
+def test_code_of_the_method_trains_anew(study):
+    "Not only the stage runs again: it must not use the checkpoint of the old code."
+    before = study.metrics("pretrain", INIT)
+    study.edit("cmid/method/reconstruction.py", r"return spatial \+", "return 2 * spatial +")
+    assert set(study.dvc("repro", "pretrain")) == {"digest", PRETRAIN}
+    assert "resuming after step" not in study.said
+    assert study.metrics("pretrain", INIT)["reconstruction"] != before["reconstruction"]
+    wanted = study.dvc("repro", "--dry")
+    assert {"probe", "attention", "segment", "report"} <= kinds(wanted)
+    assert "prepare" not in kinds(wanted)
+
+
+def test_a_run_that_collapses_fails_in_one_line_and_leaves_the_old_model(study):
+    before = study.model()
+    study.edit("params.yaml", "pretrain: {epochs: 2,", "pretrain: {lr: 30.0, epochs: 2,")
+    study.dvc("repro", "pretrain", fails=True)
+    collapsed = r"collapsed: .* \(healthy: about|.* is not finite at step \d+ \(learning rate 30\)"
+    assert re.search(rf"cmid_stage: ({collapsed})", study.said), study.said[-2000:]
+    assert "Traceback" not in study.said
+    assert "checkpoints of other parameters or code (" in study.said
+    assert study.model() == before, "DVC removed it before the stage ran"
+    study.edit("params.yaml", "pretrain: {lr: 30.0, epochs: 2,", "pretrain: {epochs: 2,")
+    study.dvc("repro", "pretrain")
+    assert study.model() == before
+
+
+def test_a_study_without_labels(study):
+    path = study.folder / "params.yaml"
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    values["study"] |= dict(probes=[], segment=[], change=[], detect=[])
+    del values["datasets"]["scenes"]
+    values["tasks"] = {}
+    for section, key in (("health", "labelled"), ("attention", "dataset"), ("correspondence", "dataset")):
+        values[section][key] = "pool"
+    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    for stage in ("probe", "classify", "features", "labels", *TASKS):
+        shutil.rmtree(study.folder / "results" / stage)  # as in a fresh clone
+    study.dvc("repro", "pretrain")
+    assert "note: health was" in study.said
+    wanted = study.dvc("repro", "--dry")
+    assert kinds(wanted) >= {"attention", "correspondence", "report"}
+    assert not kinds(wanted) & {"probe", "classify", "features", "labels", *TASKS}
+    study.dvc("repro", "--single-item", "report")
+    assert study.metrics("report")["probe"] == {}
