@@ -1,12 +1,13 @@
-"""Reference numbers: measured inputs, outputs and gradients of the published method, met by our functions.
+"""Losses, queue, schedules and optimiser against measured inputs, outputs and gradients of the published method.
 
 `CMID_PARITY` names the folder of the `.npz` files; without it these tests are skipped, and the notebooks prove the same
-functions by hand arithmetic. One case is one test, so that pytest's count is the number of cases met.
-Tolerances: float64 1e-9; float32 2e-6 for values, 1e-4 for gradients; relative, for arrays to their largest absolute value.
+functions by hand arithmetic. One case is one test, so that pytest's count is the number of cases.
+Tolerances, relative to the largest absolute value: float64 1e-9; float32 2e-6 for values, 1e-4 for gradients.
 """
 
 import os
-from functools import cache
+from functools import cache, partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -34,19 +35,21 @@ def reference(name):
 
 
 def tensor(data, key, precision="f32"):
-    a = torch.from_numpy(data[key])
-    return a.to(dtypes[precision]) if a.is_floating_point() else a
+    array = torch.from_numpy(data[key])
+    return array.to(dtypes[precision]) if array.is_floating_point() else array
 
 
 def close(ours, theirs, precision, gradient=False):
-    ours, theirs = (torch.as_tensor(a, dtype=torch.float64) for a in (ours, theirs))
-    allowed = {"f64": 1e-9, "f32": 1e-4 if gradient else 2e-6}[precision] * theirs.abs().max()
-    off = (ours - theirs).abs().max()
-    assert ours.shape == theirs.shape and off <= allowed, f"off by {off:.3g}, allowed {allowed:.3g}"
+    ours, theirs = (torch.as_tensor(values, dtype=torch.float64) for values in (ours, theirs))
+    assert ours.shape == theirs.shape
+    tolerance = {"f64": 1e-9, "f32": 1e-4 if gradient else 2e-6}[precision]
+    allowed = tolerance * theirs.abs().max()
+    difference = (ours - theirs).abs().max()
+    assert difference <= allowed, f"differs by {difference:.3g}, allowed {allowed:.3g}"
 
 
 def value_and_slope(loss, leaf):
-    "The loss of `leaf`, and its gradient"
+    "The loss of `leaf`, and its gradient."
     value = loss(leaf.requires_grad_(True))
     return value.detach(), torch.autograd.grad(value, leaf)[0]
 
@@ -60,7 +63,8 @@ def value_and_slope(loss, leaf):
 )
 def test_reconstruction(case, variant, precision):
     data, key = reference("reconstruction"), f"{case}/{variant}/{precision}"
-    x, r = tensor(data, f"{case}/x", precision), tensor(data, f"{case}/x_rec", precision)
+    x = tensor(data, f"{case}/x", precision)
+    r = tensor(data, f"{case}/x_rec", precision)
     masks = tensor(data, f"{case}/mask").bool()
     weight = 0.0 if variant == "fft_weight0" else 1.0
     loss, slope = value_and_slope(lambda r: reconstruction_loss(r, x, masks, weight), r)
@@ -79,7 +83,8 @@ def test_reconstruction(case, variant, precision):
 @pytest.mark.parametrize("case", ["c0", "c1", "c3"])
 def test_frequency_alone(case, precision):
     data, key = reference("reconstruction"), f"{case}/ffl_alone/{precision}"
-    x, r = tensor(data, f"{case}/x", precision), tensor(data, f"{case}/x_rec", precision)
+    x = tensor(data, f"{case}/x", precision)
+    r = tensor(data, f"{case}/x_rec", precision)
     loss, slope = value_and_slope(lambda r: focal_frequency(r, x), r)
     close(loss, data[f"{key}/loss"], precision)
     if f"{key}/grad" in data:
@@ -111,9 +116,11 @@ def test_queue():
     data = reference("contrast")
     queue = KeyQueue(*data["queue/init"].shape)
     queue.keys.copy_(tensor(data, "queue/init"))
-    for step in (f"queue/step{s}_{view}" for s in range(5) for view in ("view", "org")):
-        queue.enqueue(tensor(data, f"{step}/keys"))
-        assert torch.equal(queue.keys, tensor(data, f"{step}/queue")) and queue.ptr == data[f"{step}/ptr"][0], step
+    for step, view in product(range(5), ("view", "org")):
+        key = f"queue/step{step}_{view}"
+        queue.enqueue(tensor(data, f"{key}/keys"))
+        assert torch.equal(queue.keys, tensor(data, f"{key}/queue"))
+        assert queue.ptr == data[f"{key}/ptr"][0]
 
 
 # distillation.npz
@@ -122,11 +129,15 @@ def test_queue():
 @precisions
 @pytest.mark.parametrize("calls", range(1, 6))
 def test_prototype_loss(calls, precision):
-    "The loss carries its centre from call to call: the last of `calls` calls is compared"
+    "The centre is carried from call to call: the last of `calls` calls is compared."
     data, loss = reference("distillation"), PrototypeLoss(64).to(dtypes[precision])
-    for key in (f"call{i}" for i in range(calls)):
-        student, teacher = tensor(data, f"{key}/online", precision), tensor(data, f"{key}/branch", precision)
-        value, slope = value_and_slope(lambda p: loss(p, teacher, temperature_at(int(data[f"{key}/epoch"]))), student)
+    for call in range(calls):
+        key = f"call{call}"
+        student = tensor(data, f"{key}/online", precision)
+        teacher = tensor(data, f"{key}/branch", precision)
+        temperature = temperature_at(int(data[f"{key}/epoch"]))
+        loss_of = partial(loss, teacher=teacher, teacher_temperature=temperature)
+        value, slope = value_and_slope(loss_of, student)
     close(value, data[f"{key}/{precision}/loss"], precision)
     close(slope, data[f"{key}/{precision}/grad_online"], precision, gradient=True)
     close(loss.centre, data[f"{key}/{precision}/center_after"], precision)
@@ -148,16 +159,20 @@ def test_matches(matches):
     assert torch.equal(teacher, tensor(data, f"rand_n{matches}/idx_nn"))
 
 
+def centres_at(centres, index):
+    return centres.gather(1, index[..., None].expand(-1, -1, 2))
+
+
 def distances(data, student, teacher):
-    "Distance of each matched pair in px, sorted within an image"
-    one, two = (tensor(data, f"locations{i}", "f64") for i in (1, 2))
-    at = lambda centres, index: centres.gather(1, index[..., None].expand(-1, -1, 2))
-    return (at(one, student) - at(two, teacher)).norm(dim=-1).sort(1).values
+    "Distance of each matched pair in px, sorted within an image."
+    student_centres = centres_at(tensor(data, "locations1", "f64"), student)
+    teacher_centres = centres_at(tensor(data, "locations2", "f64"), teacher)
+    return (student_centres - teacher_centres).norm(dim=-1).sort(1).values
 
 
 @pytest.mark.parametrize("matches", [20, 7, 1, 49])
 def test_matches_with_ties(matches):
-    "Which of two cells at the same distance is taken is arbitrary: the distances are not"
+    "Which of two cells at the same distance is taken is arbitrary; the distances are not."
     data = reference("matching")
     ours = distances(data, *match_cells(tensor(data, "locations1"), tensor(data, "locations2"), matches))
     theirs = distances(data, *(tensor(data, f"n{matches}/idx_{name}") for name in ("filtered", "nn")))
@@ -174,7 +189,7 @@ def test_momentum():
 
 @pytest.mark.parametrize("step", range(1, 8))
 def test_moving_average(step):
-    "One published average at a time: there it takes the student of the step before"
+    "One published average at a time: the release takes the student of the step before."
     data = reference("teacher")
     teacher, student = nn.Module(), nn.Module()
     teacher.w = nn.Parameter(tensor(data, f"ema/it{step - 1}/teacher_w"))
@@ -200,7 +215,7 @@ class OneLayer(nn.Module):
 @pytest.mark.parametrize("decay", [0.0, 0.02])
 @pytest.mark.parametrize("no_prox", [0, 1])
 def test_adan(no_prox, decay, precision):
-    "Five steps of the optimiser that training uses"
+    "Five steps of the optimiser that training uses."
     data = reference("adan")
     weight, bias, x, y = (tensor(data, key, precision) for key in ("W0", "b0", "X", "Y"))
     layer = OneLayer(weight, bias)

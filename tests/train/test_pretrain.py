@@ -1,0 +1,60 @@
+"The training loop around the method: other bands, an incomplete last batch, one image a step, a loss that is off."
+
+import numpy as np
+import pytest
+import torch
+
+from cmid.base.params import Params
+from cmid.train.pretrain import pretrain_learner, run_pretraining
+
+
+class Pool:
+    "What a learner needs of a prepared dataset: eleven images of five bands."
+
+    bands, side, mean, std = 5, 64, [0.4] * 5, [0.2] * 5
+
+    def __init__(self):
+        self.pixels = np.random.default_rng(0).integers(0, 256, (11, 5, 64, 64), dtype=np.uint8)
+
+    def __len__(self):
+        return len(self.pixels)
+
+    def __getitem__(self, index):
+        return self.pixels[index]
+
+
+def settings(**changes):
+    return Params(profile="smoke").pretrain.model_copy(update=dict(epochs=2, batch=4) | changes)
+
+
+def silent(_):
+    pass
+
+
+def pretrain(backbone, variant, settings):
+    torch.manual_seed(0)
+    cpu = torch.device("cpu")
+    return run_pretraining(pretrain_learner(Pool(), np.arange(11), settings, backbone, variant, on=cpu, say=silent))
+
+
+@pytest.mark.parametrize(
+    "backbone, variant, changes, steps",
+    [
+        pytest.param("resnet18", "byol", {}, 4, id="byol, the incomplete last batch is dropped"),
+        pytest.param("vit_small_patch16_224", "cmid", dict(precision="bfloat16"), 4, id="bfloat16"),
+        pytest.param("resnet18", "cmid", dict(batch=1, epoch_images=2), 4, id="one image a step"),
+    ],
+)
+def test_training_runs(backbone, variant, changes, steps):
+    learn = pretrain(backbone, variant, settings(**changes))
+    assert learn.cmid.done == steps
+    for point in learn.journal.curve:
+        assert np.isfinite(list(point.values())).all()
+
+
+def test_losses_that_are_off_are_0():
+    weights = settings().weights.model_copy(update=dict(contrast=0.0, distillation=0.0))
+    learn = pretrain("resnet18", "cmid", settings(weights=weights))
+    last = learn.journal.epochs[-1]
+    assert last["contrast"] == last["distillation"] == 0
+    assert last["reconstruction"] > 0
