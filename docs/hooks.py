@@ -1,4 +1,4 @@
-"""What `mkdocs build` does with the notebooks: navigation by package, an index of names, links, and anchors of functions."""
+"""What `mkdocs build` adds to the notebooks: navigation by package, an index of names, links, anchors of functions."""
 
 import ast
 import html
@@ -26,7 +26,7 @@ PACKAGES = dict(
     bench="Bench: speed and scale",
     pipeline="Stages, as DVC runs them",
 )
-PAGES = "scale", "safety"
+PAGES = "map", "studies", "scale", "safety"
 
 
 def cells(path):
@@ -85,15 +85,13 @@ def on_config(config):
         pages = [{title(path): f"{folder.name}/{path.name}"} for path in sorted(folder.glob("*.ipynb"))]
         nav.append({PACKAGES[package]: pages})
     nav += [{title(ROOT / f"nbs/{page}.ipynb"): f"{page}.ipynb"} for page in PAGES]
-    nav += [{"Results of all studies": "studies.md"}, {"All names": "names.md"}]
+    nav.append({"All names": "names.md"})
     config.nav = nav
     return config
 
 
 def on_files(files, config):
     files.append(File.generated(config, "names.md", content=names_page()))
-    studies = (ROOT / "studies/README.md").read_text(encoding="utf-8")
-    files.append(File.generated(config, "studies.md", content=studies))
     return files
 
 
@@ -104,10 +102,8 @@ def resolved(link, page, files):
         return link
     folder = posixpath.dirname(page.file.src_uri)
     target = posixpath.normpath(posixpath.join(folder, path))
-    if page.file.src_uri == "studies.md":
-        target = posixpath.normpath(posixpath.join("../studies", path)).removeprefix("../nbs/")
     if target == "../studies/README.md":
-        target = "studies.md"
+        target = "studies.ipynb"
     if target.startswith("../"):
         return f"{SOURCE}/{target.removeprefix('../')}{mark}{anchor}"
     file = files.get_file_from_path(target)
