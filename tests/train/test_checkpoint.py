@@ -132,7 +132,9 @@ def test_exports_of_two_processes_are_the_same_bytes(tmp_path):
 import sys, torch, json
 from cmid.method.backbones import create
 from cmid.train.checkpoint import export_backbone
-torch.manual_seed(0); export_backbone(create('resnet18', img_size=64), sys.argv[1], json.loads(sys.argv[2]), extras=dict(b=torch.ones(2), a=torch.zeros(3)))"""
+torch.manual_seed(0)
+extras = dict(b=torch.ones(2), a=torch.zeros(3))
+export_backbone(create('resnet18', img_size=64), sys.argv[1], json.loads(sys.argv[2]), extras=extras)"""
     for f in "ab":
         assert python(code, tmp_path / f, json.dumps(FACTS | dict(provenance={}))).returncode == 0
     for p in (tmp_path / "a").iterdir():

@@ -1,13 +1,13 @@
-"""Several processes train as one: against a single process that is given the same batch, and against each other. In float64, so that what differs is no rounding."""
+"""Several processes train as one: against a single process that is given the same batch, and against each other.
+In float64, so that differences are not rounding."""
 
-import os
 import signal
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from fastai.callback.core import Callback  # after cmid, which imports fastai without its warning
 
 from cmid.base.errors import CmidError, cli
 from cmid.base.params import Params, check
@@ -15,32 +15,32 @@ from cmid.base.runtime import step_generator
 from cmid.method.model import CMID
 from cmid.settings.pretrain import Pretrain
 from cmid.train import pretrain
-from cmid.train.checkpoint import latest
+from cmid.train.checkpoint import checkpoints, latest, load
+from cmid.train.journal import LOSSES
 from cmid.train.pretrain import pretrain_learner, run_pretraining
+from cmid.train.processes import launch, process_device, process_group, rank
 from cmid.train.steps import CMIDCallback
-from cmid.train.processes import joined, launch, own_device, rank
+
+with warnings.catch_warnings():  # fastai 2.8 scripts a function when it is imported, which torch calls deprecated
+    warnings.simplefilter("ignore", FutureWarning)
+    from fastai.callback.core import Callback
 
 SETTINGS = Params(profile="smoke").pretrain.model_copy(
     update=dict(epochs=1, batch=8, lr=0.002, warmup_epochs=0, queue=64, sync_batch_norm=True, checkpoint_epochs=1)
 )
-STEPS, LOSSES = 5, ("total", "reconstruction", "contrast", "distillation")
-BACKBONES = {
-    "vit_tiny_patch16_224": "cmid",
-    "swin_tiny_patch4_window7_224": "cmid",
-    "resnet18": "cmid",
-    "resnet10t": "byol",
-}
+STEPS = 5  # an epoch
+VIT = "vit_tiny_patch16_224"
+VARIANTS = {VIT: "cmid", "swin_tiny_patch4_window7_224": "cmid", "resnet18": "cmid", "resnet10t": "byol"}
 
 
-class Corpus:
-    "Forty images that are nowhere alike, 64 px."
+class Noise:
+    "Forty images of coarse noise, 64 px."
 
     bands, side, mean, std = 3, 64, [0.5] * 3, [0.2] * 3
 
     def __init__(self):
-        self.pixels = (
-            np.random.default_rng(0).integers(0, 256, (8 * STEPS, 3, 8, 8), dtype=np.uint8).repeat(8, 2).repeat(8, 3)
-        )
+        coarse = np.random.default_rng(0).integers(0, 256, (8 * STEPS, 3, 8, 8), dtype=np.uint8)
+        self.pixels = coarse.repeat(8, 2).repeat(8, 3)
 
     def __len__(self):
         return len(self.pixels)
@@ -49,69 +49,72 @@ class Corpus:
         return self.pixels[i]
 
 
-class Wide(CMIDCallback):
+class DoubleViews(CMIDCallback):
     "Views in float64."
 
     name = "cmid"
 
     def make_views(self, images, part=0):
-        return [o._replace(images=o.images.double()) for o in super().make_views(images, part)]
+        return [view._replace(images=view.images.double()) for view in super().make_views(images, part)]
 
 
-def short(settings, backbone, folder, callback=Wide):
+def silent(_):
+    "Prints nothing."
+
+
+def double_learner(settings, backbone, folder, callback=DoubleViews, say=silent):
     "A learner in float64."
     torch.manual_seed(0)
-    images = Corpus()
-    l = pretrain_learner(
-        images,
-        np.arange(len(images)),
-        settings,
-        backbone,
-        BACKBONES[backbone],
-        on=torch.device("cpu"),
-        folder=folder,
-        say=lambda _: None,
+    images, cpu = Noise(), torch.device("cpu")
+    learn = pretrain_learner(
+        images, np.arange(len(images)), settings, backbone, VARIANTS[backbone], on=cpu, folder=folder, say=say
     )
-    l.model.double()
-    c = callback(settings, l.cmid.method.views, 0)
-    c.on = l.cmid.on
-    l.remove_cb(l.cmid)
-    l.add_cb(c)
-    return l
+    learn.model.double()
+    double = callback(settings, learn.cmid.views, 0)
+    double.on = learn.cmid.on
+    learn.remove_cb(learn.cmid)
+    learn.add_cb(double)
+    return learn
 
 
-class Twin(Wide):
-    "One process that is given both halves of a batch, each with the views that one of two would make of it."
+class BothHalves(DoubleViews):
+    "One process that is given both halves of a batch, each with the views that one of two processes would make of it."
 
     def make_views(self, images, part=0):
-        halves = [self.views(o, step_generator(self.seed, self.done, i)) for i, o in enumerate(images.chunk(2))]
-        return [
-            type(a)(*map(torch.cat, zip(a, b)))._replace(images=torch.cat([a.images, b.images]).double())
-            for a, b in zip(*halves)
-        ]
+        halves = [self.views(half, step_generator(self.seed, self.done, i)) for i, half in enumerate(images.chunk(2))]
+        return [self._joined(a, b) for a, b in zip(*halves)]
+
+    def _joined(self, a, b):
+        view = type(a)(*map(torch.cat, zip(a, b)))
+        return view._replace(images=torch.cat([a.images, b.images]).double())
 
 
-class PerHalf(CMID):
+def halves_of_view(view):
+    return [type(view)(*parts) for parts in zip(*[tensor.chunk(2) for tensor in view])]
+
+
+class LossPerHalf(CMID):
     "The frequency loss is that of a process's own images."
 
     def reconstruct(self, maps, views):
-        halves = (
-            zip(*[o.chunk(2) for o in maps]),
-            zip(*[[type(v)(*t) for t in zip(*[o.chunk(2) for o in v])] for v in views]),
-        )
-        return sum(super(PerHalf, self).reconstruct(list(m), list(v)) for m, v in zip(*halves)) / 2
+        maps_of_halves = zip(*[m.chunk(2) for m in maps])
+        views_of_halves = zip(*[halves_of_view(view) for view in views])
+        losses = [
+            super(LossPerHalf, self).reconstruct(list(m), list(v)) for m, v in zip(maps_of_halves, views_of_halves)
+        ]
+        return sum(losses) / 2
 
 
-class Ask(Callback):
-    "A scheduler's SIGTERM, to the second process only."
+class StopSecond(Callback):
+    "A scheduler's SIGTERM after a step, to the second process only."
 
     order = 25
 
-    def __init__(self, at):
-        self.at = at
+    def __init__(self, step):
+        self.step = step
 
     def after_batch(self):
-        if rank() == 1 and self.learn.cmid.done == self.at:
+        if rank() == 1 and self.learn.cmid.done == self.step:
             signal.raise_signal(signal.SIGTERM)
 
 
@@ -119,74 +122,91 @@ class Ask(Callback):
 def worker(backbone, folder, epochs, stop_at):
     "What each of two processes does."
     torch.set_num_threads(1)
-    with joined(torch.device("cpu")):
-        l = short(SETTINGS.model_copy(update=dict(epochs=epochs)), backbone, folder)
-        l.add_cb(Ask(stop_at))
-        run_pretraining(l)
+    with process_group(torch.device("cpu")):
+        learn = double_learner(SETTINGS.model_copy(update=dict(epochs=epochs)), backbone, folder)
+        learn.add_cb(StopSecond(stop_at))
+        run_pretraining(learn)
 
 
-def in_two(backbone, folder, epochs=1, stop_at=0):
-    "The last checkpoint of two processes."
-    script = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from test_processes import worker; worker({backbone!r}, {str(folder)!r}, {epochs}, {stop_at})"
+def train_in_two(backbone, folder, epochs=1, stop_at=0, stops_after=0):
+    "The last checkpoint of two processes; one is asked to stop at a step, both stop after another."
+    script = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from test_processes import worker; "
+        f"worker({backbone!r}, {str(folder)!r}, {epochs}, {stop_at})"
+    )
     try:
         launch(2, ["-c", script], "worker")
     except CmidError as e:
-        assert stop_at and f"stopped at step {stop_at + 1} of" in str(e), e
+        assert stop_at, e
+        assert f"stopped at step {stops_after} of" in str(e)
     return latest(next(Path(folder).iterdir()))[1]
 
 
-@pytest.mark.parametrize("backbone", BACKBONES)
+def losses_of(curve):
+    return torch.tensor([[point[name] for name in LOSSES] for point in curve])
+
+
+def gradient_norms(curve):
+    return [point["gradient_norm"] for point in curve]
+
+
+LONG = [pytest.mark.slow, pytest.mark.long]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        VIT,  # no batch norm, a queue
+        "resnet10t",  # batch norm everywhere, no queue
+        pytest.param("swin_tiny_patch4_window7_224", marks=LONG),
+        pytest.param("resnet18", marks=LONG),
+    ],
+)
 def test_two_processes_are_one(backbone, tmp_path, monkeypatch):
     "Losses of five steps, queue, centre, weights and running statistics."
-    monkeypatch.setattr(pretrain, "CMID", PerHalf)
-    l = run_pretraining(short(SETTINGS, backbone, None, Twin))
-    one = l.model.state_dict()
-    state = in_two(backbone, tmp_path)
+    monkeypatch.setattr(pretrain, "CMID", LossPerHalf)
+    learn = run_pretraining(double_learner(SETTINGS, backbone, None, BothHalves))
+    one = learn.model.state_dict()
+    state = train_in_two(backbone, tmp_path)
     two = state["model"]
-    ours, theirs = ([[o[k] for k in LOSSES] for o in curve] for curve in (l.journal.curve, state["curve"]))
-    assert len(ours) == STEPS and torch.allclose(torch.tensor(ours), torch.tensor(theirs), rtol=0, atol=1e-5)
-    assert [o["gradient_norm"] for o in l.journal.curve] == pytest.approx(
-        [o["gradient_norm"] for o in state["curve"]], rel=1e-5
-    )
-    if BACKBONES[backbone] == "cmid":
-        assert one["queue.ptr"] == two["queue.ptr"] == (16 * STEPS) % 64 and torch.allclose(
-            one["queue.keys"], two["queue.keys"], atol=1e-5
-        )
-    assert one["prototype_loss.centre"].abs().max() > 0 and torch.allclose(
-        one["prototype_loss.centre"], two["prototype_loss.centre"], atol=1e-7
-    )
-    print(f"{backbone}: losses differ by {np.abs(np.subtract(ours, theirs)).max():.1e}")
-    assert [k for k in one if not torch.allclose(one[k].double(), two[k].double(), atol=1e-5)] == []
+    assert len(learn.journal.curve) == STEPS
+    assert torch.allclose(losses_of(learn.journal.curve), losses_of(state["curve"]), rtol=0, atol=1e-5)
+    assert gradient_norms(learn.journal.curve) == pytest.approx(gradient_norms(state["curve"]), rel=1e-5)
+    if VARIANTS[backbone] == "cmid":
+        assert one["queue.ptr"] == two["queue.ptr"] == (16 * STEPS) % 64
+        assert torch.allclose(one["queue.keys"], two["queue.keys"], atol=1e-5)
+    assert one["prototype_loss.centre"].abs().max() > 0
+    assert torch.allclose(one["prototype_loss.centre"], two["prototype_loss.centre"], atol=1e-7)
+    assert [key for key in one if not torch.allclose(one[key].double(), two[key].double(), atol=1e-5)] == []
 
 
-def test_processes_stop_together_and_go_on(tmp_path):
-    "One is asked to stop: both do, a step later; what goes on is the run that never stopped, and one process may take over."
-    whole = in_two("vit_tiny_patch16_224", tmp_path / "whole", 2)
-    stopped = in_two("vit_tiny_patch16_224", tmp_path / "stopped", 2, stop_at=3)
+@pytest.mark.slow
+def test_processes_stop_together_and_resume(tmp_path):
+    """One is asked to stop: both do, a step later. Two processes resume in the middle of an epoch and stop at its end,
+    with the bits of a run that never stopped; one process takes over."""
+    whole = train_in_two(VIT, tmp_path / "whole", 2)
+    stopped = train_in_two(VIT, tmp_path / "stopped", 2, stop_at=3, stops_after=4)
     assert (stopped["step"], stopped["epoch"]) == (4, 0)
-    again = in_two("vit_tiny_patch16_224", tmp_path / "stopped", 2)
-    assert again["step"] == 2 * STEPS
-    assert (
-        [k for k, v in whole["model"].items() if not torch.equal(v, again["model"][k])] == []
-        and whole["curve"] == again["curve"]
-        and len(again["ways"]) == 1
-    )
-    in_two(
-        "vit_tiny_patch16_224", tmp_path / "shrunk", 2, stop_at=STEPS - 1
-    )  # asked at the last step of an epoch but one: both stop at its end
+    again = train_in_two(VIT, tmp_path / "stopped", 2, stop_at=STEPS, stops_after=STEPS)
+    assert (again["step"], again["epoch"], len(again["ways"])) == (STEPS, 1, 1)
+    first_epoch, _ = load(checkpoints(next((tmp_path / "whole").iterdir()))[0])
+    assert first_epoch["step"] == STEPS
+    assert [key for key, value in first_epoch["model"].items() if not torch.equal(value, again["model"][key])] == []
+    assert first_epoch["curve"] == again["curve"]
+
     lines = []
-    l = short(SETTINGS.model_copy(update=dict(epochs=2)), "vit_tiny_patch16_224", tmp_path / "shrunk")
-    l.journal.say = lines.append
-    run_pretraining(l)
-    assert [(o["step"], o["processes"]) for o in l.checkpoints.ways] == [(0, 2), (STEPS, 1)] and any(
-        "processes: 2 then, 1 now" in o for o in lines
-    )
-    ours, theirs = ([o["total"] for o in c] for c in (l.journal.curve, whole["curve"]))
-    assert ours[:STEPS] == theirs[:STEPS] and len(ours) == len(theirs) == 2 * STEPS
+    settings = SETTINGS.model_copy(update=dict(epochs=2))
+    learn = run_pretraining(double_learner(settings, VIT, tmp_path / "stopped", say=lines.append))
+    assert [(way["step"], way["processes"]) for way in learn.checkpoints.ways] == [(0, 2), (STEPS, 1)]
+    assert any("processes: 2 then, 1 now" in line for line in lines)
+    ours, theirs = ([point["total"] for point in curve] for curve in (learn.journal.curve, whole["curve"]))
+    assert ours[:STEPS] == theirs[:STEPS]
+    assert len(ours) == len(theirs) == 2 * STEPS
 
 
-class Sliced(Wide):
-    "Every part gets its rows of the views of the whole batch."
+class RowsOfBatch(DoubleViews):
+    "Every micro-batch gets its rows of the views of the whole batch."
 
     def before_batch(self):
         self.batch = self.learn.xb[0]
@@ -194,55 +214,53 @@ class Sliced(Wide):
 
     def make_views(self, images, part=0):
         rows = slice(part * len(images), (part + 1) * len(images))
-        return [
-            type(v)(*(o[rows] for o in v))._replace(images=v.images[rows].double())
-            for v in self.views(self.batch, step_generator(0, self.done))
-        ]
+        views = [type(view)(*(tensor[rows] for tensor in view)) for view in self._views_of_batch()]
+        return [view._replace(images=view.images.double()) for view in views]
+
+    def _views_of_batch(self):
+        return self.views(self.batch, step_generator(0, self.done))
 
 
-def test_parts_add_up():
-    "A batch in four parts is the batch: losses, gradients, queue, where no loss is a part's own (frequency, centre)."
+def train_in_micro_batches(n):
+    "With the losses that do not depend on micro-batches: no frequency loss, no centre."
+    weights = SETTINGS.weights.model_copy(update=dict(distillation=0.0))
+    settings = SETTINGS.model_copy(update=dict(accumulate=n, frequency_weight=0.0, weights=weights))
+    return run_pretraining(double_learner(settings, VIT, None, RowsOfBatch))
 
-    def train(accumulate):
-        s = SETTINGS.model_copy(
-            update=dict(
-                accumulate=accumulate,
-                frequency_weight=0.0,
-                weights=SETTINGS.weights.model_copy(update=dict(distillation=0.0)),
-            )
-        )
-        return run_pretraining(short(s, "vit_tiny_patch16_224", None, Sliced))
 
-    one, four = train(1), train(4)
-    for k in LOSSES:
-        assert [o[k] for o in one.journal.curve] == pytest.approx([o[k] for o in four.journal.curve], abs=1e-5)
-    assert [o["gradient_norm"] for o in one.journal.curve] == pytest.approx(
-        [o["gradient_norm"] for o in four.journal.curve], rel=1e-3
-    )
-    assert one.model.queue.ptr == four.model.queue.ptr == (16 * STEPS) % 64 and four.model.keys == []
+def test_micro_batches_add_up():
+    "A batch in four micro-batches is the batch: losses, gradients, queue."
+    one, four = train_in_micro_batches(1), train_in_micro_batches(4)
+    assert torch.allclose(losses_of(one.journal.curve), losses_of(four.journal.curve), rtol=0, atol=1e-5)
+    assert gradient_norms(one.journal.curve) == pytest.approx(gradient_norms(four.journal.curve), rel=1e-3)
+    assert one.model.queue.ptr == four.model.queue.ptr == (16 * STEPS) % 64
+    assert four.model.keys == []
     assert torch.allclose(one.model.queue.keys, four.model.queue.keys, atol=1e-4)
 
 
-def test_centre_forgets_as_slowly_in_parts():
-    "Four parts of one batch move the centre as far as the batch does, when all parts say the same."
+def test_centre_forgets_at_the_same_speed_in_micro_batches():
+    "Four equal micro-batches move the centre as far as one batch does."
     x, centres = torch.randn(2, SETTINGS.prototypes, 3), []
     for n in (1, 4):
-        loss = pretrain.build_cmid(
-            SETTINGS.model_copy(update=dict(accumulate=n)), "resnet10t", "cmid", side=64
-        ).prototype_loss
+        settings = SETTINGS.model_copy(update=dict(accumulate=n))
+        loss = pretrain.build_cmid(settings, "resnet10t", "cmid", side=64).prototype_loss
         for _ in range(n):
             loss(x, x, 0.05)
         centres.append(loss.centre)
-    assert torch.allclose(*centres, atol=1e-6) and centres[0].abs().max() > 0
+    assert torch.allclose(*centres, atol=1e-6)
+    assert centres[0].abs().max() > 0
 
 
-def test_what_cannot_be_shared_out(monkeypatch):
+def test_a_batch_that_is_not_divisible(monkeypatch):
     with pytest.raises(CmidError, match="batch: 8 must be divisible by processes x accumulate: 3 x"):
         check(Pretrain, SETTINGS.model_dump() | dict(processes=3), "pretrain")
     monkeypatch.setattr(pretrain, "world", lambda: 3)
-    with pytest.raises(CmidError, match="pretrain.batch: 8 cannot be shared out over 3 processes"):
-        short(SETTINGS, "resnet18", None)
+    with pytest.raises(CmidError, match="pretrain.batch: 8 must be divisible by 3: 3 processes, accumulate: 1"):
+        double_learner(SETTINGS, "resnet18", None)
+
+
+def test_one_gpu_for_two_processes(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(CmidError, match="names one GPU for 2 processes"):
-        own_device("cuda:0")
-    assert own_device("cpu").type == "cpu"
+        process_device("cuda:0")
+    assert process_device("cpu").type == "cpu"

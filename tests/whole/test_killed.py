@@ -1,4 +1,4 @@
-"Killed at any moment, by `kill -9` to whole processes: what was there stays readable, the next run goes on, and the end is the same bit for bit."
+"Processes killed by `kill -9`: what was there stays readable, the next run resumes and ends with the same bits."
 
 import multiprocessing
 import os
@@ -16,7 +16,6 @@ import pytest
 import torch
 from PIL import Image
 
-from cmid.base.files import write_whole
 from cmid.base.params import Params
 from cmid.base.runtime import seed_everything
 from cmid.train import checkpoint
@@ -33,7 +32,9 @@ FACTS = dict(
     provenance={},
     health={},
 )
-BACKBONE, IMAGES, EPOCHS, KILLS = "test_resnet", 24, 12, 20  # timm's smallest; three steps an epoch
+BACKBONE = "test_resnet"  # timm's smallest
+IMAGES = 24  # three steps an epoch
+EPOCHS = 4
 
 
 class Images:
@@ -51,7 +52,7 @@ class Images:
         return self.rows[i]
 
 
-# Every process here is a fork of one that has loaded the libraries: twenty of them start in the time of one
+# Every process here is a fork of one that has loaded the libraries, so that it starts at once
 
 
 @pytest.fixture(scope="module")
@@ -65,15 +66,33 @@ def forks():
     os.environ.update({"OMP_NUM_THREADS": before} if before else {})
 
 
-def train(folder, begun):
-    "One run of pretraining, which goes on where the last one stopped."
+def kill_after(step):
+    "A callback that kills its process after a step."
+    from fastai.callback.core import Callback
+
+    class KillAfter(Callback):
+        order = 25  # after the journal, before the checkpoint
+
+        def after_batch(self):
+            if self.learn.cmid.done == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    return KillAfter()
+
+
+def train(folder, begun, epochs=EPOCHS, killed_after=0):
+    "One run of pretraining, which resumes where the last one stopped."
     from cmid.train.pretrain import pretrain_learner, run_pretraining
 
     torch.set_num_threads(1)
     seed_everything(0)
     images = Images()
-    settings = Params(ROOT, "smoke").pretrain.model_copy(update=dict(epochs=EPOCHS, checkpoint_epochs=1))
+    settings = Params(ROOT, "smoke").pretrain.model_copy(update=dict(epochs=epochs, checkpoint_epochs=1))
     with open(Path(folder) / "said.txt", "a") as f:
+
+        def say(line):
+            print(line, file=f, flush=True)
+
         learn = pretrain_learner(
             images,
             np.arange(IMAGES),
@@ -85,128 +104,162 @@ def train(folder, begun):
             folder,
             images.hash,
             "code",
-            say=lambda o: print(o, file=f, flush=True),
+            say=say,
             health=Params(ROOT, "smoke").health,
         )
+        learn.add_cb(kill_after(killed_after))
         begun.set()
         run_pretraining(learn)
 
 
-def same(a, b, at="", but=("images_per_s", "seconds", "commits")):
+def differing(a, b, at="", but=("images_per_s", "seconds", "commits")):
     "Places where two states differ, bit for bit; speed is no part of a state."
     if isinstance(a, torch.Tensor):
         return [] if a.dtype == b.dtype and torch.equal(a, b) else [at]
     if isinstance(a, dict):
-        return [
-            o
-            for k in a.keys() | b.keys()
-            if k not in but
-            for o in (same(a[k], b[k], f"{at}.{k}") if k in a and k in b else [f"{at}.{k}"])
-        ]
+        found = [f"{at}.{key}" for key in a.keys() ^ b.keys()]
+        for key in (a.keys() & b.keys()) - {*but}:
+            found += differing(a[key], b[key], f"{at}.{key}")
+        return found
     if isinstance(a, (list, tuple)):
-        return [o for i, (x, y) in enumerate(zip(a, b)) for o in same(x, y, f"{at}[{i}]")] + [at] * (len(a) != len(b))
-    return [] if a == b or a != a and b != b else [at]
+        found = [at] * (len(a) != len(b))
+        for i, (x, y) in enumerate(zip(a, b)):
+            found += differing(x, y, f"{at}[{i}]")
+        return found
+    both_nan = a != a and b != b
+    return [] if a == b or both_nan else [at]
 
 
 def newest(folder):
-    return checkpoint.latest(next(o for o in Path(folder).iterdir() if o.is_dir()))
+    "Path, state and meta of the newest checkpoint of the only run."
+    return checkpoint.latest(next(path for path in Path(folder).iterdir() if path.is_dir()))
 
 
-def worked(p):
-    "Seconds that a process has worked: on a busy machine it gets as far in as many of them."
+def start(forks, folder, *args):
+    "A training that has begun."
+    begun = forks.Event()
+    process = forks.Process(target=train, args=(str(folder), begun, *args))
+    process.start()
+    begun.wait()
+    return process
+
+
+def finish(forks, folder, *args):
+    "The exit code of a whole training."
+    process = start(forks, folder, *args)
+    process.join()
+    return process.exitcode
+
+
+@pytest.fixture(scope="module")
+def undisturbed(forks, tmp_path_factory):
+    "The folder of a run that was not killed, and the state at its end."
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert finish(forks, folder) == 0
+    return folder, newest(folder)[1]
+
+
+def test_a_damaged_checkpoint_costs_one_interval(forks, undisturbed, tmp_path):
+    shutil.copytree(undisturbed[0], tmp_path / "run")
+    path = newest(tmp_path / "run")[0]
+    path.write_bytes(path.read_bytes()[:-5000])
+    older, state, _ = newest(tmp_path / "run")
+    assert older != path
+    assert undisturbed[1]["step"] - state["step"] == IMAGES // 8  # the steps of one epoch
+    assert finish(forks, tmp_path / "run") == 0
+    assert newest(tmp_path / "run")[0] == path
+    assert differing(newest(tmp_path / "run")[1], undisturbed[1]) == []
+
+
+@pytest.mark.slow
+def test_killed_while_training(forks, undisturbed, tmp_path):
+    "Before the first checkpoint, in the middle of an epoch, and after the last step before its checkpoint."
+    for step in (2, 5, 9):
+        assert finish(forks, tmp_path, EPOCHS, step) == -signal.SIGKILL
+    assert finish(forks, tmp_path) == 0
+    path, state, _ = newest(tmp_path)
+    assert differing(state, undisturbed[1]) == []
+    assert len(checkpoint.checkpoints(path.parent)) == 2
+    said = (tmp_path / "said.txt").read_text().splitlines()
+    resumed = [line for line in said if line.startswith("resuming")]
+    assert resumed == ["resuming after step 3, epoch 1", "resuming after step 6, epoch 2"]
+    assert {"model", "optimiser", "curve", "epochs", "step"} <= set(state)
+    for name in ("student", "teacher", "queue", "centre"):
+        assert any(name in key for key in state["model"])
+
+
+def cpu_seconds(process):
+    "On a busy machine a process gets as far in as many of them."
     try:
-        return sum(psutil.Process(p.pid).cpu_times()[:2])
+        return sum(psutil.Process(process.pid).cpu_times()[:2])
     except psutil.Error:
         return float("inf")
 
 
-def start(forks, folder):
-    begun = forks.Event()
-    p = forks.Process(target=train, args=(str(folder), begun))
-    p.start()
-    begun.wait()
-    return p
+def timed(forks, folder, epochs):
+    "CPU seconds of a training after it has begun."
+    process = start(forks, folder, epochs)
+    first = last = cpu_seconds(process)
+    while process.is_alive():
+        now = cpu_seconds(process)
+        last = last if now == float("inf") else max(last, now)
+        time.sleep(0.01)
+    assert process.exitcode == 0
+    return last - first
 
 
-def finish(forks, folder):
-    p = start(forks, folder)
-    p.join()
-    assert p.exitcode == 0
+def kill_within(forks, folder, epochs, seconds):
+    "The exit code of a training that is killed after so many CPU seconds, if it still runs."
+    process = start(forks, folder, epochs)
+    until = cpu_seconds(process) + seconds
+    while cpu_seconds(process) < until:
+        time.sleep(0.002)
+    if process.is_alive():
+        os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    return process.exitcode
 
 
-@pytest.fixture(scope="module")
-def straight(forks, tmp_path_factory):
-    "The folder of a run that nothing disturbed, the state at its end, and the seconds of an epoch."
-    folder = tmp_path_factory.mktemp("straight")
-    p = start(forks, folder)
-    first = last = worked(p)
-    while p.is_alive():
-        last, _ = max(last, worked(p) if worked(p) < float("inf") else 0), time.sleep(0.01)
-    assert p.exitcode == 0
-    return folder, newest(folder)[1], (last - first) / EPOCHS
-
-
-def test_two_runs_agree_bit_for_bit(forks, straight, tmp_path):
-    finish(forks, tmp_path)
-    assert same(newest(tmp_path)[1], straight[1]) == []
-
-
-def test_a_damaged_checkpoint_costs_one_interval(forks, straight, tmp_path):
-    shutil.copytree(straight[0], tmp_path / "run")
-    path = newest(tmp_path / "run")[0]
-    path.write_bytes(path.read_bytes()[:-5000])
-    older, state, _ = newest(tmp_path / "run")
-    assert older != path and straight[1]["step"] - state["step"] == IMAGES // 8  # the steps of one epoch
-    finish(forks, tmp_path / "run")
-    assert newest(tmp_path / "run")[0] == path and same(newest(tmp_path / "run")[1], straight[1]) == []
-
-
-def test_killed_while_training(forks, straight, tmp_path):
-    "At 20 random moments, each within two epochs after training began or went on; should it reach its end before, another run is killed."
-    draw, killed, resumed, folder = random.Random(0), 0, 0, tmp_path / "0"
-    folder.mkdir()
-    while True:
-        p = start(forks, folder)
-        until = worked(p) + draw.uniform(0, 2 * straight[2])
-        if killed < KILLS:
-            while worked(p) < until:
-                time.sleep(0.002)
-            if p.is_alive():
-                os.kill(p.pid, signal.SIGKILL)
-        p.join()
-        killed += p.exitcode == -signal.SIGKILL
-        assert p.exitcode in (0, -signal.SIGKILL)
-        if p.exitcode:
-            continue
-        resumed += (folder / "said.txt").read_text().count("going on")
-        state = newest(folder)[1]
-        assert same(state, straight[1]) == [] and len(checkpoint.checkpoints(newest(folder)[0].parent)) == 2
-        if killed == KILLS:
-            break
-        folder = tmp_path / str(killed)
+@pytest.mark.slow
+@pytest.mark.long
+def test_killed_at_random_moments(forks, tmp_path):
+    "Twenty times, each within two epochs after training began or was resumed."
+    epochs, draw, killed = 12, random.Random(0), 0
+    (tmp_path / "whole").mkdir()
+    epoch_seconds = timed(forks, tmp_path / "whole", epochs) / epochs
+    whole = newest(tmp_path / "whole")[1]
+    while killed < 20:
+        folder = tmp_path / f"run-{killed}"
         folder.mkdir()
-    assert resumed >= KILLS // 4, "most kills fell before the first checkpoint"
-    assert {"model", "optimiser", "curve", "epochs", "step"} <= set(state) and all(
-        any(o in k for k in state["model"]) for o in ("student", "teacher", "queue", "centre")
-    )
+        exitcode = -signal.SIGKILL
+        while exitcode and killed < 20:
+            exitcode = kill_within(forks, folder, epochs, draw.uniform(0, 2 * epoch_seconds))
+            assert exitcode in (0, -signal.SIGKILL)
+            killed += exitcode != 0
+        if exitcode:
+            assert finish(forks, folder, epochs) == 0
+        assert differing(newest(folder)[1], whole) == []
 
 
-# Killed at every step of writing: Python reports each file that is opened, renamed or removed, and each call that writes, before it happens
+# Killed at every operation of writing: Python reports each file that is opened, renamed or removed, and each call
+# that writes, before it happens
+
+
+FILE_EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir")
 
 
 def killed_at(n, folder, work, *args):
-    "Do `work`, killed before its `n`th operation on a file below `folder`."
-    left = [n]
+    "Does `work`, killed before its `n`th operation on a file below `folder`."
+    left = n
 
     def count():
-        if not left[0]:
+        nonlocal left
+        if not left:
             os.kill(os.getpid(), signal.SIGKILL)
-        left[0] -= 1
+        left -= 1
 
     def hook(event, given):
-        if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir") and any(
-            str(o).startswith(folder) for o in given
-        ):
+        if event in FILE_EVENTS and any(str(path).startswith(folder) for path in given):
             count()
 
     def calls(frame, event, function):
@@ -221,156 +274,177 @@ def killed_at(n, folder, work, *args):
     sys.setprofile(None)
 
 
-def every_step(forks, folder, work, *args):
-    "Kill at the first operation, at the second, ... until one comes through; yields after each."
+def every_operation(forks, folder, work, *args):
+    "Kills at the first operation, at the second, ... until one run comes through; yields after each."
     for n in range(100):
-        p = forks.Process(target=killed_at, args=(n, str(folder), work, *args))
-        p.start()
-        p.join()
-        assert p.exitcode in (0, -signal.SIGKILL)
+        process = forks.Process(target=killed_at, args=(n, str(folder), work, *args))
+        process.start()
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL)
         yield n
-        if p.exitcode == 0:
+        if process.exitcode == 0:
             return
 
 
-def put(folder, i):
-    checkpoint.save(Path(folder) / f"epoch-{i:05d}.ckpt", dict(w=torch.full((1000,), float(i))), dict(parameters={}))
+def write_checkpoint(folder, i):
+    state = dict(w=torch.full((1000,), float(i)))
+    checkpoint.save(Path(folder) / f"epoch-{i:05d}.ckpt", state, dict(parameters={}))
+
+
+def values(folder):
+    "The value that every checkpoint of a folder holds, by its number."
+    return {
+        int(path.stem[-1]): checkpoint.load(path)[0]["w"].unique().tolist() for path in checkpoint.checkpoints(folder)
+    }
 
 
 def test_killed_while_writing_a_checkpoint(forks, tmp_path):
+    kept, run = tmp_path / "kept", tmp_path / "run"
     for i in (1, 2):
-        put(tmp_path / "kept", i)
-    shutil.copytree(tmp_path / "kept", tmp_path / "run")
-    for n in every_step(forks, tmp_path / "run", put, str(tmp_path / "run"), 3):
-        assert float(checkpoint.latest(tmp_path / "run")[1]["w"][0]) in (2.0, 3.0) and not [
-            o
-            for o in checkpoint.checkpoints(tmp_path / "run")
-            if (checkpoint.load(o)[0]["w"] != float(o.stem[-1])).any()
-        ]
-        put(tmp_path / "run", 4)
-        assert {"epoch-00004.ckpt"} < {o.name for o in (tmp_path / "run").iterdir()} and len(
-            list((tmp_path / "run").iterdir())
-        ) == 2
-        shutil.rmtree(tmp_path / "run")
-        shutil.copytree(tmp_path / "kept", tmp_path / "run")
-    assert n >= 5
+        write_checkpoint(kept, i)
+    shutil.copytree(kept, run)
+    for n in every_operation(forks, run, write_checkpoint, str(run), 3):
+        assert float(checkpoint.latest(run)[1]["w"][0]) in (2.0, 3.0)
+        assert all(value == [float(i)] for i, value in values(run).items())
+        write_checkpoint(run, 4)
+        assert "epoch-00004.ckpt" in {path.name for path in run.iterdir()}
+        assert len(list(run.iterdir())) == 2
+        shutil.rmtree(run)
+        shutil.copytree(kept, run)
+        killed = n
+    assert killed >= 5
 
 
 def export(folder, value):
     from cmid.method.backbones import create
 
-    e = create(BACKBONE, 3, 64)
-    torch.nn.init.constant_(e.mask_token, value)
-    checkpoint.export_backbone(e, folder, FACTS | dict(health=dict(value=value)), teacher=e)
+    encoder = create(BACKBONE, 3, 64)
+    torch.nn.init.constant_(encoder.mask_token, value)
+    checkpoint.export_backbone(encoder, folder, FACTS | dict(health=dict(value=value)), teacher=encoder)
 
 
+@pytest.mark.slow
 def test_killed_while_exporting(forks, tmp_path):
-    export(tmp_path / "kept", 1.0)
-    work = tmp_path / "models"
-    shutil.copytree(tmp_path / "kept", work / "b")
-    for n in every_step(forks, work, export, str(work / "b"), 2.0):
-        encoder, card = checkpoint.load_backbone(work / "b")
-        assert card.health["value"] in (1.0, 2.0) and (encoder.mask_token == card.health["value"]).all()
-        export(work / "b", 3.0)
-        assert [o.name for o in work.iterdir()] == ["b"] and {o.name for o in (work / "b").iterdir()} == set(
-            checkpoint.FILES
-        )
-        assert checkpoint.read_card(work / "b").health["value"] == 3.0
-        shutil.rmtree(work / "b")
-        shutil.copytree(tmp_path / "kept", work / "b")
-    assert n >= 10
+    kept, models = tmp_path / "kept", tmp_path / "models"
+    export(kept, 1.0)
+    shutil.copytree(kept, models / "b")
+    for n in every_operation(forks, models, export, str(models / "b"), 2.0):
+        encoder, card = checkpoint.load_backbone(models / "b")
+        assert card.health["value"] in (1.0, 2.0)
+        assert (encoder.mask_token == card.health["value"]).all()
+        export(models / "b", 3.0)
+        assert [path.name for path in models.iterdir()] == ["b"]
+        assert {path.name for path in (models / "b").iterdir()} == set(checkpoint.FILES)
+        assert checkpoint.read_card(models / "b").health["value"] == 3.0
+        shutil.rmtree(models / "b")
+        shutil.copytree(kept, models / "b")
+        killed = n
+    assert killed >= 10
 
 
 # Several processes
 
 
-def picture(i):
-    return Image.fromarray(np.random.default_rng(i).integers(0, 256, (200, 200, 3), dtype=np.uint8))
-
-
-def prepared(folder, out):
+def prepare_images(folder, out):
     from cmid.data.prepare import prepare
 
     prepare(folder, out, side=96, workers=2, shard_mb=2, stretch=(2.0, 98.0))
 
 
 def contents(folder):
-    return {o.relative_to(folder).as_posix(): o.read_bytes() for o in sorted(folder.rglob("*")) if o.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
 
 
-def test_killed_while_preparing(forks, tmp_path):
-    "At 5 random moments between its first and its last file; the workers are children of the process that is killed, and end with it."
-    for i in range(300):
-        write_whole(tmp_path / f"in/{i % 3}/{i}.png", b"")
-        picture(i).save(tmp_path / f"in/{i % 3}/{i}.png")
+def write_images(folder, n):
+    for i in range(n):
+        path = folder / f"{i % 3}/{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(i).integers(0, 256, (200, 200, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
 
-    def start(out):
-        p = forks.Process(target=prepared, args=(str(tmp_path / "in"), str(out)))
-        p.start()
-        return p
 
-    t = time.perf_counter()
-    p = start(tmp_path / "a/x")
-    ready = None
-    while p.is_alive():
-        ready = ready or ((tmp_path / "a/x.partial/items.jsonl").exists() and time.perf_counter())
+def start_preparing(forks, folder, out):
+    process = forks.Process(target=prepare_images, args=(str(folder), str(out)))
+    process.start()
+    return process
+
+
+def wait_for_items(process, out):
+    "Until the first image is recorded, or all is done."
+    while process.is_alive() and not out.with_name(f"{out.name}.partial").joinpath("items.jsonl").exists():
         time.sleep(0.01)
-    assert p.exitcode == 0
-    whole, draw, killed = time.perf_counter() - ready, random.Random(0), 0
-    while True:
-        p = start(tmp_path / "b/x")
-        children = []
-        if killed < 5:
-            while p.is_alive() and not (tmp_path / "b/x.partial/items.jsonl").exists():
-                time.sleep(0.01)
-            p.join(draw.uniform(0, whole / 3))
-            children = psutil.Process(p.pid).children(recursive=True) if p.is_alive() else []
-            if p.is_alive():
-                os.kill(p.pid, signal.SIGKILL)
-                killed += 1
-        p.join()
-        assert not psutil.wait_procs(children, timeout=20)[1], "a worker outlives the process that it works for"
-        if p.exitcode == 0:
+
+
+def kill_with_children(process):
+    "Kills a process. Its workers must end by themselves."
+    children = psutil.Process(process.pid).children(recursive=True)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert not psutil.wait_procs(children, timeout=20)[1], "a worker outlives the process that it works for"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("images,kills", [(120, 2), pytest.param(300, 5, marks=pytest.mark.long)])
+def test_killed_while_preparing(forks, tmp_path, images, kills):
+    "Between its first and its last file; the end is that of a run that was not killed."
+    write_images(tmp_path / "in", images)
+    process = start_preparing(forks, tmp_path / "in", tmp_path / "a/x")
+    wait_for_items(process, tmp_path / "a/x")
+    begun = time.perf_counter()
+    process.join()
+    assert process.exitcode == 0
+    seconds, draw, killed = time.perf_counter() - begun, random.Random(0), 0
+    while killed < kills:
+        process = start_preparing(forks, tmp_path / "in", tmp_path / "b/x")
+        wait_for_items(process, tmp_path / "b/x")
+        process.join(draw.uniform(0, seconds / 3))
+        if not process.is_alive():
             break
-    assert killed == 5 and contents(tmp_path / "a") == contents(tmp_path / "b")
+        kill_with_children(process)
+        killed += 1
+    assert killed
+    process = start_preparing(forks, tmp_path / "in", tmp_path / "b/x")
+    process.join()
+    assert process.exitcode == 0
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
-# The real thing: DVC, its stage and the notebook's process
+# DVC, its stage and the process of the notebook
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
+    sys.path.insert(0, str(Path(__file__).parent))
     from test_pipeline import Study
 
-    s = Study(tmp_path_factory.mktemp("study"))
-    s.edit("params.yaml", "pretrain: {epochs: 2,", "pretrain: {epochs: 20,")
-    for old, new in (
-        ("backbones: [resnet18]", f"backbones: [{BACKBONE}]"),
-        ("inits: [cmid-resnet18,", f"inits: [cmid-{BACKBONE},"),
-    ):
-        s.edit("params.yaml", old, new)
-    s.repro("prepare@pool")
-    yield s
-    for o in psutil.process_iter():
-        if working_in(o, s.at):
-            o.kill()  # of a test that failed half-way
+    study = Study(tmp_path_factory.mktemp("study"))
+    study.edit("params.yaml", "pretrain: {epochs: 2,", "pretrain: {epochs: 20,")
+    study.edit("params.yaml", "backbones: [resnet18]", f"backbones: [{BACKBONE}]")
+    study.edit("params.yaml", "inits: [cmid-resnet18,", f"inits: [cmid-{BACKBONE},")
+    study.repro("prepare@pool")
+    yield study
+    for process in psutil.process_iter():
+        if works_in(process, study.at):
+            process.kill()  # of a test that failed half-way
 
 
-def working_in(process, folder):
+def works_in(process, folder):
     try:
         return Path(process.cwd()).is_relative_to(folder)
     except psutil.Error:
         return False
 
 
-STAGE = "pretrain", "-p", "method", "cmid", "-p", "backbone", BACKBONE
+STAGE = "cmid_stage", "pretrain", "-p", "method", "cmid", "-p", "backbone", BACKBONE
 
 
 class Command:
-    "A command in a study, in a group of processes of its own, as a terminal would start it."
+    "A command in a study, in a process group of its own, as a terminal would start it."
 
     def __init__(self, study, *args):
-        env = os.environ | dict(
+        env = dict(
             PYTHONPATH=str(study.at),
             PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
             CMID_ROOT=str(study.at),
@@ -379,7 +453,7 @@ class Command:
         self.run = subprocess.Popen(
             args,
             cwd=study.at,
-            env=env,
+            env=os.environ | env,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -387,88 +461,103 @@ class Command:
         )
 
     def tree(self):
-        return [psutil.Process(self.run.pid), *psutil.Process(self.run.pid).children(recursive=True)]
+        process = psutil.Process(self.run.pid)
+        return [process, *process.children(recursive=True)]
 
     def find(self, name):
-        return next(o for o in self.tree() if name in " ".join(o.cmdline()))
+        return next(process for process in self.tree() if name in " ".join(process.cmdline()))
+
+    def kill(self):
+        os.kill(self.run.pid, signal.SIGKILL)
+        self.run.wait()
 
     def end(self):
         said = self.run.communicate(timeout=300)[0]
         return self.run.returncode, said
 
 
-def trains(study, command, since=()):
-    "Wait until a checkpoint is there that was not."
+def written(study):
+    return set(study.at.glob("checkpoints/*/*/*.ckpt"))
+
+
+def wait_for_checkpoint(study, command, since=()):
+    "Waits until a checkpoint is there that was not."
     for _ in range(3000):
-        if set(study.at.glob("checkpoints/*/*/*.ckpt")) - set(since):
+        if written(study) - set(since):
             return
         assert command.run.poll() is None, command.end()[1]
         time.sleep(0.1)
     raise AssertionError("no checkpoint after five minutes")
 
 
-def gone(*processes):
-    assert not psutil.wait_procs(processes, timeout=30)[1]
+def has_ended(process):
+    assert not psutil.wait_procs([process], timeout=30)[1]
 
 
+def weights(study):
+    return {path.name: path.read_bytes() for path in (study.at / f"models/cmid-{BACKBONE}").glob("*.safetensors")}
+
+
+def interrupted(study):
+    "Ctrl-C in the terminal reaches every process of the group; the notebook's is in none."
+    command = Command(study, "dvc", "repro", "pretrain")
+    wait_for_checkpoint(study, command)
+    kernel = command.find("ipykernel")
+    os.killpg(command.run.pid, signal.SIGINT)
+    status, said = command.end()
+    has_ended(kernel)
+    assert status
+    assert "press Ctrl-C again to kill" in said
+    assert "cmid_stage: stopped at step" in said
+    assert "Traceback" not in said
+
+
+def refused_by_dvc(study, first):
+    "A second DVC while the first one works."
+    status, said = Command(study, "dvc", "repro", "pretrain").end()
+    assert status
+    assert "is busy, it is being blocked by" in said
+    assert f"(PID {first.run.pid}): " in said
+    assert "dvc repro pretrain" in said
+    assert "Traceback" not in said
+
+
+def refused_by_the_stage(study, kernel):
+    "A second stage while the first one works."
+    status, said = Command(study, *STAGE).end()
+    assert status == 1
+    assert said.count("\n") == 1
+    assert f"pretrain cmid-{BACKBONE}: is running already as process {kernel.pid}" in said
+
+
+@pytest.mark.slow
+@pytest.mark.long
 def test_the_pipeline_stopped_killed_and_started_twice(study):
-    seen = lambda: set(study.at.glob("checkpoints/*/*/*.ckpt"))
-    # Ctrl-C in the terminal reaches every process of the group; the notebook's is in none
+    interrupted(study)
+    before = written(study)
     first = Command(study, "dvc", "repro", "pretrain")
-    trains(study, first)
-    kernel = first.find("ipykernel")
-    os.killpg(first.run.pid, signal.SIGINT)
-    status, said = first.end()
-    gone(kernel)
-    before = seen()
-    assert (
-        status
-        and "press Ctrl-C again to kill" in said
-        and "cmid_stage: stopped at step" in said
-        and "Traceback" not in said
-    ), said
-    # a second DVC while the first one works
-    first = Command(study, "dvc", "repro", "pretrain")
-    trains(study, first, before)
+    wait_for_checkpoint(study, first, before)
     stage, kernel = first.find("cmid_stage"), first.find("ipykernel")
     kernel.suspend()
-    status, said = Command(study, "dvc", "repro", "pretrain").end()
-    assert (
-        status
-        and "is busy, it is being blocked by" in said
-        and f"(PID {first.run.pid}): " in said
-        and "dvc repro pretrain" in said
-        and "Traceback" not in said
-    ), said
-    # DVC is killed and its stage lives: a second stage is refused
-    os.kill(first.run.pid, signal.SIGKILL)
-    first.run.wait()
-    status, said = Command(study, "cmid_stage", *STAGE).end()
-    assert (
-        status == 1
-        and said.count("\n") == 1
-        and f"pretrain cmid-{BACKBONE}: is running already as process {kernel.pid}" in said
-    ), said
-    # the stage is killed: the notebook's process ends by itself, and the next one waits for that
-    os.kill(stage.pid, signal.SIGKILL)
-    before = seen()
+    refused_by_dvc(study, first)
+    first.kill()  # DVC, whose stage lives
+    refused_by_the_stage(study, kernel)
+    os.kill(stage.pid, signal.SIGKILL)  # the notebook's process ends by itself, and the next one waits for that
+    before = written(study)
     again = Command(study, "dvc", "repro", "pretrain")
     kernel.resume()
-    trains(study, again, before)
-    gone(kernel)
-    # everything is killed at once
-    for o in again.tree():
-        os.kill(o.pid, signal.SIGKILL)
+    wait_for_checkpoint(study, again, before)
+    has_ended(kernel)
+    for process in again.tree():
+        os.kill(process.pid, signal.SIGKILL)
     again.run.wait()
     study.repro("pretrain")
-    assert "going on" in study.said
-    # the same study without all that
-    killed = {o.name: o.read_bytes() for o in (study.at / f"models/cmid-{BACKBONE}").glob("*.safetensors")}
-    for o in ("models", "checkpoints"):
-        shutil.rmtree(study.at / o / f"cmid-{BACKBONE}")
-    status, said = Command(study, "cmid_stage", *STAGE).end()
-    assert status == 0 and "going on" not in said
-    assert (
-        killed == {o.name: o.read_bytes() for o in (study.at / f"models/cmid-{BACKBONE}").glob("*.safetensors")}
-        and len(killed) == 3
-    )
+    assert "resuming" in study.said
+    killed = weights(study)
+    for folder in ("models", "checkpoints"):
+        shutil.rmtree(study.at / folder / f"cmid-{BACKBONE}")
+    status, said = Command(study, *STAGE).end()  # the same study, not killed
+    assert status == 0
+    assert "resuming" not in said
+    assert weights(study) == killed
+    assert len(killed) == 3
