@@ -262,6 +262,14 @@ def _draw_column(column, image, maps, mean, kept, heads):
         _draw(ax, maps[head])
 
 
+def _name_panels(axes, names, titles):
+    "Names of the rows at the left, titles of the columns on top"
+    for ax, name in zip(axes[:, 0], names):
+        ax.set_ylabel(name, fontsize=9)
+    for ax, title in zip(axes[0], titles):
+        ax.set_title(title[:16], fontsize=8 if len(titles) > 3 else 9)
+
+
 def attention_figure(
     images: torch.Tensor,  # float (B, C, S, S) in [0, 1]
     maps: AttentionMaps,  # of the same images
@@ -281,9 +289,6 @@ def attention_figure(
     each = zip(axes.T, to_display(images), maps.heads, maps.mean, keep_mass(maps.mean, mass))
     for column, image, image_maps, mean, kept in each:
         _draw_column(column, image, image_maps, mean, kept, heads)
-    for ax, name in zip(axes[:, 0], names):
-        ax.set_ylabel(name, fontsize=9)
-    for ax, title in zip(axes[0], titles or [""] * columns):
-        ax.set_title(title[:16], fontsize=8 if columns > 3 else 9)
+    _name_panels(axes, names, titles or [""] * columns)
     fig.supxlabel(_caption(maps, mass, branch), fontsize=8)
     return fig
