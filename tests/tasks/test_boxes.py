@@ -559,6 +559,13 @@ def test_any_offsets_are_a_box(scale):
     assert is_le90(decode_boxes(le90_boxes(1000), torch.randn(1000, 5, generator=g) * scale))
 
 
+def test_corners_stay_on_the_sides_of_their_bounds():
+    "A corner that is moved by more than half a side stops at the end of the side."
+    anchor = torch.tensor([[7.0, 8.0, 10.0, 12.0]])
+    far, end = (torch.tensor([[0.1, 0.2, 0.3, -0.3, shift, -shift]]) for shift in (5.0, 1.0))
+    assert torch.equal(decode_midpoints(anchor, far), decode_midpoints(anchor, end))
+
+
 def test_parallelogram_becomes_the_rectangle_of_its_longer_diagonal():
     """Bounds 40 x 30, corners 5 right of the top's middle and 3 below the right one's:
     half diagonals (5, -15) and (20, 3), of lengths 15.8 and 20.2."""
