@@ -1,11 +1,10 @@
-"A full disk: one line with the path and the space that is needed, nothing half-written, the earlier file unchanged, and the same command goes on when there is room."
+"""A full disk: one line with the path and the space that is needed, no partial file, the earlier file unchanged;
+the same command resumes when there is room."""
 
-import io
 import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import nbformat
 import numpy as np
@@ -34,18 +33,19 @@ FACTS = dict(
 )
 
 
-def mounted(folder, options):
-    "A small disk of its own in memory."
+def mount(folder, options):
+    "A small disk of its own in memory; skips the test where none can be mounted."
     folder.mkdir()
-    got = (
-        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, text=True)
-        if shutil.which("mount") and sys.platform == "linux"
-        else None
-    )
-    if got is None or got.returncode:
-        pytest.skip(
-            "no small disk can be mounted here (needs Linux and root): " + (got.stderr.strip() if got else sys.platform)
-        )
+    if sys.platform != "linux" or not shutil.which("mount"):
+        pytest.skip(f"no small disk can be mounted here (needs Linux and root): {sys.platform}")
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"no small disk can be mounted here (needs Linux and root): {done.stderr.strip()}")
+
+
+def unmount(folder):
+    subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @pytest.mark.skipif(
@@ -54,22 +54,27 @@ def mounted(folder, options):
 )
 def test_in_a_namespace_of_ones_own():
     "Who is not root may mount where nobody else sees it; all of this file again, there."
-    inside = lambda *args: subprocess.run(["unshare", "-rm", *args], capture_output=True, text=True)
+
+    def inside(*args):
+        return subprocess.run(["unshare", "-rm", *args], capture_output=True, text=True)
+
     if inside("true").returncode:
         pytest.skip("this system gives no namespaces to users who are not root")
     done = inside(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__)
-    assert done.returncode == 0 and "no small disk" not in done.stdout, done.stdout[-3000:]
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "no small disk" not in done.stdout, done.stdout[-3000:]
 
 
 @pytest.fixture
 def disk(tmp_path):
-    mounted(tmp_path / "disk", "size=8m")
+    mount(tmp_path / "disk", "size=8m")
     yield tmp_path / "disk"
-    subprocess.run(["umount", "-l", str(tmp_path / "disk")], check=True)
+    unmount(tmp_path / "disk")
 
 
 def files(folder):
-    return {o.relative_to(folder).as_posix(): o.read_bytes() for o in sorted(folder.rglob("*")) if o.is_file()}
+    found = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
 
 
 def fill(disk, leave):
@@ -78,17 +83,18 @@ def fill(disk, leave):
     (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - leave))
 
 
-def stops_and_goes_on(disk, work, path, leave=10_000, needs=r"[\d.]+ MB needed, "):
-    "The whole of what is asked of a writer."
+def stops_and_resumes(disk, work, path, leave=10_000, needs=r"[\d.]+ MB needed, "):
+    "Everything that a writer must do."
     fill(disk, leave)
     before = files(disk)
     with pytest.raises(CmidError, match=rf"disk is full \({needs}[\d.]+ MB free\); make room and run again") as e:
         work()
-    assert str(e.value).startswith(f"{path}: ") and "\n" not in str(e.value)
-    assert files(disk) == before, "nothing half-written is left, and what was there is unchanged"
+    assert str(e.value).startswith(f"{path}: ")
+    assert "\n" not in str(e.value)
+    assert files(disk) == before, "no partial file is left, and what was there is unchanged"
     (disk / "ballast").unlink()
     work()
-    assert not [o for o in disk.rglob(".*")]
+    assert not list(disk.rglob(".*"))
 
 
 def state(value):
@@ -97,46 +103,41 @@ def state(value):
 
 def test_checkpoint(disk):
     checkpoint.save(disk / "run/epoch-1.ckpt", state(1.0), {})
-    stops_and_goes_on(
-        disk,
-        lambda: checkpoint.save(disk / "run/epoch-2.ckpt", state(2.0), {}),
-        disk / "run/epoch-2.ckpt",
-        needs="1.9 MB needed, ",
-    )
-    assert checkpoint.latest(disk / "run")[1]["w"][0] == 2 and len(checkpoint.checkpoints(disk / "run")) == 2
+    path = disk / "run/epoch-2.ckpt"
+    stops_and_resumes(disk, lambda: checkpoint.save(path, state(2.0), {}), path, needs="1.9 MB needed, ")
+    assert checkpoint.latest(disk / "run")[1]["w"][0] == 2
+    assert len(checkpoint.checkpoints(disk / "run")) == 2
 
 
 def test_checkpoint_at_any_size_of_what_is_free(disk):
-    "torch tells of a full disk in several ways, by how far it came."
+    "torch reports a full disk in several ways, which depend on how much was written."
     checkpoint.save(disk / "epoch-1.ckpt", state(1.0), {})
     for free in (0, 4096, 500_000, 1_000_000, 1_990_000):
         fill(disk, free)
         with pytest.raises(CmidError, match="the disk is full"):
             checkpoint.save(disk / "epoch-2.ckpt", state(2.0), {})
-        assert (
-            sorted(o.name for o in disk.iterdir()) == ["ballast", "epoch-1.ckpt"]
-            and checkpoint.latest(disk)[1]["w"][0] == 1
-        )
+        assert sorted(path.name for path in disk.iterdir()) == ["ballast", "epoch-1.ckpt"]
+        assert checkpoint.latest(disk)[1]["w"][0] == 1
 
 
 @pytest.mark.parametrize("leave", [0, 10_000, 1_000_000, 1_550_000])
 def test_export(disk, leave):
-    e = create("test_resnet", 3, 64)
-    make = lambda value: checkpoint.export_backbone(
-        e, disk / "models/b", FACTS | dict(health=dict(value=value)), teacher=e
-    )
-    make(1.0)
-    stops_and_goes_on(disk, lambda: make(2.0), disk / "models/b", leave)
+    encoder = create("test_resnet", 3, 64)
+
+    def export(value):
+        checkpoint.export_backbone(encoder, disk / "models/b", FACTS | dict(health=dict(value=value)), teacher=encoder)
+
+    export(1.0)
+    stops_and_resumes(disk, lambda: export(2.0), disk / "models/b", leave)
     assert checkpoint.read_card(disk / "models/b").health["value"] == 2
 
 
 def test_small_files(disk):
-    write_whole(disk / "a/x.txt", b"1" * 300_000)
-    stops_and_goes_on(
-        disk, lambda: write_whole(disk / "a/x.txt", b"2" * 300_000), disk / "a/x.txt", needs="0.3 MB needed, "
-    )
+    path = disk / "a/x.txt"
+    write_whole(path, b"1" * 300_000)
+    stops_and_resumes(disk, lambda: write_whole(path, b"2" * 300_000), path, needs="0.3 MB needed, ")
     write_json(disk / "x.json", [1])
-    stops_and_goes_on(disk, lambda: write_json(disk / "x.json", list(range(100_000))), disk / "x.json")
+    stops_and_resumes(disk, lambda: write_json(disk / "x.json", list(range(100_000))), disk / "x.json")
 
 
 def test_figure_of_a_stage(disk):
@@ -147,12 +148,12 @@ def test_figure_of_a_stage(disk):
     rng = np.random.default_rng(0)
 
     def noise():
-        f = Figure()
-        f.subplots().imshow(rng.random((300, 300)))
-        return f
+        fig = Figure()
+        fig.subplots().imshow(rng.random((300, 300)))
+        return fig
 
     stage.figure(noise())
-    stops_and_goes_on(disk, lambda: stage.figure(noise()), disk / "results/probe/a/figure.png")
+    stops_and_resumes(disk, lambda: stage.figure(noise()), disk / "results/probe/a/figure.png")
 
 
 # A stage of several steps keeps what it has done; the folder that it wrote before stays as it was
@@ -160,29 +161,31 @@ def test_figure_of_a_stage(disk):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    at = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("pictures")
     for i in range(100):
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(at / f"{i:03}.png")
-    return at
+        pixels = np.random.default_rng(i).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:03}.png")
+    return folder
 
 
 @pytest.mark.parametrize("leave,workers", [(0, 1), (3000, 1), (40_000, 2), (400_000, 1), (1_300_000, 1)])
 def test_prepare(disk, pictures, leave, workers):
-    make = lambda side: prepare(pictures, disk / "prepared/x", side=side, workers=workers, shard_mb=0.5)
+
+    def make(side):
+        return prepare(pictures, disk / "prepared/x", side=side, workers=workers, shard_mb=0.5)
+
     make(32)
     before = files(disk / "prepared")
     fill(disk, leave)
-    with pytest.raises(
-        CmidError, match=r"prepared/x\.partial.*: the disk is full \(.*[\d.]+ MB free\); make room and run again"
-    ) as e:
+    text = r"prepared/x\.partial.*: the disk is full \(.*[\d.]+ MB free\); make room and run again"
+    with pytest.raises(CmidError, match=text) as e:
         make(64)
-    assert (
-        "\n" not in str(e.value)
-        and {k: v for k, v in files(disk / "prepared").items() if ".partial" not in k} == before
-        and Prepared(disk / "prepared/x").side == 32
-    )
+    assert "\n" not in str(e.value)
+    assert {name: data for name, data in files(disk / "prepared").items() if ".partial" not in name} == before
+    assert Prepared(disk / "prepared/x").side == 32
     (disk / "ballast").unlink()
-    assert make(64).side == 64 and [o.name for o in (disk / "prepared").iterdir()] == ["x"]
+    assert make(64).side == 64
+    assert [path.name for path in (disk / "prepared").iterdir()] == ["x"]
 
 
 def test_prepare_when_the_disk_fills_up_on_the_way(disk, pictures, monkeypatch):
@@ -208,14 +211,15 @@ def test_command_line(disk, capsys):
     with pytest.raises(SystemExit) as e:
         cmid_example()
     said = capsys.readouterr().err
-    assert e.value.code == 1 and "the disk is full" in said and said.count("\n") == 1
+    assert e.value.code == 1
+    assert "the disk is full" in said
+    assert said.count("\n") == 1
 
 
 def notebook(path, code):
-    nb = nbformat.v4.new_notebook(
-        cells=[nbformat.v4.new_code_cell(o) for o in ("smoke = True", code)],
-        metadata=dict(kernelspec=dict(name="python3", language="python", display_name="python3")),
-    )
+    cells = [nbformat.v4.new_code_cell(source) for source in ("smoke = True", code)]
+    kernel = dict(name="python3", language="python", display_name="python3")
+    nb = nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=kernel))
     nb.cells[0].metadata["tags"] = ["parameters"]
     nbformat.write(nb, path)
     return path
@@ -240,14 +244,16 @@ def test_notebook(disk, tmp_path, code, out, says):
     fill(disk, 0)
     with pytest.raises(CmidError) as e:
         run_notebook(path, tmp_path / out / "out.ipynb", {})
-    assert says in str(e.value) and "\n" not in str(e.value) and not (tmp_path / "disk/reports/out.ipynb").exists()
+    assert says in str(e.value)
+    assert "\n" not in str(e.value)
+    assert not (tmp_path / "disk/reports/out.ipynb").exists()
 
 
 # Room for bytes is not all
 
 
 def test_no_number_left_for_another_file(tmp_path):
-    mounted(tmp_path / "disk", "size=8m,nr_inodes=20")
+    mount(tmp_path / "disk", "size=8m,nr_inodes=20")
     try:
         for i in range(100):
             try:
@@ -257,11 +263,11 @@ def test_no_number_left_for_another_file(tmp_path):
         with pytest.raises(CmidError, match=r"disk/a\.json: the disk is full \(no inode left for another file\)"):
             write_json(tmp_path / "disk/a.json", 1)
     finally:
-        subprocess.run(["umount", "-l", str(tmp_path / "disk")], check=True)
+        unmount(tmp_path / "disk")
 
 
 def test_read_only_disk(tmp_path):
-    mounted(tmp_path / "disk", "size=8m,ro")
+    mount(tmp_path / "disk", "size=8m,ro")
     try:
         for work in (
             lambda: write_json(tmp_path / "disk/a.json", 1),
@@ -272,7 +278,7 @@ def test_read_only_disk(tmp_path):
                 work()
             assert "\n" not in str(e.value)
     finally:
-        subprocess.run(["umount", "-l", str(tmp_path / "disk")], check=True)
+        unmount(tmp_path / "disk")
 
 
 @pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write everywhere")
