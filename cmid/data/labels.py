@@ -251,7 +251,7 @@ def label_dataset(
     params: Params,  # of the study
     name: str,  # one of its tasks
 ) -> Labelled:  # prepared/<name>, written anew
-    "Read, check and store the images and labels of a task (sections IV-C to IV-E). Raises `CmidError`, one line."
+    "Read, check and store the images and labels of a task (section IV). Raises `CmidError`, one line."
     source = find_source(params, name)
     folder = params.root / "prepared" / name
     part = folder.with_name(f"{name}.partial")

@@ -336,7 +336,7 @@ def prepare(
     labelled: str = None,  # 'folders', 'lists', 'none'; None: lists with labels, else class folders of all images
     on_error: str = "skip",  # a file that cannot be used: 'skip' it and list it in skipped.csv, or 'raise'
 ) -> Prepared:  # CmidError, one line, if an argument is wrong or no image can be used
-    "Images on disk become memory-mapped uint8 arrays (arXiv 2304.09670, section IV-A), audited; a second call resumes."
+    "Images on disk become memory-mapped uint8 arrays (arXiv 2304.09670, section IV), audited; a second call resumes."
     folder, out, lists = Path(folder), Path(out).resolve(), lists or {}
     request = Request.checked(str(folder), side, tile, bands, stretch, shard_mb, labelled, on_error)
     _check_run(workers, lists)

@@ -13,6 +13,7 @@ from functools import partial
 
 import timm
 import torch
+import torch.nn.functional as F
 from timm.layers import LayerNorm2d, PatchEmbed
 from timm.models.resnet import ResNet
 from timm.models.swin_transformer import SwinTransformer
@@ -21,7 +22,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..base.errors import CmidError, near
-from .images import repeat_to
 
 # %% ../../nbs/3_method/03_backbones.ipynb #717cd4aa
 BLOCK = 32  # px, side of a masked block (section III); sides of images must be multiples of it
@@ -109,7 +109,11 @@ class Encoder(nn.Module):
         "`x` with the mask token added where `masks` is True"
         if masks is None:
             return x
-        return x + (repeat_to(masks, x.shape[-2:])[:, None] * self.mask_token).to(x.dtype)
+        (h, w), (H, W) = masks.shape[-2:], x.shape[-2:]
+        if H % h or W % w:
+            raise CmidError(f"a mask of {h} x {w} blocks does not divide a map of {H} x {W}")
+        grid = F.interpolate(masks[:, None].float(), (H, W))  # nearest: each block is repeated
+        return x + (grid * self.mask_token).to(x.dtype)
 
     def through(
         self,

@@ -14,7 +14,7 @@ from ..base.params import BelowOne, Count, Natural, Side, Tuning
 
 # %% ../../nbs/1_settings/14_change.ipynb #8850077d
 class Change(Tuning):
-    "Change detection with BIT or plain differences (paper, section IV-E; arXiv 2103.00208)."
+    "Change detection with BIT or plain differences (paper, section IV; arXiv 2103.00208)."
 
     heads: Annotated[list[Literal["bit", "difference"]], Field(min_length=1)]
     crop: Side

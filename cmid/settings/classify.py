@@ -27,7 +27,7 @@ from cmid.base.params import (
 
 # %% ../../nbs/1_settings/08_classify.ipynb #9a337a90
 class Classify(Section):
-    "Fine-tuning of a backbone with a linear layer on scene classes (paper, section IV-B)."
+    "Fine-tuning of a backbone with a linear layer on scene classes (paper, section IV)."
 
     train: str
     test: str

@@ -14,7 +14,7 @@ from ..base.params import Count, Natural, Positive, Share, Side, Tuning, Unit
 
 # %% ../../nbs/1_settings/15_detect.ipynb #1412bad2
 class Detect(Tuning):
-    "Oriented detection with Oriented R-CNN (paper, section IV-D; arXiv 2108.05699)."
+    "Oriented detection with Oriented R-CNN (paper, section IV; arXiv 2108.05699)."
 
     tile: Side
     gap: Natural

@@ -43,7 +43,7 @@ def _is_weight(value):
 
 
 class Pretrain(Section):
-    "Settings of the method (paper, sections III and IV-A)."
+    "Settings of the method (paper, sections III and IV)."
 
     dataset: str
     split: str | Annotated[dict[str, Positive], Field(min_length=1)] | None

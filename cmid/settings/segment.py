@@ -12,7 +12,7 @@ from ..base.params import BelowOne, Count, Pair, Side, Tuning, Weight, check_inc
 
 # %% ../../nbs/1_settings/13_segment.ipynb #b2675801
 class Segment(Tuning):
-    "Semantic segmentation with UPerNet (paper, section IV-C; arXiv 1807.10221)."
+    "Semantic segmentation with UPerNet (paper, section IV; arXiv 1807.10221)."
 
     crop: Side
     scale: Pair

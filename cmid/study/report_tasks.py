@@ -16,7 +16,7 @@ from .report_words import HEAD_NAMES, TASK_WORDS, percent
 from .results import stage_results
 
 # %% ../../nbs/7_study/14_report_tasks.ipynb #29ff9588
-PUBLISHED_IMAGES = 990848 * 200  # images x epochs of the published pretraining on MillionAID (section IV-A)
+PUBLISHED_IMAGES = 990848 * 200  # images x epochs of the published pretraining on MillionAID (section IV)
 
 
 def trivial_score(

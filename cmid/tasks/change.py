@@ -297,7 +297,7 @@ def _has_change(labelled, i):
     return bool((labelled.mask(int(i)) == 1).any())
 
 # %% ../../nbs/5_tasks/08_change.ipynb #62364006
-PUBLISHED_CHANGE = dict(  # section IV-E
+PUBLISHED_CHANGE = dict(  # section IV
     sgd=dict(lr=0.002, weight_decay=5e-4), adamw=dict(lr=6e-5, weight_decay=0.01), drop_path=0.3
 )
 

@@ -45,7 +45,7 @@ from ..train.training import lr_at
 
 # %% ../../nbs/5_tasks/06_classify.ipynb #318c618b
 class Classifier(nn.Module):
-    "A backbone and a linear layer on its mean-pooled last map (section IV-B)."
+    "A backbone and a linear layer on its mean-pooled last map (section IV)."
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ def drop_path_rate(
     settings: Classify,  # params.yaml: classify
     architecture: str,  # timm name
 ) -> float:  # rate of stochastic depth
-    "The rate of the settings; where it is null, 0.5 for Swin and ViT and 0 for ResNets (section IV-B)."
+    "The rate of the settings; where it is null, 0.5 for Swin and ViT and 0 for ResNets (section IV)."
     if settings.drop_path is not None:
         return settings.drop_path
     return 0.0 if is_resnet(architecture) else 0.5
@@ -198,7 +198,7 @@ class ClassificationCallback(FineTuneCallback):
         self.erase = RandomErasing(self.settings.erasing, mode="pixel", device=self.on)
 
     def rate(self):
-        "Learning rate of this step: warm-up and half a cosine (section IV-B)."
+        "Learning rate of this step: warm-up and half a cosine (section IV)."
         s = self.settings
         return lr_at(self.step, self.steps, s.warmup_epochs * self.steps_per_epoch, s.lr, s.lr_min)
 

@@ -437,7 +437,7 @@ def _within(found, window, scale):
 # %% ../../nbs/5_tasks/12_detect.ipynb #e44519b6
 PUBLISHED_DETECT = dict(
     sgd=dict(lr=0.005, weight_decay=1e-4), adamw=dict(lr=1e-4, weight_decay=0.05), drop_path=0.2
-)  # paper, section IV-D
+)  # paper, section IV
 
 
 def score_detections(

@@ -57,7 +57,7 @@ class BinPooling(nn.Module):
 
 def upernet(
     channels: list,  # of the four maps
-    width: int,  # channels of the decoder (512 in section IV-C)
+    width: int,  # channels of the decoder (512 in section IV)
 ) -> nn.Module:  # takes [None, None, *four maps], gives (B, width, H/4, W/4)
     "UPerNet's decoder (arXiv 1807.10221), for batches of any size."
     from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder  # slow to import
@@ -81,7 +81,7 @@ def _auxiliary_head(channels, classes):
 
 
 class Segmenter(nn.Module):
-    "UPerNet on a backbone, with an auxiliary FCN head on its third map (section IV-C)."
+    "UPerNet on a backbone, with an auxiliary FCN head on its third map (section IV)."
 
     def __init__(
         self,
@@ -307,7 +307,7 @@ def segmentation_scores(
     return dict(miou=float(mean_iou(confusion)), mf1=float(np.mean(f1)), oa=accuracy, per_class=classes)
 
 # %% ../../nbs/5_tasks/07_segment.ipynb #1388ea64
-PUBLISHED_SEGMENTATION = dict(  # section IV-C
+PUBLISHED_SEGMENTATION = dict(  # section IV
     sgd=dict(lr=0.01, weight_decay=1e-4), adamw=dict(lr=6e-5, weight_decay=0.01), drop_path=0.3
 )
 

@@ -13,7 +13,7 @@ from .checkpoint import export_backbone
 def input_statistics(
     images,  # `dataset.Prepared`, or anything with bands, mean and std
 ) -> tuple:  # mean and std of images in [0, 1], each a list with a value a band
-    "The paper's statistics for three bands, the data's own for other numbers of bands (section IV-A)."
+    "The paper's statistics for three bands, the data's own for other numbers of bands (section IV)."
     if images.bands == 3:
         return list(RGB_MEAN), list(RGB_STD)
     return list(images.mean), list(images.std)

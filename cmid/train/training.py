@@ -36,7 +36,7 @@ def parameter_groups(
     model: torch.nn.Module,  # to be trained
     weight_decay: float,  # of the matrices
 ) -> list:  # of two parameter groups for an optimiser
-    "Parameters without and with weight decay (section IV-A)."
+    "Parameters without and with weight decay (section IV)."
     undecayed = [name for name, _ in model.named_parameters() if name.split(".")[-1] in UNDECAYED]
     return param_groups_weight_decay(model, weight_decay, no_weight_decay_list=undecayed)
 
