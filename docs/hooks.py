@@ -1,16 +1,23 @@
-"""What `mkdocs build` adds to the notebooks: navigation by package, an index of names, links, anchors of functions."""
+"""What `mkdocs build` adds to the notebooks: pages without hidden cells, navigation by package, an index of names,
+links, anchors of functions, and formulas as MathML (no script has to be fetched)."""
 
 import ast
 import html
 import json
 import posixpath
 import re
+import shutil
 from configparser import ConfigParser
 from pathlib import Path
 
+import latex2mathml.converter
+import nbformat
 from mkdocs.structure.files import File
 
+from cmid.study.readme import directives, shown_cell
+
 ROOT = Path(__file__).parents[1]
+STAGING = ROOT / ".cache/docs"
 INI = ConfigParser(delimiters=["="])
 INI.read(ROOT / "settings.ini", encoding="utf-8")
 SOURCE = f"https://github.com/{INI['DEFAULT']['user']}/{INI['DEFAULT']['repo']}/blob/{INI['DEFAULT']['branch']}"
@@ -26,7 +33,9 @@ PACKAGES = dict(
     bench="Bench: speed and scale",
     pipeline="Stages, as DVC runs them",
 )
-PAGES = "map", "studies", "scale", "safety"
+RENDERED = "index", "map", "studies"  # pages of prose and tables, which show no code
+PAGES = "scale", "safety"
+LINK = r'href="([^"]*\.(?:ipynb|md|yaml|ini|lock|dvc|cff|py|json)(?:#[^"]*)?|(?:\.\./)+[^"]*)"'
 
 
 def cells(path):
@@ -48,6 +57,46 @@ def folders():
     return [*found, (ROOT / "nbs/pipeline", "pipeline")]
 
 
+def is_hidden(cell):
+    "Whether a cell is of no use to a reader of the site"
+    told = directives(cell.source) if cell.cell_type == "code" else {}
+    names = {name.split()[0] for name in told if name}
+    return bool(names & {"hide", "default_exp"}) or told.get("include") == "false"
+
+
+def stage_notebook(path, to):
+    "A notebook without hidden cells and without nbdev's directives."
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells = [cell for cell in notebook.cells if not is_hidden(cell)]
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            lines = cell.source.splitlines()
+            cell.source = "\n".join(line for line in lines if not line.startswith("#|")).strip()
+    to.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(notebook, to)
+
+
+def stage_page(path, to):
+    "A page of prose and tables, as Markdown."
+    shown = [shown_cell(cell)[0] for cell in nbformat.read(path, as_version=4).cells]
+    to.write_text("\n\n".join(text for texts in shown for text in texts) + "\n", encoding="utf-8")
+
+
+def stage():
+    "Fill the folder that the site is built from."
+    shutil.rmtree(STAGING, ignore_errors=True)
+    STAGING.mkdir(parents=True)
+    for folder, _ in folders():
+        for path in folder.glob("*.ipynb"):
+            stage_notebook(path, STAGING / folder.name / path.name)
+    for page in PAGES:
+        stage_notebook(ROOT / f"nbs/{page}.ipynb", STAGING / f"{page}.ipynb")
+    for page in RENDERED:
+        stage_page(ROOT / f"nbs/{page}.ipynb", STAGING / f"{page}.md")
+    shutil.copytree(ROOT / "nbs/images", STAGING / "images")
+    shutil.copy(Path(__file__).parent / "extra.css", STAGING / "extra.css")
+
+
 def public_names(path):
     "Functions and classes that a notebook exports, with the first line of their docstrings."
     found = {}
@@ -63,12 +112,8 @@ def public_names(path):
 
 def names_page():
     "Every public name, package by package, with a link to where it is defined and shown."
-    lines = [
-        "# All names",
-        "",
-        "Every public function and class, with the notebook that defines, shows and tests it.",
-        "",
-    ]
+    intro = "Every public function and class, with the notebook that defines, shows and tests it."
+    lines = ["# All names", "", intro, ""]
     for folder, package in folders()[:-1]:
         lines += [f"## cmid.{package}", "", "| name | gives |", "| --- | --- |"]
         for path in sorted(folder.glob("*.ipynb")):
@@ -80,10 +125,13 @@ def names_page():
 
 
 def on_config(config):
-    nav = [{"Home": "index.ipynb"}]
+    stage()
+    config.docs_dir = str(STAGING)
+    nav = [{"Home": "index.md"}]
     for folder, package in folders():
         pages = [{title(path): f"{folder.name}/{path.name}"} for path in sorted(folder.glob("*.ipynb"))]
         nav.append({PACKAGES[package]: pages})
+    nav += [{title(ROOT / f"nbs/{page}.ipynb"): f"{page}.md"} for page in RENDERED[1:]]
     nav += [{title(ROOT / f"nbs/{page}.ipynb"): f"{page}.ipynb"} for page in PAGES]
     nav.append({"All names": "names.md"})
     config.nav = nav
@@ -100,27 +148,56 @@ def resolved(link, page, files):
     path, mark, anchor = link.partition("#")
     if not path or re.match(r"[a-z]+:|/", path):
         return link
-    folder = posixpath.dirname(page.file.src_uri)
-    target = posixpath.normpath(posixpath.join(folder, path))
+    target = posixpath.normpath(posixpath.join(posixpath.dirname(page.file.src_uri), path))
     if target == "../studies/README.md":
-        target = "studies.ipynb"
+        target = "studies.md"
+    if target.removesuffix(".ipynb") in RENDERED:
+        target = target.replace(".ipynb", ".md")
     if target.startswith("../"):
         return f"{SOURCE}/{target.removeprefix('../')}{mark}{anchor}"
     file = files.get_file_from_path(target)
     return f"{file.url_relative_to(page.file)}{mark}{anchor}" if file else link
 
 
+def on_page_markdown(text, page, config, files):
+    "Links to files of the repository, and to pages that are notebooks in it, are rewritten before mkdocs checks them."
+    if page.file.src_uri.removesuffix(".md") not in RENDERED:
+        return text
+
+    def change(match):
+        target = resolved(match[1], page, files)
+        return f"]({target if '://' in target else match[1].replace('studies/README', 'studies')}"
+
+    parts = re.split(r"(```.*?```|`[^`\n]+`)", text, flags=re.S)
+    parts[::2] = [re.sub(r"\]\((\.\./[^)\s]+)", change, part) for part in parts[::2]]
+    text = "".join(parts)
+    for name in RENDERED:
+        text = text.replace(f"]({name}.ipynb", f"]({name}.md")
+    return text.replace("](../studies.md", "](studies.md")
+
+
+def with_formulas(text):
+    "HTML with its formulas as MathML; code is left alone."
+
+    def formula(match):
+        display = "block" if match[1] == "$$" else "inline"
+        return latex2mathml.converter.convert(html.unescape(match[2]).strip(), display=display)
+
+    parts = re.split(
+        r"(<pre.*?</pre>|<code.*?</code>|<script.*?</script>|<style.*?</style>|<svg.*?</svg>)", text, flags=re.S
+    )
+    parts[::2] = [re.sub(r"(\$\$|\$)(?=\S)([^$<]+?)\1", formula, part) for part in parts[::2]]
+    return "".join(parts)
+
+
 def on_page_content(text, page, config, files):
     def change(match):
-        return f'{match[1]}="{html.escape(resolved(html.unescape(match[2]), page, files))}"'
+        return f'href="{html.escape(resolved(html.unescape(match[1]), page, files))}"'
 
-    text = re.sub(
-        r'(href)="([^"]*\.(?:ipynb|md|yaml|ini|lock|dvc|cff|py|json)(?:#[^"]*)?|(?:\.\./)+[^"]*)"', change, text
-    )
+    text = with_formulas(re.sub(LINK, change, text))
     path = ROOT / "nbs" / page.file.src_uri
     if path.suffix == ".ipynb" and path.exists():
         for name in public_names(path):
-            text = re.sub(
-                rf'<span class="(n[cf])">{name}</span>', rf'<span class="\1" id="{name}">{name}</span>', text, count=1
-            )
+            plain = rf'<span class="(n[cf])">{name}</span>'
+            text = re.sub(plain, rf'<span class="\1" id="{name}">{name}</span>', text, count=1)
     return text
