@@ -43,11 +43,30 @@ def check_splits(labelled):
         labelled.image(6)
 
 
-def test_segmentation(study):
+def fill_segment(study):
     study.fill("segment")
     for k, (name, size) in enumerate(LARGE.items()):
         study.put(f"images/{name}.png", noise(*size, 3, seed=k))
         study.put(f"masks/{name}.png", noise(*size, seed=k) // 128 * 2)
+
+
+def fill_change(study):
+    study.fill("change")
+    for k, (name, size) in enumerate(LARGE.items()):
+        study.put(f"A/{name}.png", noise(*size, 3, seed=k))
+        study.put(f"B/{name}.png", noise(*size, 3, seed=k + 9))
+        study.put(f"OUT/{name}.png", noise(*size, seed=k) // 128 * 255)
+
+
+def fill_detect(study):
+    study.fill("detect")
+    for k, (name, size) in enumerate(LARGE.items()):
+        study.put(f"images/{name}.png", noise(*size, 3, seed=k))
+        study.put(f"labelTxt/{name}.txt", "")
+
+
+def test_segmentation(study):
+    fill_segment(study)
     labelled = study.read("segment", SMALL_SHARDS)
     check_images(study, labelled, "images")
     check_splits(labelled)
@@ -57,11 +76,7 @@ def test_segmentation(study):
 
 
 def test_change(study):
-    study.fill("change")
-    for k, (name, size) in enumerate(LARGE.items()):
-        study.put(f"A/{name}.png", noise(*size, 3, seed=k))
-        study.put(f"B/{name}.png", noise(*size, 3, seed=k + 9))
-        study.put(f"OUT/{name}.png", noise(*size, seed=k) // 128 * 255)
+    fill_change(study)
     labelled = study.read("change", SMALL_SHARDS)
     check_images(study, labelled, "A")
     for i in range(6):
@@ -70,10 +85,7 @@ def test_change(study):
 
 
 def test_detection(study):
-    study.fill("detect")
-    for k, (name, size) in enumerate(LARGE.items()):
-        study.put(f"images/{name}.png", noise(*size, 3, seed=k))
-        study.put(f"labelTxt/{name}.txt", "")
+    fill_detect(study)
     labelled = study.read("detect", SMALL_SHARDS)
     check_images(study, labelled, "images")
     objects = labelled.objects(labelled.names.index("images/train1.png"))
@@ -86,6 +98,17 @@ def test_detection(study):
     for absent in (labelled.mask, labelled.second):
         with pytest.raises(CmidError, match="it is for detect"):
             absent(0)
+
+
+@pytest.mark.parametrize("fill", [fill_segment, fill_change, fill_detect], ids=["segment", "change", "detect"])
+def test_shards_do_not_depend_on_threads(study, fill):
+    "Several shards, written by one thread and by three: the same bytes."
+    fill(study)
+    task = fill.__name__.removeprefix("fill_")
+    assert len(study.read(task, SMALL_SHARDS | dict(workers=1)).manifest["shards"]) >= 2
+    before = study.stored()
+    study.read(task, SMALL_SHARDS | dict(workers=3))
+    assert study.stored() == before
 
 
 def test_store_can_be_pickled(study):

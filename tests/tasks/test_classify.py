@@ -477,7 +477,7 @@ def test_bad_data_and_backbones_are_errors(scenes, resnet, random_backbone):
 # --- figures
 
 
-@pytest.mark.parametrize("k", [2, 12, 13, 21, 45])
+@pytest.mark.parametrize("k", [2, 3, 12, 13, 21, 45])
 def test_confusion_figure(k):
     "Shares of rows; counts where they fit; every row named; no labels overlap; as wide as a phone."
     counts = np.random.default_rng(0).integers(0, 30, (k, k))

@@ -572,6 +572,23 @@ def test_figures_of_a_run(run):
     scene.canvas.draw()
 
 
+@pytest.mark.long
+def test_bars_are_learnt_by_heart(models):
+    "Bars of two classes at any angle: every one is found, once, and nothing else is."
+    data = Bars()
+    keys = dict(tile=96, batch=1, epochs=45, steps=[38], warmup_steps=10, channels=32, head_hidden=64, proposals=60)
+    s = changed(QUICK, anchor=6.0, optimiser="adamw", lr=0.002, weight_decay=0.01, **keys)
+    result, epochs, found = detect(models(), data, s, 0, CPU, quiet)
+    assert result["map"] >= 0.9
+    assert result["objects"] == 8
+    assert epochs[-1]["loss"] < epochs[0]["loss"]
+    missed = 0
+    for i, detections in enumerate(found):
+        confident = {name: values[detections["scores"] > 0.5] for name, values in detections.items()}
+        missed += match_detections(confident, data.objects(i))[2].sum()
+    assert missed <= 1
+
+
 def test_two_runs_agree_bit_for_bit(models):
     data, runs = Bars(TINY, each=3), []
     s = changed(QUICK, epochs=2, turn=0.5)

@@ -173,7 +173,17 @@ def test_the_decoder_leaves_its_inputs_as_they_are():
     assert all(map(torch.equal, maps, kept))
 
 
-@pytest.mark.parametrize("name, bands", [("resnet18", 1), ("resnet18", 13), (NETWORKS[1], 13), (NETWORKS[2], 1)])
+@pytest.mark.parametrize(
+    "name, bands",
+    [
+        ("resnet18", 1),
+        ("resnet18", 13),
+        (NETWORKS[1], 13),
+        (NETWORKS[2], 1),
+        pytest.param(NETWORKS[1], 1, marks=pytest.mark.long),
+        pytest.param(NETWORKS[2], 13, marks=pytest.mark.long),
+    ],
+)
 def test_a_batch_may_have_one_image(name, bands):
     "A training step on a single crop of 64 px reaches every parameter but the mask token."
     torch.manual_seed(0)

@@ -166,7 +166,7 @@ def test_names_that_a_user_types():
     for name in cmid.__all__:
         assert getattr(cmid, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'load_bakbone'"):
-        cmid.load_bakbone
+        _ = cmid.load_bakbone
     assert set(cmid.__all__) <= set(dir(cmid))
 
 
