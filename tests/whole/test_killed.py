@@ -3,21 +3,25 @@
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from cmid.base.params import Params
 from cmid.base.runtime import seed_everything
+from cmid.study.smoke import smoke_study
 from cmid.train import checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -411,23 +415,42 @@ def test_killed_while_preparing(forks, tmp_path, images, kills):
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
-# DVC, its stage and the process of the notebook
+# A stage and the process of its notebook, alone and under DVC
+
+
+@pytest.fixture(scope="module")
+def alone():
+    "A study without DVC, whose pretraining takes minutes."
+    folder = smoke_study(prepared=["pool", "scenes"])
+    shutil.copytree(ROOT / "nbs/pipeline", folder / "nbs/pipeline")
+    path = folder / "params.yaml"
+    values = yaml.safe_load(path.read_text())
+    values["profiles"]["smoke"]["pretrain"] |= dict(epochs=1000, checkpoint_epochs=1)
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    yield SimpleNamespace(folder=folder)
+    end_all_in(folder)
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
+    "A study under DVC."
     sys.path.insert(0, str(Path(__file__).parent))
-    from test_pipeline import Study
+    from test_pipeline_run import Study
 
     study = Study(tmp_path_factory.mktemp("study"))
     study.edit("params.yaml", "pretrain: {epochs: 2,", "pretrain: {epochs: 20,")
-    study.edit("params.yaml", "backbones: [resnet18]", f"backbones: [{BACKBONE}]")
-    study.edit("params.yaml", "inits: [cmid-resnet18,", f"inits: [cmid-{BACKBONE},")
-    study.repro("prepare@pool")
+    study.edit("params.yaml", r"backbones: \[resnet18\]", f"backbones: [{BACKBONE}]")
+    study.edit("params.yaml", r"inits: \[cmid-resnet18,", f"inits: [cmid-{BACKBONE},")
+    study.dvc("repro", "prepare@pool")
     yield study
+    end_all_in(study.folder)
+
+
+def end_all_in(folder):
+    "Ends what a test that failed half-way left."
     for process in psutil.process_iter():
-        if works_in(process, study.at):
-            process.kill()  # of a test that failed half-way
+        if works_in(process, folder):
+            process.kill()
 
 
 def works_in(process, folder):
@@ -445,14 +468,14 @@ class Command:
 
     def __init__(self, study, *args):
         env = dict(
-            PYTHONPATH=str(study.at),
+            PYTHONPATH=os.pathsep.join([str(study.folder), str(ROOT)]),
             PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-            CMID_ROOT=str(study.at),
+            CMID_ROOT=str(study.folder),
             OMP_NUM_THREADS="1",
         )
         self.run = subprocess.Popen(
             args,
-            cwd=study.at,
+            cwd=study.folder,
             env=os.environ | env,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -477,7 +500,7 @@ class Command:
 
 
 def written(study):
-    return set(study.at.glob("checkpoints/*/*/*.ckpt"))
+    return set(study.folder.glob("checkpoints/*/*/*.ckpt"))
 
 
 def wait_for_checkpoint(study, command, since=()):
@@ -495,7 +518,35 @@ def has_ended(process):
 
 
 def weights(study):
-    return {path.name: path.read_bytes() for path in (study.at / f"models/cmid-{BACKBONE}").glob("*.safetensors")}
+    return {path.name: path.read_bytes() for path in (study.folder / f"models/cmid-{BACKBONE}").glob("*.safetensors")}
+
+
+@pytest.mark.slow
+def test_a_stage_is_refused_while_it_runs_and_stopped_by_ctrl_c(alone):
+    "Ctrl-C in the terminal reaches the stage, and not the process of its notebook."
+    command = Command(alone, *STAGE)
+    wait_for_checkpoint(alone, command)
+    kernel = command.find("ipykernel")
+    refused_by_the_stage(alone, kernel)
+    os.killpg(command.run.pid, signal.SIGINT)
+    status, said = command.end()
+    has_ended(kernel)
+    assert status == 130
+    ended = [line for line in said.splitlines() if line.startswith("cmid_stage: ")]
+    assert len(ended) == 1
+    step = int(re.match(r"cmid_stage: stopped at step (\d+) of \d+; a checkpoint is kept", ended[0])[1])
+    assert "Traceback" not in said
+    assert max(path.name for path in written(alone)) == f"step-{step:09d}.ckpt"
+
+
+@pytest.mark.slow
+def test_a_notebook_ends_with_its_killed_stage(alone):
+    before = written(alone)
+    command = Command(alone, *STAGE)
+    wait_for_checkpoint(alone, command, before)
+    kernel = command.find("ipykernel")
+    command.kill()
+    has_ended(kernel)
 
 
 def interrupted(study):
@@ -551,11 +602,11 @@ def test_the_pipeline_stopped_killed_and_started_twice(study):
     for process in again.tree():
         os.kill(process.pid, signal.SIGKILL)
     again.run.wait()
-    study.repro("pretrain")
+    study.dvc("repro", "pretrain")
     assert "resuming" in study.said
     killed = weights(study)
     for folder in ("models", "checkpoints"):
-        shutil.rmtree(study.at / folder / f"cmid-{BACKBONE}")
+        shutil.rmtree(study.folder / folder / f"cmid-{BACKBONE}")
     status, said = Command(study, *STAGE).end()  # the same study, not killed
     assert status == 0
     assert "resuming" not in said
