@@ -25,14 +25,14 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 # %% ../../nbs/0_base/03_params.ipynb #45cfded0
-Count = Annotated[int, Field(ge=1)]  # at least 1
-Natural = Annotated[int, Field(ge=0)]  # 0 or more
+Count = Annotated[int, Field(ge=1)]  # whole number, 1 or more
+Natural = Annotated[int, Field(ge=0)]  # whole number, 0 or more
 Side = Annotated[int, Field(ge=32, multiple_of=32)]  # side of a square image in pixels, a multiple of 32
-Share = Annotated[float, Field(gt=0, le=1)]  # in (0, 1]
-Unit = Annotated[float, Field(ge=0, le=1)]  # in [0, 1]
-BelowOne = Annotated[float, Field(ge=0, lt=1)]  # in [0, 1)
-Weight = Annotated[float, Field(ge=0)]  # 0 or more
-Positive = Annotated[float, Field(gt=0)]  # more than 0
+Share = Annotated[float, Field(gt=0, le=1)]  # number in (0, 1]
+Unit = Annotated[float, Field(ge=0, le=1)]  # number in [0, 1]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]  # number in [0, 1)
+Weight = Annotated[float, Field(ge=0)]  # number, 0 or more
+Positive = Annotated[float, Field(gt=0)]  # number above 0
 Names = Annotated[list[str], Field(min_length=1)]  # at least one name
 Pair = Annotated[list[float], Field(min_length=2, max_length=2)]  # two numbers, such as low and high
 Bands = Annotated[list[Natural], Field(min_length=1)]  # numbers of an image's bands, from 0
@@ -56,7 +56,7 @@ def check_increasing(
 
 # %% ../../nbs/0_base/03_params.ipynb #61342701
 class Tuning(Section):
-    "Keys of fine-tuning that every dense task has: splits, length, optimiser."
+    "Keys that the sections segment, change and detect share: splits, length, optimiser."
 
     train: str
     test: str
@@ -104,9 +104,9 @@ SECTIONS = (  # of params.yaml; the schema of each is the class of its name in `
     "change",
     "detect",
 )
-TASK_KINDS = "segment", "change", "detect"  # what labelled images under `tasks` can be for
-DATASET_KEYS = "dataset", "labelled"  # keys of sections that name a dataset
-_GROUPS = dict(datasets="datasets by name", tasks="images with labels by name; {} for none")
+TASK_KINDS = "segment", "change", "detect"  # what the labelled images of an entry of `tasks` are for
+DATASET_KEYS = "dataset", "labelled"  # a section key of this name holds the name of a dataset
+_EXPECTED = dict(datasets="datasets by name", tasks="images with labels by name; {} for none")  # for the errors
 
 
 def schema(
@@ -129,33 +129,36 @@ def merge(
     return merged
 
 # %% ../../nbs/0_base/03_params.ipynb #1626a499
-def _is_known(error):
-    return error["type"] != "extra_forbidden"
+def _first_mistake(error):
+    "The first unknown key of a pydantic error; if there is none, its first mistake"
+    mistakes = error.errors()
+    unknown_keys = [mistake for mistake in mistakes if mistake["type"] == "extra_forbidden"]
+    return (unknown_keys or mistakes)[0]
 
 
-def _place(error, where):
-    "The dotted key of an error, such as pretrain.weights.contrast"
-    return ".".join(one_line(str(o)) for o in (where, *error["loc"]) if o != "")
+def _dotted_key(mistake, where):
+    "The key of a mistake, such as pretrain.weights.contrast; `where` is empty at the top of the file"
+    return ".".join(one_line(str(part)) for part in (where, *mistake["loc"]) if part != "")
 
 
-def _joined(at, message):
-    "A message behind its key; a message that begins with a key of the section continues it"
-    if not at:
+def _key_and_message(key, message):
+    "`key: message`, or `key.message` if the message itself begins with a key"
+    if not key:
         return message
     separator = "." if re.match(r"\w+: ", message) else ": "
-    return at + separator + message
+    return key + separator + message
 
 
 def _explain(error: ValidationError, model, where: str) -> str:
     "The first mistake in a section, as one line"
-    first = min(error.errors(), key=_is_known)
-    at = _place(first, where)
+    first = _first_mistake(error)
+    key = _dotted_key(first, where)
     if first["type"] == "extra_forbidden":
-        return f"{at}: unknown key{near(first['loc'][-1], model.model_fields)}"
+        return f"{key}: unknown key{near(first['loc'][-1], model.model_fields)}"
     if first["type"] == "missing":
-        return f"{at}: missing; add it"
+        return f"{key}: missing; add it"
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    explained = _joined(at, one_line(message))
+    explained = _key_and_message(key, one_line(message))
     if first["type"] == "value_error":
         return explained
     return f"{explained} (got {one_line(repr(first['input']))})"
@@ -164,7 +167,7 @@ def _explain(error: ValidationError, model, where: str) -> str:
 def check(
     model,  # a schema, such as `Probe`
     values,  # what params.yaml holds for it
-    where: str,  # name of the section, for the error
+    where: str,  # name of the section, for the error; "" for the keys at the top of the file
 ):  # an instance of `model`
     "Check the values of a section by its schema. Raises `CmidError` naming the key that is wrong."
     if values is None:
@@ -211,27 +214,27 @@ def _check_names(values, overlay):
             raise CmidError(f"params.yaml: {name}: unknown section{near(name, known)}")
 
 
-def _check_group(values, key):
-    "Everything under `datasets` or `tasks`"
+def _group(values, key):
+    "What params.yaml holds under `datasets` or `tasks`; an error if it is not a dictionary"
     group = values.get(key)
     if not isinstance(group, dict):
-        raise CmidError(f"params.yaml: {key}: must hold {_GROUPS[key]}")
+        raise CmidError(f"params.yaml: {key}: must hold {_EXPECTED[key]}")
     return group
 
 
-def _check_member(group, key, name, by):
-    "Refuse a name that is not under `datasets` or `tasks`; `by` is the key that holds the name"
+def _check_member(group, key, name, named_in):
+    "Refuse a name that is not under `datasets` or `tasks`; `named_in` is the key that holds the name, for the error"
     if plain_name(name, f"params.yaml: {key}").lower().endswith(".partial"):
         raise CmidError(
-            f"params.yaml: {key}: {name!r} ends like a folder that is being written; use a name without .partial"
+            f"params.yaml: {key}: {name!r}: the ending .partial is for folders that are being written; use another name"
         )
     if name not in group:
         known = ", ".join(map(str, group)) or "none"
-        raise CmidError(f"params.yaml: {by or key}: {name!r} is not in {key}{near(name, group)}; known: {known}")
+        raise CmidError(f"params.yaml: {named_in or key}: {name!r} is not in {key}{near(name, group)}; known: {known}")
 
 # %% ../../nbs/0_base/03_params.ipynb #89b95fa4
 class Params:
-    "`params.yaml`, with one profile merged over it; each section is an attribute, checked when it is read."
+    "`params.yaml` with one profile merged over it. Each section is an attribute, which is checked when it is read."
 
     def __init__(
         self,
@@ -260,31 +263,35 @@ class Params:
 
     def _check_references(self, name, section):
         "Refuse a section that names a dataset or task that is not in the file"
-        for kind in TASK_KINDS if name == "study" else ():
-            for task in getattr(section, kind):
-                self.task(task, kind)
-        for dataset in section.probes if name == "study" else ():
-            self.dataset(dataset, "study.probes")
+        if name == "study":
+            self._check_study(section)
         for key in DATASET_KEYS:
             if hasattr(section, key):
                 self.dataset(getattr(section, key), f"{name}.{key}")
 
+    def _check_study(self, study):
+        for kind in TASK_KINDS:
+            for task in getattr(study, kind):
+                self.task(task, kind)
+        for dataset in study.probes:
+            self.dataset(dataset, "study.probes")
+
     def datasets(self) -> dict:  # name -> values
         "Everything under `datasets`, not checked."
-        return _check_group(self.values, "datasets")
+        return _group(self.values, "datasets")
 
     def tasks(self) -> dict:  # name -> values
         "Everything under `tasks`, not checked."
-        return _check_group(self.values, "tasks")
+        return _group(self.values, "tasks")
 
     def dataset(
         self,
         name: str,  # a name under `datasets`
-        by: str | None = None,  # the key that holds this name, for the error
+        named_in: str | None = None,  # the key that holds this name, for the error
     ) -> Section:  # its folder and lists
-        "One entry of `datasets`. Raises `CmidError` with similar names if it is not there."
+        "One entry of `datasets`, checked. Raises `CmidError` with similar names if it is not there."
         known = self.datasets()
-        _check_member(known, "datasets", name, by)
+        _check_member(known, "datasets", name, named_in)
         return check(schema("dataset"), known[name], f"datasets.{name}")
 
     def task(
@@ -292,7 +299,7 @@ class Params:
         name: str,  # a name under `tasks`
         kind: str | None = None,  # segment | change | detect: the kind that it must have; None: any
     ) -> Section:  # its folder, splits and classes
-        "One entry of `tasks`. Raises `CmidError` if it is not there or is of another kind."
+        "One entry of `tasks`, checked. Raises `CmidError` if it is not there or is of another kind."
         known = self.tasks()
         _check_member(known, "tasks", name, kind and f"study.{kind}")
         if name in self.datasets():
@@ -330,15 +337,15 @@ def _check_splits(params, kind):
 
 
 def check_all(
-    p: Params,  # of a study
-) -> Params:  # `p`
+    params: Params,  # of a study
+) -> Params:  # the same
     "Check every section, dataset and task. Raises `CmidError` naming the first key that is wrong."
     for section in SECTIONS:
-        getattr(p, section)
-    for name in p.datasets():
-        p.dataset(name)
-    for name in p.tasks():
-        p.task(name)
+        getattr(params, section)
+    for name in params.datasets():
+        params.dataset(name)
+    for name in params.tasks():
+        params.task(name)
     for kind in TASK_KINDS:
-        _check_splits(p, kind)
-    return p
+        _check_splits(params, kind)
+    return params

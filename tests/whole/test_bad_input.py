@@ -41,10 +41,10 @@ from cmid.data.batches import Batches
 from cmid.data.dataset import Prepared
 from cmid.data.prepare import prepare, prepare_dataset
 from cmid.method.backbones import create
-from cmid.study.smoke import smoke_tasks
 from cmid.study.runner import run_notebook
+from cmid.study.smoke import smoke_tasks
 from cmid.study.study import with_set
-from cmid.tasks.scene_classes import pooled_features, class_splits
+from cmid.tasks.scene_classes import class_splits, pooled_features
 from cmid.train.checkpoint import export_backbone, latest, load, load_backbone, read_card, save
 from cmid.train.convert import STUDY
 from cmid.train.pretrain import build_cmid
@@ -153,7 +153,7 @@ def bytes_of(o):
 
 @functools.cache
 def stock():
-    "A study after its stages: prepared scenes with lists, a backbone, a checkpoint, a training set. Made once, never changed."
+    "A study after its stages: prepared scenes with lists, a backbone, a checkpoint, a training set. Made once."
     at = Path(tempfile.mkdtemp(prefix="cmid-stock-"))
     write_classes(at / "data")
     (at / "lists").mkdir()
@@ -226,7 +226,7 @@ def nothing(d):
 
 
 def smoke_values(*sets, **over):
-    "The project's parameters in the smoke profile, with some keys set (also in the profile) and others merged over them."
+    "The project's parameters in the smoke profile, with some keys set (in the profile too) and others laid over."
     values = merge(load_yaml(ROOT / "params.yaml"), dict(profile="smoke", device="cpu"))
     for o in sets:
         values = with_set(values, o)
@@ -302,12 +302,12 @@ PARAMS = [
     parameters_case(
         "a task named like a working folder",
         lambda: smoke_values(tasks={"land.partial": smoke_values()["tasks"]["land"]}),
-        "params.yaml: tasks: 'land.partial' ends like a folder that is being written",
+        "params.yaml: tasks: 'land.partial': the ending .partial is for folders that are being written",
     ),
     parameters_case(
         "a dataset named like a working folder",
         lambda: smoke_values(datasets={"pool.Partial": dict(folder="a", lists="b")}),
-        "params.yaml: datasets: 'pool.Partial' ends like a folder that is being written",
+        "params.yaml: datasets: 'pool.Partial': the ending .partial is for folders that are being written",
     ),
     *(
         setting_case(
@@ -1124,7 +1124,8 @@ MEETINGS = [
     ),
     splits(
         "a label outside the classes",
-        "1 image is in 'test' of a class that 'train' does not have, the first is cedar/cedar_2.png ('cedar'); correct the lists",
+        "1 image is in 'test' of a class that 'train' does not have, "
+        "the first is cedar/cedar_2.png ('cedar'); correct the lists",
         train="ash_0.png 0\nbirch_0.png 1\n",
         test="ash_1.png 0\ncedar_2.png 2\n",
     ),
@@ -1483,7 +1484,7 @@ sys.exit(cmid_prepare())"""
 
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="rights of another kind")
 def test_what_may_not_be_read():
-    "Without permissions: an unreadable file or folder among good ones is named; an unreadable input or output is refused."
+    "An unreadable file or folder among good ones is named; an unreadable input or output is refused."
     with tempfile.TemporaryDirectory() as d:
         d = Path(d)
         d.chmod(0o755)
