@@ -19,11 +19,11 @@ from ..base.params import Tuning
 
 # %% ../../nbs/2_data/20_labelled.ipynb #b6e6dce0
 IGNORE = 255  # value of ignored pixels in masks
-MAX_CLASSES = 253  # of a store
+MAX_CLASSES = 253  # that a store may have
 LABELLED_FORMAT = 1  # version of the folder's layout; raised when older versions of cmid cannot read it
-LABELLED_FILES = "manifest.json", "images-*.bin", "polygons.npy", "classes.npy", "difficult.npy"
+LABELLED_FILES = "manifest.json", "images-*.bin", "polygons.npy", "classes.npy", "difficult.npy"  # of a store
 LABEL_TASKS = "segment", "change", "detect"
-DATED = {"change"}  # tasks with a second date
+DATED = {"change"}  # tasks whose images have a second date
 MASKED = {"segment", "change"}  # tasks with masks
 BOX_ARRAYS = "polygons", "classes", "difficult"
 
@@ -31,7 +31,7 @@ BOX_ARRAYS = "polygons", "classes", "difficult"
 def is_labelled(
     folder: Path,
 ) -> bool:
-    "Did the stage `labels` write this folder?"
+    "Whether the stage `labels` wrote this folder."
     try:
         return json.loads((folder / "manifest.json").read_text())["kind"] == "labelled"
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
@@ -51,6 +51,7 @@ def _is_list(value, is_element):
 
 
 def _length(value):
+    "Of a list; 0 for anything else"
     return len(value) if isinstance(value, list) else 0
 
 
@@ -83,14 +84,14 @@ def _is_finding(value):
     )
 
 
-def _by_split(value, splits, is_element):
-    "Is it a dict with an element for each split?"
+def _has_each_split(value, splits, is_element):
+    "Whether it is a dict that has one valid element for each split"
     same_splits = isinstance(value, dict) and isinstance(splits, dict) and 0 < len(value) and set(value) == set(splits)
     return same_splits and all(is_element(o) for o in value.values())
 
 # %% ../../nbs/2_data/20_labelled.ipynb #019d80ad
-def _check_lengths(manifest):
-    "Lists of one element for each image; the lists that only boxes have are empty for other tasks"
+def _valid_lists(manifest):
+    "Whether each list has one element for each image; the two lists of detection are empty for other tasks"
     images = _length(manifest["names"])
     boxes = images if manifest["task"] == "detect" else 0
     return dict(
@@ -100,8 +101,8 @@ def _check_lengths(manifest):
     )
 
 
-def _check_manifest(manifest):
-    "For each key whether it holds what it must. Raises `KeyError` or `TypeError` for a manifest of another form"
+def _valid_keys(manifest):
+    "Whether the value of each key is valid, by key. Raises `KeyError` or `TypeError` where keys are missing"
     splits = manifest["splits"]
     images = _length(manifest["names"])
     classes = _length(manifest["classes"])
@@ -118,26 +119,26 @@ def _check_manifest(manifest):
         names=_are_names(manifest["names"]),
         classes=_are_names(manifest["classes"]) and classes <= MAX_CLASSES,
         hash=_is_text(manifest["hash"]) and manifest["hash"] != "",
-        splits=_by_split(splits, splits, is_split),
+        splits=_has_each_split(splits, splits, is_split),
         unlabelled=_is_list(manifest["unlabelled"], lambda o: _is_text(o) and o in splits),
         shards=_is_list(manifest["shards"], _is_shard),
-        histogram=_by_split(manifest["histogram"], splits, is_histogram),
-        ignored=_by_split(manifest["ignored"], splits, _is_count),
+        histogram=_has_each_split(manifest["histogram"], splits, is_histogram),
+        ignored=_has_each_split(manifest["ignored"], splits, _is_count),
         audit=_is_list(manifest["audit"], _is_finding),
-        **_check_lengths(manifest),
+        **_valid_lists(manifest),
     )
 
 # %% ../../nbs/2_data/20_labelled.ipynb #a6f8e399
-def _check_boxes(polygons, classes, difficult, objects, known):
-    "Raise `ValueError` where the arrays of boxes do not fit the images or the classes"
-    if polygons.shape != (objects, 4, 2) or classes.shape != (objects,) or difficult.shape != (objects,):
-        raise ValueError("the number of boxes is not that of the images")
+def _check_boxes(polygons, classes, difficult, count, known_classes):
+    "Raise `ValueError` where the arrays do not hold `count` valid boxes"
+    if polygons.shape != (count, 4, 2) or classes.shape != (count,) or difficult.shape != (count,):
+        raise ValueError(f"the arrays of boxes do not have the {count} rows that manifest.json counts")
     if (polygons.dtype, classes.dtype, difficult.dtype) != (np.float32, np.int64, bool):
-        raise ValueError("boxes are of another type")
+        raise ValueError("an array of boxes has another data type")
     if not np.isfinite(polygons).all():
         raise ValueError("a corner of a box is not finite")
-    if objects and not 0 <= classes.min() <= classes.max() < known:
-        raise ValueError("a box is of an unknown class")
+    if count and not 0 <= classes.min() <= classes.max() < known_classes:
+        raise ValueError("a box has a class that manifest.json does not list")
 
 # %% ../../nbs/2_data/20_labelled.ipynb #0f01d332
 def _counted(n, noun):
@@ -145,13 +146,13 @@ def _counted(n, noun):
 
 
 def _split_line(manifest, split):
-    "Images, classes and ignored pixels of a split"
+    "Number of images, objects or share of pixels by class, and number of what is ignored, of a split"
     counts = manifest["histogram"][split]
     if manifest["task"] == "detect":
-        unit, shares = "objects", [f"{n:,}" for n in counts]
+        unit, amounts = "objects", [f"{n:,}" for n in counts]
     else:
-        unit, shares = "pixels", [f"{n / max(1, sum(counts)):.1%}" for n in counts]
-    classes = ", ".join(f"{k} {share}" for k, share in zip(manifest["classes"], shares))
+        unit, amounts = "pixels", [f"{n / max(1, sum(counts)):.1%}" for n in counts]
+    classes = ", ".join(f"{name} {amount}" for name, amount in zip(manifest["classes"], amounts))
     images = _counted(len(manifest["splits"][split]), "image")
     return f"{split}: {images}; {unit} {classes}; ignored {manifest['ignored'][split]:,}"
 
@@ -162,20 +163,23 @@ def _finding_line(finding):
     return line + (f" ({examples})" if finding["examples"] else "")
 
 
+def _size_text(size):
+    height, width = size
+    return f"{height} x {width}"
+
+
 def labels_table(
     manifest: dict,  # of a store
-) -> str:  # some lines
-    "What a store holds, and the findings of its audit; warnings come first."
+) -> str:  # a few lines
+    "Images, splits and classes of a store, then the findings of its audit, warnings first."
     items = _counted(len(manifest["names"]), "pair" if manifest["task"] in DATED else "image")
-    low, high = (" x ".join(str(n) for n in reduce(manifest["sizes"], 0)) for reduce in (np.min, np.max))
-    head = (
-        f"{items} of {_counted(manifest['bands'], 'band')} for {manifest['task']}, {low} to {high} px (height x width)"
-    )
-    findings = sorted(manifest["audit"], key=lambda o: o["level"] != "warning")
-    lines = [head]
-    lines += [_split_line(manifest, o) for o in manifest["splits"]]
-    lines += [_finding_line(o) for o in findings]
-    return "\n".join(lines)
+    bands = _counted(manifest["bands"], "band")
+    smallest = _size_text(np.min(manifest["sizes"], 0))
+    largest = _size_text(np.max(manifest["sizes"], 0))
+    head = f"{items} of {bands} for {manifest['task']}, {smallest} to {largest} px (height x width)"
+    findings = sorted(manifest["audit"], key=lambda finding: finding["level"] != "warning")
+    split_lines = [_split_line(manifest, split) for split in manifest["splits"]]
+    return "\n".join([head, *split_lines, *map(_finding_line, findings)])
 
 # %% ../../nbs/2_data/20_labelled.ipynb #168ad822
 class Labelled:
@@ -209,7 +213,7 @@ class Labelled:
     def _read_manifest(self, manifest):
         if manifest["format"] != LABELLED_FORMAT:
             self._refuse(f"format {manifest['format']}, this version of cmid reads {LABELLED_FORMAT}")
-        for key, valid in _check_manifest(manifest).items():
+        for key, valid in _valid_keys(manifest).items():
             if not valid:
                 self._refuse(f"manifest.json: {key} is not as the stage labels wrote it")
         self.task = manifest["task"]
@@ -221,12 +225,13 @@ class Labelled:
         self.splits = {k: np.array(v, "i8") for k, v in manifest["splits"].items()}
 
     def _locate_items(self):
-        "Where each item begins; everything must fit together, so that no training stops in the middle"
-        self._maps = {}
+        "Compute where each item begins; check that the sizes of all files agree, so that no training fails later"
+        self._maps = {}  # number of a shard -> its bytes, mapped into memory
+        # planes of one item: bands of the image, bands of its second date, and the mask
         self._planes = self.bands * (1 + (self.task in DATED)) + (self.task in MASKED)
-        self._shard_ends = np.cumsum([o["count"] for o in self.manifest["shards"]]).astype("i8")
+        self._shard_ends = np.cumsum([shard["count"] for shard in self.manifest["shards"]]).astype("i8")
         if len(self) != self._shard_ends[-1]:
-            raise ValueError("names and shards do not agree")
+            raise ValueError("names and shards have different numbers of images")
         if self.task == "detect":
             self._read_boxes()
         item_bytes = self._planes * self.sizes.prod(1)
@@ -250,11 +255,11 @@ class Labelled:
         return len(self.names)
 
     def __getstate__(self):
-        return {**self.__dict__, "_maps": {}}
+        return {**self.__dict__, "_maps": {}}  # a worker process maps the files itself
 
     def _read_planes(self, i, first, count):
-        "`count` planes of an item, mapped"
-        i = range(len(self))[i]
+        "`count` planes of an item, from the plane `first` on, mapped into memory"
+        i = range(len(self))[i]  # counts negative numbers from the end; raises `IndexError`
         shard = int(np.searchsorted(self._shard_ends, i, "right"))
         height, width = map(int, self.sizes[i])
         if shard not in self._maps:
@@ -266,7 +271,7 @@ class Labelled:
 
     def _require(self, what, tasks):
         if self.task not in tasks:
-            raise CmidError(f"{self.folder}: has no {what}: it is for {self.task}")
+            raise CmidError(f"{self.folder}: has no {what}: its task is {self.task}")
 
     def image(
         self,
@@ -321,13 +326,13 @@ def _split_items(labelled, name, key):
 
 def splits_of(
     labelled: Labelled,
-    settings: Tuning,  # names of the splits
-    section: str,  # of params.yaml, which is also the task
+    settings: Tuning,  # its `train` and `test`: names of the splits
+    section: str,  # of params.yaml, named like the task
 ) -> tuple:  # int (n,) and (m,): numbers of training items, and of test items
-    "Train and test split. Raises `CmidError` for another task, a missing or empty split, and a partial overlap."
+    "Train and test split. Raises `CmidError` for another task, a missing or empty split, or one that overlaps in part."
     if labelled.task != section:
         raise CmidError(
-            f"{labelled.folder}: is for {labelled.task}, not for {section}; "
+            f"{labelled.folder}: its task is {labelled.task}, not {section}; "
             f"name a task for {section} under study.{section}"
         )
     train = _split_items(labelled, settings.train, f"{section}.train")
@@ -346,7 +351,7 @@ def check_masks(
     labelled: Labelled,  # with masks
     index,  # numbers of items
 ):
-    "Raise `CmidError` where a mask holds a value that is not a class: found now, and not in the middle of a training."
+    "Raise `CmidError` where a mask holds a value that is not a class, before a training would fail on it."
     classes = len(labelled.classes)
     for i in map(int, index):
         mask = np.asarray(labelled.mask(i))
@@ -361,8 +366,8 @@ def check_masks(
 # %% ../../nbs/2_data/20_labelled.ipynb #9402d1b6
 def _tile_starts(length, side, overlap):
     "Where tiles begin along one axis: at equal steps of at most `side - overlap`, the last tile ends at the edge"
-    n = 1 if length <= side else math.ceil((length - side) / (side - overlap)) + 1
-    return np.linspace(0, max(length - side, 0), n).round().astype(int)
+    count = 1 if length <= side else math.ceil((length - side) / (side - overlap)) + 1
+    return np.linspace(0, max(length - side, 0), count).round().astype(int)
 
 
 def windows(
@@ -382,10 +387,11 @@ def windows(
 def palette(
     classes: int,  # how many there are
 ) -> np.ndarray:  # float (classes, 3)
-    "A fixed colour for each class; after 21 classes the colours repeat."
+    "A fixed colour for each class: seven colours, then darker and paler ones; after 21 classes they repeat."
     from matplotlib.colors import to_rgb
 
-    base = np.array([to_rgb(o) for o in (COLOURS[0], *COLOURS[2:6], "#F0E442", "#999999")])
+    names = COLOURS[0], *COLOURS[2:6], "#F0E442", "#999999"  # COLOURS[1], orange, is reserved for errors
+    base = np.array([to_rgb(name) for name in names])
     dark, light = base * 0.5, 1 - (1 - base) * 0.4
     return np.resize(np.concatenate([base, dark, light]), (classes, 3))
 
@@ -394,4 +400,5 @@ def as_rgb(
     image,  # uint8 (C, H, W)
 ) -> np.ndarray:  # uint8 (H, W, 3)
     "The first three bands as red, green and blue; of an image with fewer bands, the first one as grey."
-    return np.asarray(image)[[0, 1, 2] if len(image) > 2 else [0, 0, 0]].transpose(1, 2, 0)
+    bands = [0, 1, 2] if len(image) > 2 else [0, 0, 0]
+    return np.asarray(image)[bands].transpose(1, 2, 0)

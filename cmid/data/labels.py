@@ -32,14 +32,14 @@ from .rasters import quiet_decoders
 
 # %% ../../nbs/2_data/28_labels.ipynb #667fe48d
 class _Shards:
-    "Files that items are added to; a new file is begun when the last one is full"
+    "Files that items are appended to; an item that would make a file larger than `limit` begins a new file"
 
     def __init__(self, folder: Path, limit: int):
         self.folder = folder
         self.limit = limit  # bytes
-        self.files = []  # name and number of items of each
-        self.file = None
-        self.size = 0
+        self.files = []  # name and number of items of each file
+        self.file = None  # that is open
+        self.size = 0  # of the open file, bytes
 
     def add(self, arrays):
         size = sum(o.nbytes for o in arrays)
@@ -63,9 +63,9 @@ class _Shards:
 
 # %% ../../nbs/2_data/28_labels.ipynb #06e6f3b9
 def _write_boxes(folder, records):
-    "Write the boxes of all images as three arrays; the number of objects of each image, and a hash"
+    "Write the boxes of all images as three arrays; give the number of objects of each image, and a hash of the arrays"
     none = dict(polygons=np.zeros((0, 4, 2), "f4"), classes=np.zeros(0, "i8"), difficult=np.zeros(0, bool))
-    rows = [r.objects or none for r in records]
+    rows = [record.objects or none for record in records]
     digest = hashlib.sha256()
     for key in none:
         array = np.concatenate([o[key] for o in rows])
@@ -77,16 +77,16 @@ def _write_boxes(folder, records):
 
 
 def _content_hash(manifest):
-    "SHA-256 of everything but the findings and the files that the items are in"
-    content = {k: v for k, v in manifest.items() if k not in ("audit", "shards")}
+    "SHA-256 of the manifest without the findings of the audit and the division into shards"
+    content = {key: value for key, value in manifest.items() if key not in ("audit", "shards")}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _write_manifest(folder, source, pixels: PixelFormat, items, splits, unlabelled, records, shards):
-    "Write manifest.json"
+    "Write manifest.json, and the boxes where the task has them"
     classes = len(source.classes)
-    counts = {k: sum(records[i].counts for i in v) for k, v in splits.items()}
-    histogram = {k: v[:classes] for k, v in counts.items()}
+    counts = {split: sum(records[i].counts for i in index) for split, index in splits.items()}  # by value, 0 to 255
+    histogram = {split: count[:classes] for split, count in counts.items()}
     detect = source.task == "detect"
     objects, objects_hash = _write_boxes(folder, records) if detect else ([], "")
     percentiles = dict(percentiles=source.stretch, low=pixels.low, high=pixels.high)
@@ -103,17 +103,17 @@ def _write_manifest(folder, source, pixels: PixelFormat, items, splits, unlabell
         stretch=None if pixels.low is None else percentiles,
         splits=splits,
         unlabelled=sorted(unlabelled),
-        histogram={k: v.tolist() for k, v in histogram.items()},
-        ignored={k: int(v[IGNORE]) for k, v in counts.items()},
+        histogram={split: count.tolist() for split, count in histogram.items()},
+        ignored={split: int(count[IGNORE]) for split, count in counts.items()},
         audit=list(labelled_findings(source, items, splits, unlabelled, records, histogram)),
         shards=shards,
         names=[o[source.roles[0]] for o in items],
-        sizes=[list(r.size) for r in records],
-        hashes=[r.image_hash for r in records],
-        truths=[r.mask_hash for r in records],
+        sizes=[list(record.size) for record in records],
+        hashes=[record.image_hash for record in records],
+        truths=[record.mask_hash for record in records],
         objects=objects,
         objects_hash=objects_hash,
-        gsd=[r.objects and r.objects["gsd"] for r in records if detect],
+        gsd=[record.objects and record.objects["gsd"] for record in records] if detect else [],
     )
     manifest["hash"] = _content_hash(manifest)
     write_json(folder / "manifest.json", manifest)
@@ -136,23 +136,24 @@ def _map_in_threads(function, jobs, workers, description):
 
 
 def _thread_count(source, pixels, headers):
-    "Threads: as many as asked for, or cores, but no more than memory allows"
-    largest = max(math.prod(h.size) for h in headers) * 2 * (pixels.channels * 2 + 2)
+    "`source.workers` threads, or one for each core; fewer where their images would take more than `MAX_BYTES`"
+    pixel_bytes = 2 * (pixels.channels * 2 + 2)  # estimate: two dates of 16-bit bands, and masks
+    largest = max(math.prod(header.size) for header in headers) * pixel_bytes
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, min(source.workers or cores, MAX_BYTES // largest))
 
 
 def _store_items(folder, source, pixels, items, headers):
-    "Read and write all items; a record of each, and the files"
+    "Read and write all items; give a record of each, and the list of shards"
     read = partial(_read_job, source, pixels)
     threads = _thread_count(source, pixels, headers)
     shards = _Shards(folder, source.shard_bytes)
     records = []
     with closing(shards):
         for record in _map_in_threads(read, list(zip(items, headers)), threads, f"labels {source.name}"):
-            if not record.wrong:
+            if not record.wrong:  # the stage reports all wrong items together, and then stops
                 shards.add(record.arrays)
-            record.arrays = []
+            record.arrays = []  # released
             records.append(record)
     return records, shards.files
 
@@ -162,7 +163,7 @@ def _read_job(source, pixels, job):
 
 # %% ../../nbs/2_data/28_labels.ipynb #1c0b10f5
 def _check_places(source, items, first, second):
-    "Refuse pairs whose files say that they are at different places"
+    "Raise `CmidError` where the georeferencing of a pair's two files differs"
     apart = [
         f"{item['first']} and {item['second']}"
         for item, a, b in zip(items, first, second)
@@ -170,31 +171,36 @@ def _check_places(source, items, first, second):
     ]
     if apart:
         raise CmidError(
-            f"{source.folder}: {join_first(apart)} are at different places, as their files say; "
-            "a pair must be registered"
+            f"{source.folder}: {join_first(apart)} are at different places, according to their georeferencing; "
+            "the two images of a pair must be registered to each other"
         )
 
 
 def _training_items(splits):
-    "Numbers of items in splits whose name begins with train; of all where there is no such split"
-    training = {i for k, v in splits.items() if k.startswith("train") for i in v}
-    return training or {i for v in splits.values() for i in v}
+    "Numbers of the items in splits whose name begins with train; of all items where there is no such split"
+    training, every = set(), set()
+    for split, index in splits.items():
+        every.update(index)
+        if split.startswith("train"):
+            training.update(index)
+    return training or every
 
 
 def _read_headers(source, items, splits):
-    "Headers of the images of all items, and how pixels are read"
+    "Headers of the (first) image of each item, and the format in which pixels are read and stretched"
     files = [item[role] for role in source.dates for item in items]
-    paths = [source.folder / o for o in files]
+    paths = [source.folder / file for file in files]
     headers = list(_map_in_threads(read_header, paths, 2, "headers"))
-    training = {items[i][role] for i in _training_items(splits) for role in source.dates}
+    training_items = [items[i] for i in _training_items(splits)]
+    training = {item[role] for role in source.dates for item in training_items}  # files
     pixels = choose_pixels(source, files, headers, training)
-    first, second = headers[: len(items)], headers[len(items) :]
+    first, second = headers[: len(items)], headers[len(items) :]  # of both dates
     _check_places(source, items, first, second)
     return first, pixels
 
 # %% ../../nbs/2_data/28_labels.ipynb #2414c555
 def _remove_store(folder):
-    "Remove what an earlier run left; files of others are refused"
+    "Remove the files of a store. Raises `CmidError` where the folder holds other files too"
     if not folder.exists():
         return
     remove_files(folder, LABELLED_FILES)
@@ -205,7 +211,7 @@ def _remove_store(folder):
 
 
 def _replace_store(new, folder):
-    "The finished folder takes the place of an older one"
+    "Put the finished folder in the place of an older store"
     old = folder.with_name(f".{folder.name}.replaced")
     _remove_store(old)
     if folder.exists():
@@ -215,19 +221,19 @@ def _replace_store(new, folder):
 
 
 def _store_bytes(source, pixels, headers):
-    "Bytes that all items take"
+    "Bytes of all items together"
     planes = pixels.channels * len(source.dates) + (source.task in MASKED)
-    return sum(math.prod(h.size) for h in headers) * planes
+    return sum(math.prod(header.size) for header in headers) * planes
 
 
 def _check_target(folder):
-    "Refuse a folder that others wrote"
+    "Raise `CmidError` where the folder is not empty and not a store"
     if folder.exists() and not is_labelled(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise CmidError(f"{folder}: exists and was not written by the stage labels; move it away")
 
 
 def _write_items(folder, source: LabelSource, pixels, headers, items, splits, unlabelled):
-    "Read all items and write a store"
+    "Check the space on the disk, read all items and write a store. Raises `CmidError` where labels are wrong"
     require_room(folder, _store_bytes(source, pixels, headers))
     records, shards = _store_items(folder, source, pixels, items, headers)
     refuse_labels(source, items, records)
@@ -235,7 +241,7 @@ def _write_items(folder, source: LabelSource, pixels, headers, items, splits, un
 
 
 def _write_store(folder, part, source, items, splits, unlabelled):
-    "Write a store beside the folder, then put it in its place; nothing is left where that fails"
+    "Write a store to `part`, then rename it to `folder`; where that fails, `part` is removed"
     headers, pixels = _read_headers(source, items, splits)
     _remove_store(part)
     part.mkdir(parents=True)
@@ -256,7 +262,7 @@ def label_dataset(
     folder = params.root / "prepared" / name
     part = folder.with_name(f"{name}.partial")
     _check_target(folder)
-    files = list_items(source)
+    items, splits, unlabelled = list_items(source)
     with writing(part), quiet_decoders():
-        _write_store(folder, part, source, *files)
+        _write_store(folder, part, source, items, splits, unlabelled)
     return Labelled(folder)

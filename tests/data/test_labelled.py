@@ -96,7 +96,7 @@ def test_detection(study):
     assert labelled.classes == ["ship", "plane"]
     assert labelled.manifest["gsd"].count(0.5) == 3
     for absent in (labelled.mask, labelled.second):
-        with pytest.raises(CmidError, match="it is for detect"):
+        with pytest.raises(CmidError, match="its task is detect"):
             absent(0)
 
 

@@ -489,7 +489,7 @@ def test_bad_splits_are_errors_of_one_line(places, splits, why):
 def test_another_task_is_an_error(places):
     other = Memory(places.first, places.later, places.masks, train=[0], test=[1])
     other.task = "segment"
-    with pytest.raises(CmidError, match="fake: is for segment, not for change"):
+    with pytest.raises(CmidError, match="fake: its task is segment, not change"):
         change_splits(other, QUICK)
 
 

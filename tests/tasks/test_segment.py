@@ -471,7 +471,7 @@ def for_change():
         (with_unlabelled(0, 1), {}, "no pixel of split 'train' is labelled"),
         (with_split("test", [2, 3]), {}, "fake: 1 image is in both 'train' and 'test', the first is img/2.png"),
         (with_split("test", []), {}, "segment.test: split 'test' of fake is empty"),
-        (for_change(), {}, "fake: is for change, not for segment"),
+        (for_change(), {}, "fake: its task is change, not segment"),
         (with_wrong_value(), {}, r"the mask of img/3.png holds 77, but classes are 0 to 2: .* cmid_stage labels"),
         (squares(bands=4), {}, r"fake: images have 4 bands, \S+ was made for 3"),
         (squares(), dict(crop=32, batch=1), "segment.batch: batch norm would see one crop of 32 px"),
