@@ -111,24 +111,25 @@ def select_proposals(
 ) -> list:  # of each image: (k, 5), best first
     "The best boxes of the first stage, after NMS (section 3.1)."
     best = [_best_of_map(*of_map, count) for of_map in zip(anchors, scores, deltas)]
-    boxes, s = (torch.cat(o, 1) for o in zip(*best))
-    B, n = s.shape
-    level = torch.cat([torch.full((o.shape[1],), k, device=s.device) for k, (_, o) in enumerate(best)])
-    group = level + len(best) * torch.arange(B, device=s.device)[:, None]
-    keep = batched_nms(upright_bounds(boxes.flatten(0, 1)), s.flatten(), group.flatten(), PROPOSAL_NMS_IOU)
-    return [boxes[b, keep[keep // n == b][:count] - b * n] for b in range(B)]
+    boxes, best_scores = (torch.cat(parts, 1) for parts in zip(*best))
+    images, per_image = best_scores.shape
+    on = best_scores.device
+    level = torch.cat([torch.full((found.shape[1],), k, device=on) for k, (_, found) in enumerate(best)])
+    group = level + len(best) * torch.arange(images, device=on)[:, None]  # a number for each map of each image
+    keep = batched_nms(upright_bounds(boxes.flatten(0, 1)), best_scores.flatten(), group.flatten(), PROPOSAL_NMS_IOU)
+    return [boxes[i, keep[keep // per_image == i][:count] - i * per_image] for i in range(images)]
 
 # %% ../../nbs/5_tasks/12_detect.ipynb #30e54bb3
 def _with_spare_row(x):
-    "One row more, so that an index 0 is valid for an image without objects"
+    "Boxes (m, 5) or labels (m,) with one row added, so that index 0 is valid in an image without objects"
     return F.pad(x, (0, 0, 0, 1), value=1.0) if x.ndim == 2 else F.pad(x, (0, 1))
 
 
-def _image_proposal_losses(every, overlaps, scores, deltas, boxes, count):
+def _image_proposal_losses(anchors, overlaps, scores, deltas, boxes, count):
     "Sums over the sampled anchors of one image: objectness, offsets, and how many there are"
     kind, which = assign_targets(overlaps, 0.7, 0.3, True)
     i, positive, counted = sample_anchors(kind, count, 0.5)
-    target = encode_midpoints(every[i], _with_spare_row(boxes)[which[i]])
+    target = encode_midpoints(anchors[i], _with_spare_row(boxes)[which[i]])
     offsets = F.smooth_l1_loss(deltas[i], target, beta=1 / 9, reduction="none").sum(1)
     objectness = F.binary_cross_entropy_with_logits(scores[i], positive.float(), counted.float(), reduction="sum")
     return torch.stack([objectness, torch.where(positive, offsets, 0.0).sum(), counted.sum()])
@@ -143,11 +144,12 @@ def proposal_losses(
     count: int,  # sampled anchors of an image
 ) -> dict:  # objectness, offsets
     "Losses of the first stage; at most half of the sampled anchors are positive (equation 3)."
-    every, sums = torch.cat(anchors), []
-    for s, d, b in zip(scores, deltas, boxes):
-        bounds = upright_bounds(b)
-        overlaps = torch.cat([anchor_iou(a, size, bounds) for a, size in zip(anchors, sizes)])
-        sums.append(_image_proposal_losses(every, overlaps, s, d, b, count))
+    all_anchors = torch.cat(anchors)
+    sums = []
+    for image_scores, image_deltas, objects in zip(scores, deltas, boxes):
+        bounds = upright_bounds(objects)
+        overlaps = torch.cat([anchor_iou(of_map, size, bounds) for of_map, size in zip(anchors, sizes)])
+        sums.append(_image_proposal_losses(all_anchors, overlaps, image_scores, image_deltas, objects, count))
     objectness, offsets, n = torch.stack(sums).sum(0)
     return dict(objectness=objectness / n.clamp_min(1), offsets=offsets / n.clamp_min(1))
 
@@ -203,13 +205,13 @@ def sample_rois(
     boxes: list,  # of each image: (m, 5), the objects
     count: int,  # boxes of an image, at most
 ) -> tuple:  # of each image: boxes (k, 5); index of the object; is it positive; does it count
-    "RoIs that the second stage is trained on, the objects among them; at most a quarter is positive (section 3.2)."
+    "RoIs that the second stage is trained on: proposals and the objects; at most a quarter is positive (section 3.2)."
     sampled = []
-    for p, b in zip(proposals, boxes):
-        p = torch.cat([b, p])
-        kind, which = assign_targets(rotated_iou(p, b), 0.5, 0.5, False)
+    for proposed, objects in zip(proposals, boxes):
+        rois = torch.cat([objects, proposed])
+        kind, which = assign_targets(rotated_iou(rois, objects), 0.5, 0.5, False)
         i, positive, counted = sample_anchors(kind, count, 0.25)
-        sampled.append((p[i], which[i], positive, counted))
+        sampled.append((rois[i], which[i], positive, counted))
     return tuple(zip(*sampled))
 
 
@@ -240,7 +242,7 @@ def frozen_stages(
     method: str,  # of its card
     stages: int,  # settings.frozen_stages
 ) -> int | None:  # stages with frozen weights, 0 for none; None: batch norms are trained too
-    "How much of a backbone is frozen: only pretrained ResNets are, of whose batch norms all are in evaluation mode."
+    "How many stages are frozen: only a pretrained ResNet is, and all its batch norms stay in evaluation mode."
     return stages if isinstance(encoder, ResNetEncoder) and method != "random" else None
 
 
@@ -311,11 +313,11 @@ class OrientedRCNN(nn.Module):
     def _suppressed(self, boxes, scores):
         "The detections of one image: score above the threshold, then NMS by class"
         s = self.settings
-        at, label = (scores > s.score).nonzero().T
-        p, top = scores[at, label].topk(min(NMS_CANDIDATES, len(at)))
-        at, label = at[top], label[top]
-        keep = rotated_nms(boxes[at], p, s.nms, label)[: s.detections]
-        return dict(boxes=boxes[at][keep], scores=p[keep], classes=label[keep])
+        rows, classes = (scores > s.score).nonzero().T
+        best, top = scores[rows, classes].topk(min(NMS_CANDIDATES, len(rows)))
+        rows, classes = rows[top], classes[top]
+        keep = rotated_nms(boxes[rows], best, s.nms, classes)[: s.detections]
+        return dict(boxes=boxes[rows][keep], scores=best[keep], classes=classes[keep])
 
 # %% ../../nbs/5_tasks/12_detect.ipynb #4f5d8a1f
 def mirror_tile(
@@ -378,15 +380,17 @@ class TileDataset(Dataset):
         return len(self.tiles)
 
     def __getitem__(self, at):  # uint8 (B, C, H, W), ([boxes (m, 5)], [labels (m,)])
-        (step, rows), s = at, self.settings
-        chance = torch.rand(3, len(rows), generator=step_generator(self.seed, step))
-        coins = (chance < torch.tensor([[s.flip], [s.flip], [s.turn]])).T.tolist()
-        mirrored = [mirror_tile(self._pixels(r), self.tiles[r][2], *flags) for r, flags in zip(rows, coins)]
+        step, rows = at
+        flip, turn = self.settings.flip, self.settings.turn
+        drawn = torch.rand(3, len(rows), generator=step_generator(self.seed, step))
+        flags = (drawn < torch.tensor([[flip], [flip], [turn]])).T.tolist()  # across, down, transpose of each tile
+        mirrored = [mirror_tile(self._pixels(row), self.tiles[row][2], *of_tile) for row, of_tile in zip(rows, flags)]
         images, boxes = zip(*mirrored)
-        return pad_to_batch(images, self.fill), (list(boxes), [self.tiles[r][3] for r in rows])
+        return pad_to_batch(images, self.fill), (list(boxes), [self.tiles[row][3] for row in rows])
 
-    def _pixels(self, r):
-        i, window, *_, scale = self.tiles[r]
+    def _pixels(self, row):
+        "The pixels of a tile, at its scale"
+        i, window, *_, scale = self.tiles[row]
         return scaled_tile(self.labelled.image(i), window, scale)
 
 
@@ -399,10 +403,12 @@ def _targets(objects, scale):
 
 
 def _scaled(boxes, factor):
+    "Boxes in an image that is larger by a factor; angles stay"
     return torch.cat([boxes[:, :4] * factor, boxes[:, 4:]], 1)
 
 
 def _as_colour(mean):
+    "Band means in [0, 1] as a uint8 colour"
     return torch.as_tensor(mean).mul(255).round().clamp(0, 255).to(torch.uint8)
 
 # %% ../../nbs/5_tasks/12_detect.ipynb #345efce1
@@ -415,19 +421,21 @@ def detect_image(
     std,  # likewise
 ) -> dict:  # boxes (n, 5), scores (n,), classes (n,), best first, on the CPU
     "Detections of an image, merged from all scales and tiles."
-    on, found, by_scale = next(model.parameters()).device, [], windows_by_scale(image.shape[1:], settings)
+    on = next(model.parameters()).device
+    by_scale = windows_by_scale(image.shape[1:], settings)
+    found = []
     for scale, windows in by_scale:
         for k in range(0, len(windows), settings.batch):
             part = windows[k : k + settings.batch]
             x = pad_to_batch([scaled_tile(image, window, scale) for window in part], _as_colour(mean))
             detections = model(normalised(x.to(on), mean, std))
             found += [_within(o, window, scale) for o, window in zip(detections, part)]
-    every = np.concatenate([windows for _, windows in by_scale])
-    return {k: v.cpu() for k, v in merge_tiles(found, every, settings.nms).items()}
+    all_windows = np.concatenate([windows for _, windows in by_scale])
+    return {k: v.cpu() for k, v in merge_tiles(found, all_windows, settings.nms).items()}
 
 
 def _within(found, window, scale):
-    "Detections whose centre lies in the tile, not in its padding; in px of the image"
+    "Detections whose centre lies in the tile and not in its padding, in px of the unscaled image"
     top, left, bottom, right = window
     boxes = _scaled(found["boxes"], 1 / scale)
     x, y = boxes[:, :2].T
@@ -482,18 +490,18 @@ def _check_steps(settings):
 
 
 def _cells(tile):
-    "Cells of the coarsest map, 32 px each, that one tile has"
+    "Number of cells of 32 px that a tile has on the backbone's coarsest map"
     _, (top, left, bottom, right), *_, scale = tile
     return math.ceil(scaled_length(bottom - top, scale) / 32) * math.ceil(scaled_length(right - left, scale) / 32)
 
 
 def _check_batch_norm(model, tiles, batch):
     "Raise `CmidError` where a batch norm that is trained would see a single value"
-    smallest_batch = len(tiles) // -(-len(tiles) // batch)
-    least = min(_cells(tile) for tile in tiles.tiles) * smallest_batch
+    steps = math.ceil(len(tiles) / batch)  # of an epoch, whose tiles are shared out evenly
+    least = min(_cells(tile) for tile in tiles.tiles) * (len(tiles) // steps)
     if model.frozen_stages is None and model.pyramid.encoder.has_batch_norm and least < 2:
         raise CmidError(
-            "params.yaml: detect.batch: batch norm would see a single value, one tile of 32 px; "
+            "params.yaml: detect.batch: batch norm would see a single value per channel, from one tile of 32 px; "
             "raise batch, tile or scales"
         )
 

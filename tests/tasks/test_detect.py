@@ -661,5 +661,6 @@ def test_other_bands_than_those_of_the_backbone_are_refused(models):
 
 
 def test_a_batch_norm_of_one_value_is_refused(models):
-    with pytest.raises(CmidError, match="detect.batch: batch norm would see a single value, one tile of 32 px"):
+    message = "detect.batch: batch norm would see a single value per channel, from one tile of 32 px"
+    with pytest.raises(CmidError, match=message):
         detect(models(), Bars(((32, 32), (64, 64)), 1), changed(QUICK, batch=1), on=CPU, say=quiet)
