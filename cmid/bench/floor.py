@@ -58,7 +58,7 @@ class StepRunner:
         settings: Pretrain,  # params.yaml: pretrain
         backbone: str,  # timm name
         on: torch.device,
-        steps: int = 1000,  # that the images must suffice for; they are repeated
+        steps: int = 1000,  # steps that the images must last for; they are repeated as often as needed
     ):
         index = np.resize(np.arange(len(images)), settings.batch * steps)
         learn = pretrain_learner(images, index, settings, backbone, on=on, say=lambda _: None)
@@ -118,7 +118,7 @@ class Floor:
 def synchroniser(
     on: torch.device,
 ):  # a function without arguments
-    "What waits until the device has done everything; a CPU always has."
+    "A function that waits until the device has done everything; on a CPU it does nothing."
     return {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(on.type, lambda: None)
 
 
@@ -257,9 +257,9 @@ def over_floor(
 def interleave(
     step: StepRunner,
     floor: Floor,
-    turns: int,
+    turns: int,  # how often each is measured
     wait,  # for the device
-    times: int = 1,  # calls a turn
+    times: int = 1,  # calls in a row, in each turn
     quiet: bool = True,  # no progress bar
 ) -> dict:  # floor_s, step_s, step_over_floor, parts, parts_over_floor
     "Measure floor and step in alternation (medians), and the parts of the step."

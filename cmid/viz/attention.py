@@ -24,11 +24,11 @@ from .inputs import FORWARD_BATCH, evenly_spaced, to_display
 def capture_attention(
     attention,  # attention layer of a timm Swin or ViT block
 ):  # list; each forward pass appends the softmaxed weights (B * windows, heads, N, N): query, key
-    "Collect the attention weights that a layer computes; raises `CmidError` for a layer that does not have them."
+    "Collect the attention weights that a layer computes. Raises `CmidError` for a layer that cannot give them."
     if not hasattr(attention, "fused_attn") or not hasattr(attention, "attn_drop"):
         raise CmidError(
-            f"{type(attention).__name__}: its attention weights cannot be captured; "
-            "name a plain ViT, a Swin or a ResNet"
+            f"{type(attention).__name__}: the attention weights of this layer cannot be captured; "
+            "use a plain ViT, a Swin or a ResNet as the backbone"
         )
     weights, fused = [], attention.fused_attn
     hook = attention.attn_drop.register_forward_pre_hook(lambda _, inputs: weights.append(inputs[0].detach()))
@@ -81,7 +81,7 @@ def swin_attention(
 def vit_attention(
     encoder: ViTEncoder,  # in eval mode
     images: torch.Tensor,  # float (B, C, H, W), normalised
-    queries: str = "places",  # places | class: whose attention; places where there is no class token
+    queries: str = "places",  # places | class: from which tokens; places if there is no class token
 ) -> torch.Tensor:  # float (B, heads, H/16, W/16) for patches of 16 px, each of sum 1
     "What each place receives in the last block of a ViT, from all places or from the class token."
     model = encoder.model
@@ -113,7 +113,7 @@ class AttentionMaps(NamedTuple):
 
     heads: torch.Tensor  # float (B, heads, h, w), on the CPU, each of sum 1; one head for a CNN
     kind: str  # `SELF` or `COSINE`
-    asking: str  # 'all places', 'places of the same window', 'the class token' or 'the pooled feature'
+    asking: str  # 'all places', 'places of the same window', 'the class token' or 'the pooled feature': whose queries
     where: str  # in which part of the network
 
     @property
@@ -130,7 +130,7 @@ class AttentionMaps(NamedTuple):
 
 # %% ../../nbs/6_viz/02_attention.ipynb #a81c8e57
 def _describe_swin(encoder, size):
-    "Who asks in the last block, and in which windows"
+    "Whose queries are averaged in the last block, and in which windows"
     block = encoder.model.layers[-1].blocks[-1]
     rows, columns = block.window_size
     is_shifted = any(block.shift_size)
@@ -141,7 +141,7 @@ def _describe_swin(encoder, size):
 
 
 def _describe_maps(encoder, size, queries):
-    "Kind, who asks, and where"
+    "The fields of `AttentionMaps` after the maps: kind, asking, where"
     if isinstance(encoder, SwinEncoder):
         return SELF, *_describe_swin(encoder, size)
     if not isinstance(encoder, ViTEncoder):
@@ -162,7 +162,7 @@ def _maps_of(encoder, images, queries):
 def attention_maps(
     encoder,  # from `load_backbone`, in eval mode
     images: torch.Tensor,  # float (B, C, H, W), normalised, on the encoder's device
-    queries: str = "places",  # places | class: whose attention, of a ViT with a class token
+    queries: str = "places",  # places | class: from which tokens, of a ViT with a class token
 ) -> AttentionMaps:
     "Self-attention of a Swin or ViT, cosine maps of a CNN; raises `CmidError` where they are not finite."
     heads = torch.cat([_maps_of(encoder, few, queries).cpu() for few in images.split(FORWARD_BATCH)])
@@ -174,7 +174,7 @@ def attention_maps(
 def normalised_entropy(
     maps: torch.Tensor,  # (..., h, w), each of sum 1
 ) -> torch.Tensor:  # (...) in [0, 1]
-    "Entropy of each map over that of a uniform one: 1 is uniform, 0 all on one place; 1 for a single place."
+    "Entropy of each map / entropy of a uniform one: 1 if uniform, 0 if all is on one place; 1 for a map of one place."
     p = maps.double()
     places = maps.shape[-2] * maps.shape[-1]
     if places == 1:
@@ -196,7 +196,7 @@ def attention_metrics(
     maps: AttentionMaps,  # of `attention_maps`
     mass: float,  # share to hold
 ) -> dict:  # numbers, and what they are numbers of
-    "Entropy of mean map and heads, area that holds `mass`, averaged over images; that area of a uniform map."
+    "Entropy of the mean map and of the heads, and the area that holds `mass`, averaged over images."
     places = maps.heads[0, 0].numel()
     uniform = torch.full((places, 1), 1 / places)
     return dict(
@@ -210,7 +210,7 @@ def attention_metrics(
         entropy=float(normalised_entropy(maps.mean).mean()),
         entropy_heads=float(normalised_entropy(maps.heads).mean()),
         mass_area=float(keep_mass(maps.mean, mass).double().mean()),
-        mass_area_even=float(keep_mass(uniform, mass).double().mean()),
+        mass_area_even=float(keep_mass(uniform, mass).double().mean()),  # of a uniform map, to compare with
     )
 
 # %% ../../nbs/6_viz/02_attention.ipynb #c92b6fbb
@@ -224,7 +224,7 @@ def _as_pixels(maps, size):
 
 
 def _colours(values):
-    "Colour map and its limits"
+    "Colour map and its limits, as arguments of `imshow`"
     even = float(values.mean())
     low = min(float(values.min()), (1 - COLOUR_RANGE) * even)
     high = max(float(values.max()), (1 + COLOUR_RANGE) * even)
