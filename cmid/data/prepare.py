@@ -58,8 +58,8 @@ def _check_folders(folder, out):
         raise CmidError(f"{out}: exists and is not a prepared folder: name another one")
 
 # %% ../../nbs/2_data/14_prepare.ipynb #d1497d41
-def _marks(request, names, lists):
-    "Marks of what an interrupted run and of what a finished folder depends on; time of the newest change in ns"
+def _fingerprints(request, names, lists):
+    "Mark of an interrupted run, fingerprint of a finished folder, and the time of the newest change in ns"
     parameters = [
         PREPARED_FORMAT,
         request.side,
@@ -69,20 +69,21 @@ def _marks(request, names, lists):
         request.shard_mb,
         request.on_error,
     ]
-    images, newest = hashlib.sha256(json.dumps(parameters).encode()), 0
-    finished = hashlib.sha256(images.digest() + json.dumps(request.labelled).encode())
-    images.update(b"shards cut by name")  # names this rule: what an older version began by another is not resumed
+    resumable = hashlib.sha256(json.dumps(parameters).encode())
+    finished = hashlib.sha256(resumable.digest() + json.dumps(request.labelled).encode())
+    newest = 0
+    resumable.update(b"shards cut by name")  # so a run that an older version began by another rule is not resumed
     for name in names:
         size, modified, changed = _size_and_times(os.path.join(request.folder, name))
         newest = max(newest, modified, changed)
         key = name.encode("utf-8", "surrogateescape")
         finished.update(b"%s\0%d\n" % (key, size))
-        images.update(b"%s\0%d %d\n" % (key, size, modified))
+        resumable.update(b"%s\0%d %d\n" % (key, size, modified))
     for split, path in sorted(lists.items()):
         finished.update(f"{split}\0".encode())
         for line in list_lines(path):
             finished.update(line.encode() + b"\n")
-    return images.hexdigest(), finished.hexdigest(), newest
+    return resumable.hexdigest(), finished.hexdigest(), newest
 
 
 def _size_and_times(path):
@@ -93,39 +94,39 @@ def _size_and_times(path):
         return -1, -1, -1
 
 
-def _is_finished(folder, mark, newest):
+def _is_finished(folder, fingerprint, newest):
     "Was this folder written for the same images, lists and parameters, and after their last change?"
     path = folder / "manifest.json"
     try:
-        return json.loads(path.read_text())["fingerprint"] == mark and path.stat().st_mtime_ns > newest
+        return json.loads(path.read_text())["fingerprint"] == fingerprint and path.stat().st_mtime_ns > newest
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 # %% ../../nbs/2_data/14_prepare.ipynb #67f18287
-def _refuse(rows):
-    "The rows of a job; Unusable if one of them has no pixels although its file should"
+def _checked_rows(rows):
+    "The rows of a job; Unusable if one of them is about a file that could not be used"
     for row in rows:
         if "name" in row:
             raise Unusable(f"{row['name']}: {row['reason']}")
     return rows
 
 
-def _refusing(run):
+def _strict(run):
     "`run` that raises at the first file that cannot be used"
 
-    def strict(function, jobs):
-        return map(_refuse, run(function, jobs))
+    def strict_run(function, jobs):
+        return map(_checked_rows, run(function, jobs))
 
-    return strict
+    return strict_run
 
 
-def _nothing_left(request, reasons):
+def _no_usable_image(request, reasons):
     return Unusable(f"{request.folder}: not one image can be used ({len(reasons)} skipped; first: {reasons[0]})")
 
 
 @contextmanager
-def _nothing_kept(partial_folder):
-    "What is refused cannot be resumed: leave nothing of it"
+def _removed_if_unusable(partial_folder):
+    "Remove the files of a run that ends because of unusable images: it cannot be resumed"
     try:
         yield
     except Unusable:
@@ -137,51 +138,54 @@ def _nothing_kept(partial_folder):
 
 def _conversion(request, headers, files, channels, names, run):
     "How pixels become items; the limits of the stretch are taken from the files that are not 8-bit"
-    wide = np.array([dtype != "uint8" for dtype in headers.dtypes])
-    numbers = files[wide[headers.dtype[files]]]
-    limits = stretch_limits(request.folder, names, numbers, request.bands, channels, request.stretch, run)
+    is_stretched = np.array([dtype != "uint8" for dtype in headers.dtypes])
+    stretched_files = files[is_stretched[headers.dtype[files]]]
+    limits = stretch_limits(request.folder, names, stretched_files, request.bands, channels, request.stretch, run)
     return Conversion(request.side, request.bands, channels, *limits)
 
 
-def _usable(request, headers, names):
+def _usable_files(request, headers, names):
     "(F,) numbers of the files that can be used; Unusable if there are none"
     reasons = [f"{names[i]}: {reason}" for i, reason in islice(sorted(headers.reasons.items()), 100)]
     if reasons and request.on_error == "raise":
         raise Unusable(reasons[0])
     files = np.setdiff1d(np.arange(len(names)), list(headers.reasons)).astype("i4")
     if not len(files):
-        raise _nothing_left(request, reasons)
+        raise _no_usable_image(request, reasons)
     return files
 
 
-def _plan(request, names, partial_folder, run):
-    "The first pass, and what follows from it for the second"
+def _first_pass(request, names, partial_folder, run):
+    "Read all headers, and plan the second pass"
     headers = survey(request, names, partial_folder, run)
     channels = choose_bands(request, headers, names)
-    files = _usable(request, headers, names)
+    files = _usable_files(request, headers, names)
     conversion = _conversion(request, headers, files, channels, names, run)
     layout = shard_layout(request, headers, files, channels * request.side**2, names)
     return PassPlan(request, names, headers, conversion, layout)
 
 
-def _passes(request, names, partial_folder, run):
-    "Both passes; what they did"
-    plan = _plan(request, names, partial_folder, run)
+def _both_passes(request, names, partial_folder, run):
+    "Do both passes; the plan of the second"
+    plan = _first_pass(request, names, partial_folder, run)
     items = len(plan.layout)
-    require_room(partial_folder, items * (plan.conversion.channels * request.side**2 + 300))  # 300: tables, journal
+    require_room(
+        partial_folder, items * (plan.conversion.channels * request.side**2 + 300)
+    )  # 300 bytes of tables and journal
     journalled(
         make_items,
         shard_jobs(plan, partial_folder),
         [first for first, _ in plan.layout.jobs],
         items,
         partial_folder / "items.jsonl",
-        _refusing(run) if request.on_error == "raise" else run,
+        _strict(run) if request.on_error == "raise" else run,
         "preparing",
     )
     return plan
 
 # %% ../../nbs/2_data/14_prepare.ipynb #bf59d7a5
 def _source_name(folder, partial_folder):
+    "The folder of the images, as the manifest names it"
     relative = os.path.relpath(folder, Path(partial_folder).parent.parent)
     if relative.startswith(".."):
         return os.path.basename(os.path.normpath(folder))
@@ -189,7 +193,7 @@ def _source_name(folder, partial_folder):
 
 
 def _labels_and_splits(plan, gathered, listed, used):
-    "Where labels come from, class names, (N,) class of each item or None, and the items of each split"
+    "Where labels come from (folders, lists, none), class names, (N,) class of each item or None, items of each split"
     how, classes, of_file = label_files(plan.request.labelled, plan.names, used, listed)
     labels = None if classes is None else of_file[gathered.file].astype("i8")
     splits = {split: items_of_files(files, gathered.file) for split, files in listed.files.items()}
@@ -197,7 +201,7 @@ def _labels_and_splits(plan, gathered, listed, used):
 
 
 def _note_unread(plan, listed, used):
-    "Note the files of the lists that gave no item"
+    "Add a note about each file of a list of which no item was made"
     for split, files in listed.files.items():
         for file in np.setdiff1d(files, used):
             tally(listed.notes, f"unread|{split}", plan.names[file])
@@ -225,14 +229,18 @@ def _save_arrays(partial_folder, labels, splits, digest):
 
 
 def _histogram(classes, labels, splits):
-    "Images of each class, in all and per split; None without classes"
+    "Number of images of each class, in all and in each split; None if there are no classes"
     if classes is None:
         return None
-    images = {"all": labels, **{split: labels[items] for split, items in splits.items()}}
-    return {split: np.bincount(of[of >= 0], minlength=len(classes)).tolist() for split, of in images.items()}
+    histogram = {}
+    for split, items in {"all": slice(None), **splits}.items():
+        known = labels[items][labels[items] >= 0]
+        histogram[split] = np.bincount(known, minlength=len(classes)).tolist()
+    return histogram
 
 # %% ../../nbs/2_data/14_prepare.ipynb #af7cdecf
 def _parameters(request):
+    "The parameters, as the manifest holds them"
     return dict(
         side=request.side,
         tile=request.tile,
@@ -261,7 +269,7 @@ def _stretch(plan):
     return dict(percentiles=list(plan.request.stretch), low=plan.conversion.low, high=plan.conversion.high)
 
 
-def _write(plan, gathered, listed, others, mark, partial_folder):
+def _write(plan, gathered, listed, others, fingerprint, partial_folder):
     "Finish a folder whose items are made: labels, splits, shards, audit and manifest, which is written last"
     request, used, found = plan.request, np.unique(gathered.file), len(plan.names)
     _note_unread(plan, listed, used)
@@ -288,38 +296,38 @@ def _write(plan, gathered, listed, others, mark, partial_folder):
         splits={split: len(items) for split, items in splits.items()},
         shards=shards,
         audit=audit,
-        fingerprint=mark,
+        fingerprint=fingerprint,
         hash=gathered.hash.hexdigest(),
     )
     write_json(partial_folder / "manifest.json", manifest)
 
 # %% ../../nbs/2_data/14_prepare.ipynb #cab65011
-_FEW = 64  # images that are prepared faster by one process than by several
+_FEW_IMAGES = 64  # up to so many images are prepared faster by one process than by several
 
 
 def _worker_count(workers, names, tile):
     if workers:
         return workers
-    if len(names) <= _FEW and not tile:
+    if len(names) <= _FEW_IMAGES and not tile:
         return 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def _make(request, names, others, lists, partial_folder, marks, workers):
+def _make(request, names, others, lists, partial_folder, fingerprints, workers):
     "Make the whole folder, or resume making it"
+    mark, fingerprint = fingerprints
     listed = read_lists(names, lists)
     list(overlap_findings(listed.files, names))  # raises before any pixel is read
     if request.labelled:
         label_files(request.labelled, names, range(len(names)), listed)  # so does this
-    begun, mark = marks
-    with writing(partial_folder), closing(begin_or_resume(partial_folder, begun)), _nothing_kept(partial_folder):
+    with writing(partial_folder), closing(begin_or_resume(partial_folder, mark)), _removed_if_unusable(partial_folder):
         with worker_processes(_worker_count(workers, names, request.tile)) as run:
-            plan = _passes(request, names, partial_folder, run)
+            plan = _both_passes(request, names, partial_folder, run)
         gathered = gather(plan, partial_folder)
         if not gathered.n:
             _, reasons = gathered.notes.get("skipped", [0, ["no pixel has a value"]])
-            raise _nothing_left(request, reasons)
-        _write(plan, gathered, listed, others, mark, partial_folder)
+            raise _no_usable_image(request, reasons)
+        _write(plan, gathered, listed, others, fingerprint, partial_folder)
 
 # %% ../../nbs/2_data/14_prepare.ipynb #ae878462
 def prepare(
@@ -345,16 +353,16 @@ def prepare(
 
 
 def _prepared(request, out, lists, workers):
-    "The folder `out`, which is made if it is not there, or was made from something else"
+    "The folder `out`; it is made if it does not exist or was made from other images or parameters"
     names, others = find_images(request.folder)
     if not names:
         raise CmidError(f"{request.folder}: holds no PNG, JPEG or TIFF")
     names = PackedNames(names)
-    begun, mark, newest = _marks(request, names, lists)
-    if not _is_finished(out, mark, newest):
+    mark, fingerprint, newest = _fingerprints(request, names, lists)
+    if not _is_finished(out, fingerprint, newest):
         partial_folder = out.with_name(out.name + ".partial")
-        if not _is_finished(partial_folder, mark, newest):
-            _make(request, names, others, lists, partial_folder, (begun, mark), workers)
+        if not _is_finished(partial_folder, fingerprint, newest):
+            _make(request, names, others, lists, partial_folder, (mark, fingerprint), workers)
         publish(partial_folder, out)
     return Prepared(out)
 
@@ -363,7 +371,7 @@ def prepare_dataset(
     params,  # `params.Params` of the study
     name: str,  # one of its datasets
 ) -> Prepared:
-    "Prepare one dataset of a study as `prepared/<name>`. Raises `CmidError` naming a key whose folder does not exist."
+    "Prepare one dataset of a study as `prepared/<name>`. Raises `CmidError` if its folder does not exist."
     dataset: Dataset = params.dataset(name)
     settings: Prepare = params.prepare
     for key in ("folder", "lists"):
@@ -424,7 +432,7 @@ def cmid_prepare(
     stretch: str = "2,98",  # percentiles that become 0 and 255, for all but 8-bit files
     workers: int = 0,  # processes; 0: all cores
     shard_mb: float = 1000.0,  # size of a shard in MB
-    labelled: str = "",  # folders, lists or none; empty: found out
+    labelled: str = "",  # folders, lists or none; empty: lists if they have labels, else class folders of all images
     on_error: str = "skip",  # skip or raise
 ):
     "Prepare a folder of images: memory-mapped uint8 arrays, statistics, an audit."

@@ -21,13 +21,13 @@ from rasterio.enums import ColorInterp, Resampling
 from rasterio.windows import Window
 
 # %% ../../nbs/2_data/09_rasters.ipynb #9aad2671
-MAX_READ_BYTES = 2**28  # bytes of pixels that are read at once, at most
+MAX_READ_BYTES = 2**28  # most bytes of pixels that are read at once
 
-_TIFF = b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"
+_TIFF_SIGNATURES = b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"
 
 
 def _first_bytes(path):
-    "The first 32 bytes of a file; ValueError for what is no file, or empty"
+    "The first 32 bytes of a file; ValueError if it is empty or is not a file"
     if os.path.isdir(path):
         readable = os.access(path, os.R_OK | os.X_OK)
         raise ValueError("a folder named like an image" if readable else "a folder that may not be read")
@@ -43,10 +43,10 @@ def _first_bytes(path):
 def _reader_of(path):
     "'pillow', or the rasterio driver that reads this file; ValueError if nothing does"
     head = _first_bytes(path)
-    if head[:4] in _TIFF:
+    if head[:4] in _TIFF_SIGNATURES:
         return "GTiff"
     if head[:8] == b"\x89PNG\r\n\x1a\n":
-        return "PNG" if head[24:25] == b"\x10" else "pillow"
+        return "PNG" if head[24:25] == b"\x10" else "pillow"  # byte 24 is the bit depth
     if head[:2] == b"\xff\xd8":
         return "pillow"
     raise ValueError("no PNG, JPEG or TIFF inside")
@@ -67,10 +67,11 @@ class PillowImage:
         self.width, self.height = (height, width) if 5 <= self.orientation <= 8 else (width, height)
         self.mode = "L" if self.file.mode in ("1", "L", "LA") else "RGB"
         self.bands, self.dtype, self.grey = len(self.mode), "uint8", self.mode == "L"
-        self.notes = self._noted()
+        self.notes = self._changes_made()
         self.pixels = None
 
-    def _noted(self):
+    def _changes_made(self):
+        "What `read` changes in this file, as notes for the audit"
         mode = self.file.mode
         changes = {
             "transparency dropped": mode in ("LA", "PA", "RGBA") or "transparency" in self.file.info,
@@ -81,6 +82,7 @@ class PillowImage:
         return [text for text, changed in changes.items() if changed]
 
     def read(self, window=None, bands=None, shape=None):
+        "`(C, h, w), None` of a window (None: all) and of some bands (None: all); `shape` has no effect here."
         if self.pixels is None:
             upright = ImageOps.exif_transpose(self.file) if self.orientation != 1 else self.file
             self.pixels = np.asarray(upright.convert(self.mode)).reshape(self.height, self.width, self.bands)
@@ -99,7 +101,7 @@ def invalid_pixels(
     "Where a raster holds no measurement."
     invalid = ~np.isfinite(pixels) if pixels.dtype.kind == "f" else np.zeros(pixels.shape, bool)
     for band, value in enumerate(nodata):
-        if value is not None and value == value:
+        if value is not None and value == value:  # NaN is not equal to itself
             invalid[band] |= pixels[band] == value
     return invalid if invalid.any() else None
 
@@ -112,13 +114,7 @@ class RasterioImage:
         self.width, self.height, self.dtype = self.source.width, self.source.height, self.source.dtypes[0]
         self.grey, self.palette = False, None
         self._check()
-        cmyk = self.source.tags(ns="IMAGE_STRUCTURE").get("SOURCE_COLOR_SPACE") == "CMYK"
-        transparent = driver == "PNG" and self.source.count in (2, 4)
-        self.index = list(self.source.indexes)[: -1 if cmyk or transparent else None]
-        self.nodata, self.bands = [self.source.nodatavals[i - 1] for i in self.index], len(self.index)
-        self.notes = ["CMYK made RGB"] * cmyk + ["transparency dropped"] * transparent
-        if driver == "GTiff" and not cmyk and ColorInterp.alpha in self.source.colorinterp:
-            self.notes.append("band marked as transparency, kept")
+        self._choose_bands(driver)
         if self.source.colorinterp[0] == ColorInterp.palette:
             self._use_palette(self.source.colormap(1))
 
@@ -129,7 +125,21 @@ class RasterioImage:
         if block > MAX_READ_BYTES:
             raise ValueError(f"stored in blocks of {block >> 20} MB: save it as a tiled GeoTIFF")
 
+    def _choose_bands(self, driver):
+        "Read all bands but transparency; of a TIFF that is not CMYK, all bands"
+        cmyk = self.source.tags(ns="IMAGE_STRUCTURE").get("SOURCE_COLOR_SPACE") == "CMYK"
+        transparent = driver == "PNG" and self.source.count in (2, 4)
+        self.index = list(self.source.indexes)  # numbers of the bands in the file, from 1
+        if cmyk or transparent:  # GDAL gives CMYK as RGB and transparency
+            self.index = self.index[:-1]
+        self.bands = len(self.index)
+        self.nodata = [self.source.nodatavals[i - 1] for i in self.index]
+        self.notes = ["CMYK made RGB"] * cmyk + ["transparency dropped"] * transparent
+        if driver == "GTiff" and not cmyk and ColorInterp.alpha in self.source.colorinterp:
+            self.notes.append("band marked as transparency, kept")
+
     def _use_palette(self, colours):
+        "Read colours, or grey values if all colours are grey, instead of the palette's indices"
         table = np.zeros((max(colours) + 1, 3), np.uint8)
         for value, colour in colours.items():
             table[value] = colour[:3]
@@ -140,13 +150,16 @@ class RasterioImage:
             self.notes.append("palette made RGB")
 
     def read(self, window=None, bands=None, shape=None):
-        top_left = window and Window(window[1], window[0], window[3], window[2])
+        "`(C, h, w), invalid` of a window (None: all) and of some bands (None: all), reduced to `shape` = (h, w)."
+        if window:
+            top, left, height, width = window
+            window = Window(left, top, width, height)
         if self.palette is not None:
-            return self._read_palette(top_left, bands, shape), None
+            return self._read_palette(window, bands, shape), None
         keep = range(self.bands) if bands is None else bands
         shape = shape and (len(keep), *shape)
         index = [self.index[band] for band in keep]
-        pixels = self.source.read(index, window=top_left, out_shape=shape, resampling=Resampling.average)
+        pixels = self.source.read(index, window=window, out_shape=shape, resampling=Resampling.average)
         return pixels, invalid_pixels(pixels, [self.nodata[band] for band in keep])
 
     def _read_palette(self, window, bands, shape):
@@ -161,7 +174,7 @@ class RasterioImage:
 def open_image(
     path,  # PNG, JPEG, TIFF or GeoTIFF
 ):  # has `.width .height .bands .dtype .grey .notes`, `.read((top, left, height, width), bands)` and `.close()`
-    "Open an image; its `read` gives `(C, h, w), invalid`. Raises whatever the decoder raises on a damaged file."
+    "Open an image; its `read` gives `(C, h, w), invalid`. On a damaged file it raises whatever the decoder raises."
     reader = _reader_of(path)
     return PillowImage(path) if reader == "pillow" else RasterioImage(path, reader)
 
@@ -198,8 +211,8 @@ def read_failure(
 def stretched(
     pixels,  # (C, h, w) of any type
     invalid,  # bool (C, h, w), or None
-    low,  # (C,) becomes 0
-    high,  # (C,) becomes 255
+    low,  # (C,) the value of each band that becomes 0
+    high,  # (C,) the value of each band that becomes 255
 ):  # float32 (C, h, w) in [0, 255]
     "The linear stretch of each band; invalid pixels are 0."
     low, high = (np.asarray(limits, "float32")[:, None, None] for limits in (low, high))
@@ -236,7 +249,7 @@ def tile_start(
     length,  # of that axis in pixels
     tile,  # side of a tile in pixels
 ):  # first pixel of the tile
-    "Where tile `k` begins: at `k * tile`; the last one ends at the edge."
+    "Where tile `k` begins: at `k * tile`, but the last one early enough to end at the raster's edge."
     return np.maximum(np.minimum(k * tile, length - tile), 0)
 
 # %% ../../nbs/2_data/09_rasters.ipynb #93c96ded
@@ -246,16 +259,16 @@ class Conversion:
 
     side: int  # S in pixels
     bands: list | None  # band numbers from 0; None: all
-    channels: int  # bands of an item; a file of one band is repeated
-    low: list | None  # per band what becomes 0, for all but 8-bit files
-    high: list | None  # per band what becomes 255
+    channels: int  # bands of an item; the band of a file that has only one is repeated
+    low: list | None  # the value of each band that becomes 0, for all but 8-bit files
+    high: list | None  # the value of each band that becomes 255
 
 
 def read_item(
     image,  # of `open_image`
     window,  # (top, left, height, width) in pixels; None: the whole file
     conversion: Conversion,
-) -> tuple:  # uint8 (C, S, S), and the number of invalid pixels; (None, None): there is no valid one
+) -> tuple:  # uint8 (C, S, S), and the number of invalid pixels; (None, None) if none is valid
     "One item of a data set: read, masked, stretched and resized."
     pixels, invalid = image.read(window, conversion.bands, _reduced_shape(image, window, conversion))
     if invalid is not None and invalid.all():
@@ -266,12 +279,14 @@ def read_item(
         pixels = np.where(invalid, np.uint8(0), pixels)
     if len(pixels) < conversion.channels:
         pixels = np.repeat(pixels, conversion.channels, 0)
-    return resized(pixels, conversion.side), 0 if invalid is None else int(invalid.any(0).sum())
+    invalid_count = 0 if invalid is None else int(invalid.any(0).sum())
+    return resized(pixels, conversion.side), invalid_count
 
 
 def _reduced_shape(image, window, conversion):
-    "(height, width) to read a large file at; None: as it is"
-    size = image.width * image.height * conversion.channels * (1 if image.dtype == "uint8" else 4)
+    "(height, width) to which a large file is reduced while it is read; None: not reduced"
+    bytes_per_value = 1 if image.dtype == "uint8" else 4
+    size = image.width * image.height * conversion.channels * bytes_per_value
     if window or size <= MAX_READ_BYTES:
         return None
     return min(image.height, 4 * conversion.side), min(image.width, 4 * conversion.side)

@@ -56,21 +56,21 @@ class CMID(nn.Module):
         backbone: str,  # timm name
         in_chans: int = 3,  # bands
         img_size: int = 224,  # px, a multiple of 32
-        variant: str = "cmid",  # cmid: InfoNCE against a queue; byol: predictor, no negatives
+        variant: str = "cmid",  # global loss: cmid (InfoNCE with a queue) or byol (predictor, no negatives)
         weights=(1.0, 1.0, 1.0),  # of reconstruction, contrast, distillation; 0: not computed
-        queue: int = 65536,  # teacher keys
+        queue: int = 65536,  # number of teacher keys that InfoNCE compares with
         temperature: float = 0.2,  # of InfoNCE
         projector_hidden: int = 2048,  # width of the projector's hidden layer
         projector_dim: int = 256,  # length of a key
         head_hidden: int = 2048,  # width of the prototype head's hidden layers
-        head_dim: int = 256,  # length of a place's vector in the prototype head
+        head_dim: int = 256,  # channels that the prototype head compares with prototypes
         prototypes: int = 2048,  # number of prototypes
-        student_temperature: float = 0.1,  # of the prototypes
+        student_temperature: float = 0.1,  # divides the student's prototype logits
         centre_momentum: float = 0.9,  # share of the centre that is kept at each update
-        matches: int | None = None,  # matched cells K; None: round(20/49 of the cells)
+        matches: int | None = None,  # number K of matched cells; None: 20/49 of the cells, rounded
         focal_alpha: float = 0.2,  # see `focal_l1`
         focal_gamma: float = 1.0,  # see `focal_l1`
-        frequency_weight: float = 1.0,  # of the frequency loss
+        frequency_weight: float = 1.0,  # of the frequency loss in the reconstruction loss
         per_image: bool = False,  # see `focal_frequency`
         fidelity: str = "corrected",  # published: the queue starts as in the release
     ):
@@ -92,14 +92,14 @@ class CMID(nn.Module):
         self._freeze_unused()
 
     def _make_networks(self, student, dim, projector_dim):
-        "Student, teacher, pixel decoder and, of the variant byol, the predictor"
+        "Make the student, the teacher, the pixel decoder and, for the variant byol, the predictor"
         self.student = student
         self.teacher = teacher.copy_of(student)
         self.decoder = PixelDecoder(dim, self.stride, self.in_chans)
         self.predictor = Predictor(projector_dim) if self.variant == "byol" else None
 
     def _make_queue(self, dim, size, fidelity):
-        "The queue, and the keys that wait for it: those of this step, (view B, view A) for each micro-batch"
+        "Make the queue, and a list for the keys of one step, which `enqueue` puts into it: (B, A) for each micro-batch"
         self.keys = []
         self.queue = None
         if self.variant == "byol":
@@ -109,7 +109,7 @@ class CMID(nn.Module):
             self.queue.keys.copy_(nn.functional.normalize(torch.randn_like(self.queue.keys), dim=1))
 
     def _freeze_unused(self):
-        "Parameters that only serve a loss that is switched off take no gradient, so that nothing waits for one"
+        "Freeze the networks of losses that are switched off: distributed training would wait for their gradients"
         parts = (self.decoder,), (self.student.projector, self.predictor), (self.student.head,)
         for weight, modules in zip(self.weights, parts):
             for module in modules:
@@ -121,24 +121,24 @@ class CMID(nn.Module):
         network,  # called with one element of each pair
         *pairs,  # an element for each view: tensors (B, ...)
     ) -> list:  # the network's output for each view
-        "Apply a network to both views: in one batch where it takes no batch statistics, else one after the other."
+        "Apply a network to both views: one after the other if there is batch norm, else in one batch."
         if self.student.encoder.has_batch_norm or self.variant == "byol":
             return [network(*inputs) for inputs in zip(*pairs)]
         batch = len(pairs[0][0])
         output = network(*[torch.cat(pair) for pair in pairs])
-        if isinstance(output, list):  # maps, each of both views
+        if isinstance(output, list):  # feature maps, each of both views
             return list(zip(*[maps.split(batch) for maps in output]))
         return list(output.split(batch))
 
     def forward(
         self,
         views,  # (view A, view B), each a `views.View`
-        teacher_temperature=0.07,  # of the prototypes, see `distillation.temperature_at`
+        teacher_temperature=0.07,  # divides the teacher's prototype logits, see `distillation.temperature_at`
     ) -> Losses:  # scalars
-        "Losses of a batch or micro-batch. In train mode the centre is updated and keys wait in `keys` for `enqueue`."
+        "Losses of a batch or micro-batch. In train mode this updates the centre and adds the teacher's keys to `keys`."
         reconstruction_weight, contrast_weight, distillation_weight = self.weights
         masked = [fill_mean(view.images, view.masks) for view in views]
-        maps = [o[-1] for o in self.both(self.student.encoder, masked, [view.masks for view in views])]
+        maps = [stages[-1] for stages in self.both(self.student.encoder, masked, [view.masks for view in views])]
         reconstruction = contrast = distillation = maps[0].new_zeros((), dtype=torch.float32)
         if contrast_weight or distillation_weight:
             teacher_maps = self.teach(*views)
@@ -167,7 +167,7 @@ class CMID(nn.Module):
         return sum(losses) / 2
 
     def contrast(self, maps, teacher_maps):
-        "Global loss: each view's student against the other view's teacher, both against the queue before this step."
+        "Global loss: student's query of a view, teacher's key of the other one; the queue has no key of this step yet."
         queries = self.both(self.student.projector, maps)
         with torch.no_grad():
             keys = self.both(self.teacher.projector, teacher_maps)
@@ -180,13 +180,14 @@ class CMID(nn.Module):
         return (a_to_b + b_to_a) / 2
 
     def distil(self, maps, teacher_maps, views, temperature):
-        "Local loss: each student cell of one view against the teacher's nearest cell of the other view."
+        "Local loss: each matched student cell of a view, and the nearest teacher cell of the other view."
         a, b = views
         a_to_b = self._distil_one(maps[0], teacher_maps[1], a.centres, b.centres, temperature)
         b_to_a = self._distil_one(maps[1], teacher_maps[0], b.centres, a.centres, temperature)
         return (a_to_b + b_to_a) / 2
 
     def _distil_one(self, student_map, teacher_map, student_centres, teacher_centres, temperature):
+        "Local loss of the student on one view with the teacher on the other"
         matches = min(self.matches, student_centres.shape[1])
         student_cells, teacher_cells = match_cells(student_centres, teacher_centres, matches)
         with torch.no_grad():
@@ -196,10 +197,10 @@ class CMID(nn.Module):
 
     @torch.no_grad()
     def enqueue(self):
-        "Put this step's teacher keys, of all processes, into the queue, B's before A's; call it after `backward`."
+        "Put the teacher's keys of this step, from all processes, into the queue; call it after `backward`."
         if self.queue is not None and self.weights[1]:
-            of_b, of_a = (gather_keys(torch.cat(keys)) for keys in zip(*self.keys))
-            self.queue.enqueue(torch.cat([of_b, of_a]))
+            keys_of_b, keys_of_a = (gather_keys(torch.cat(keys)) for keys in zip(*self.keys))
+            self.queue.enqueue(torch.cat([keys_of_b, keys_of_a]))
             self.keys.clear()
 
     @torch.no_grad()
@@ -207,5 +208,5 @@ class CMID(nn.Module):
         self,
         momentum: float,  # share of the teacher that is kept
     ):
-        "Update the teacher: encoder (not the mask token), projector and head become a moving average of the student's."
+        "Update the teacher, the moving average of the student: encoder (but not its mask token), projector and head."
         teacher.update(self.teacher, self.student, momentum, excluding=("mask_token",))
