@@ -288,7 +288,7 @@ def change_splits(
     if not any(_has_change(labelled, i) for i in train):
         raise CmidError(
             f"{labelled.folder}: no pixel of split {settings.train!r} is marked as changed, "
-            "so nothing can be trained; look at its masks"
+            "so there is nothing to train on; check its masks"
         )
     return train, test
 

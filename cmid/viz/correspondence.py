@@ -43,7 +43,7 @@ def match_features(
     return Matches(index, cosine, back == torch.arange(index.shape[1], device=index.device))
 
 # %% ../../nbs/6_viz/04_correspondence.ipynb #9e754ed4
-EDGE = 1e-4  # of a cell: what lies on a border belongs to both sides, whatever the rounding
+EDGE = 1e-4  # of a cell: a centre this close to a border counts for the cells on both sides
 
 
 class GroundTruth(NamedTuple):
@@ -62,7 +62,7 @@ def cell_sides(
     "Sides of a view's cells; raises `CmidError` below 2 x 2 cells."
     if min(size) < 2:
         raise CmidError(
-            f"the last map has {size[0]} x {size[1]} places: correspondence needs 2 x 2 or more; "
+            f"the last feature map has {size[0]} x {size[1]} places, correspondence needs 2 x 2 or more; "
             "prepare larger images (prepare.side)"
         )
     grid = centres.unflatten(1, size)
@@ -144,7 +144,7 @@ def correspondence_metrics(
     visible, index = truth.visible, matches.index[..., None]
     if not visible.any():
         raise CmidError(
-            "no place is seen in both views of any image; raise correspondence.crop_scale or correspondence.images"
+            "no place is visible in both views of any image; raise correspondence.crop_scale or correspondence.images"
         )
     correct = truth.near.gather(2, index)[..., 0]
     low, high = bootstrap_interval((correct & visible).sum(1), visible.sum(1), seed)
