@@ -590,13 +590,13 @@ PREPARE = [
     ),
     lists_case(
         "train and test overlap",
-        ["lists train and test share 1 files", "'ash/ash_1.png' is in train and in test; remove it from one list"],
+        ["lists train and test have 1 image in common, the first is 'ash/ash_1.png'; remove each from one list"],
         train="ash_0.png\nash_1.png\n",
         test="ash_1.png\n",
     ),
     lists_case(
         "of one family overlap",
-        ["lists train_20 and test_80 share 1 files"],
+        ["lists train_20 and test_80 have 1 image in common"],
         train_20="ash_0.png\n",
         test_80="ash_0.png\n",
     ),
@@ -1005,7 +1005,7 @@ CHECKPOINTS = [
         "convert: into a folder of other things",
         lambda d: (write_pngs(d / "b"), torch.save(create("resnet18").model.state_dict(), d / "a.pth")),
         ["cmid_convert", "{d}/a.pth", "{d}/b", "--backbone", "resnet18"],
-        ["/b: holds other things (", "choose another folder"],
+        ["/b: holds files that are not a backbone", "choose another folder"],
     ),
     Case(
         "convert: back from no folder",
@@ -1090,7 +1090,7 @@ MEETINGS = [
         "run: images of other bands",
         nothing,
         lambda d: create("resnet18")(torch.zeros(1, 4, 64, 64)),
-        ["images have 4 bands, resnet18 was built for 3"],
+        ["images have 4 bands, but resnet18 was built for 3"],
     ),
     Case(
         "run: more matches than cells",
