@@ -89,7 +89,7 @@ class Journal(Callback):
     def losses(self) -> np.ndarray:
         "Losses and gradient norms of this epoch's steps, (steps, 5), means over all processes. Raises `CmidError`."
         steps = self.learn.cmid
-        found = torch.cat([torch.stack(steps.sums), torch.stack(steps.norms)[:, None]], 1)
+        found = torch.cat([torch.stack(steps.losses), torch.stack(steps.norms)[:, None]], 1)
         found = mean_over_processes(found).float().cpu().numpy()
         first = steps.done - len(found)
         checked = found[:, 1:-1] if steps.scaler.is_enabled() else found[:, 1:]  # float16 drops steps that overflow

@@ -76,13 +76,13 @@ def build_cmid(
     )
 
 # %% ../../nbs/4_train/12_pretrain.ipynb #b46e5d42
-COMPUTE_KEYS = "processes", "accumulate", "compile", "gradient_checkpointing"  # how a batch is computed, not which one
+COMPUTE_KEYS = "processes", "accumulate", "compile", "gradient_checkpointing"  # settings of how a batch is computed
 
 
 def micro_batch_size(
     settings: Pretrain,  # batch, accumulate
 ) -> int:  # images
-    "Images that a process gives to the model at once. Raises `CmidError` where the batch is not divisible."
+    "The number of images that a process gives to the model at once. Raises `CmidError` where it is not whole."
     parts = world() * settings.accumulate
     if settings.batch % parts:
         raise CmidError(
@@ -96,14 +96,14 @@ def _check_batch_norm(size, variant, model):
     "Raises `CmidError` where batch norm would see a single value."
     if variant == "byol" and size == 1:
         raise CmidError(
-            "params.yaml: pretrain.batch: byol's batch norm needs at least 2 images at a time; "
-            "raise it, lower accumulate or processes, or use method cmid"
+            "params.yaml: pretrain.batch: byol's batch norm needs at least 2 images in a micro-batch; "
+            "raise batch, lower accumulate or processes, or use method cmid"
         )
-    cells = size * min(model.matches, (model.img_size // model.stride) ** 2)
-    if model.student.encoder.has_batch_norm and cells < 2:
+    values = size * min(model.matches, (model.img_size // model.stride) ** 2)  # of a channel
+    if model.student.encoder.has_batch_norm and values < 2:
         raise CmidError(
-            f"params.yaml: pretrain.batch: {model.backbone} has batch norm, and one image of {model.img_size} px "
-            "gives it a single value; raise batch or prepare.side"
+            f"params.yaml: pretrain.batch: {model.backbone} has batch norm, which sees a single value "
+            f"with one image of {model.img_size} px; raise batch or prepare.side"
         )
 
 
@@ -112,7 +112,7 @@ def _model_on_device(settings, backbone, variant, images, on):
     model = build_cmid(settings, backbone, variant, images.bands, images.side)
     model = model.to(on, memory_format=torch.channels_last)
     token = model.student.encoder.mask_token
-    token.data = token.data.clone(memory_format=torch.contiguous_format)  # the memory format of its gradient
+    token.data = token.data.clone(memory_format=torch.contiguous_format)  # as its gradient
     if settings.sync_batch_norm and world() > 1:
         synchronise_batch_norm(model, on)
     model.student.encoder.gradient_checkpointing = settings.gradient_checkpointing
@@ -123,7 +123,7 @@ def _model_on_device(settings, backbone, variant, images, on):
 
 # %% ../../nbs/4_train/12_pretrain.ipynb #b2cdfd69
 def _identity(images, settings, backbone, variant, seed, data_hash, code, dtype):
-    "Parameters that a checkpoint must agree with."
+    "Parameters that identify a run; those of a checkpoint must be the same."
     return dict(
         settings=settings.model_dump(exclude={"checkpoint_epochs", *COMPUTE_KEYS}),
         backbone=backbone,
@@ -139,12 +139,12 @@ def _identity(images, settings, backbone, variant, seed, data_hash, code, dtype)
 
 def _checkpoints(folder, identity, settings, commit):
     "The callback that writes checkpoints."
-    way = {key: getattr(settings, key) for key in COMPUTE_KEYS} | dict(processes=world())
-    return Checkpoints(folder, identity, settings.checkpoint_epochs, commit, way)
+    computed = {key: getattr(settings, key) for key in COMPUTE_KEYS} | dict(processes=world())
+    return Checkpoints(folder, identity, settings.checkpoint_epochs, commit, way=computed)
 
 
 def _two_views(images, settings, stride):
-    "The views of the settings."
+    "The augmentation that makes two views of each image, by the settings."
     return TwoViews(
         *input_statistics(images),
         stride,
@@ -161,7 +161,7 @@ def _optimiser(model, settings):
 
 
 def _fastai_learner(batches, model, optimiser, callbacks, on):
-    "A Learner without fastai's callbacks that read the loss at every step."
+    "A Learner with our callbacks, and without those of fastai that read the loss in every step (the CPU would wait)."
     learn = Learner(
         DataLoaders(batches, [], device=on),
         model,
@@ -176,15 +176,16 @@ def _fastai_learner(batches, model, optimiser, callbacks, on):
 
 
 def _silent(_):
-    "What processes other than the first print."
+    "Prints nothing: processes other than the first use it in place of `print`."
 
 
 def _announce(learn, settings, batches, dtype, say):
     "Prints what the run is about to do."
     counts = ((world(), "processes"), (settings.accumulate, "micro-batches"))
-    parts = " x ".join(f"{n} {what}" for n, what in counts if n > 1)
+    division = " x ".join(f"{n} {what}" for n, what in counts if n > 1)
+    division = f" ({division})" if division else ""
     say(
-        f"{batches.count} images an epoch, {len(batches)} steps of {settings.batch}{f' ({parts})' if parts else ''}, "
+        f"{batches.count} images an epoch, {len(batches)} steps of {settings.batch}{division}, "
         f"{settings.epochs} epochs on {learn.cmid.on}, {str(dtype).split('.')[-1]}"
     )
     say(learn.cmid.rule)
@@ -199,21 +200,21 @@ def _announce(learn, settings, batches, dtype, say):
 
 def pretrain_learner(
     images,  # `dataset.Prepared`: uint8 rows, with bands, side, mean and std
-    index,  # which of them are the corpus: what `select_corpus` gives
+    index,  # numbers of the images to train on, from `select_corpus`
     settings: Pretrain,  # params.yaml: pretrain
     backbone: str,  # timm name
     variant: str = "cmid",  # cmid | byol
-    seed: int = 0,  # of everything random but the initial weights
+    seed: int = 0,  # of everything random except the initial weights
     on: torch.device | None = None,  # device
     folder=None,  # of checkpoints; None writes none
     data_hash: str = "",  # of the corpus, checked when the run is resumed
     code: str = "",  # digest of the code that trains, checked when the run is resumed
-    commit: str | None = None,  # that trains, for the record
+    commit: str | None = None,  # of the code that trains, recorded in checkpoints
     say=print,  # takes a line
-    health: Health | None = None,  # params.yaml: health; None watches nothing
+    health: Health | None = None,  # params.yaml: health; None: health is not measured
     labelled=None,  # `dataset.Prepared` with classes, for the kNN accuracy
 ) -> Learner:  # ready for `run_pretraining`
-    "A fastai Learner for CMID, in each of `world()` processes. Raises `CmidError` naming the key that is wrong."
+    "A fastai Learner for CMID, made in each of the processes. Raises `CmidError` naming the key that is wrong."
     on = on or device()
     dtype, size = precision_of(settings.precision, on), micro_batch_size(settings)
     model = _model_on_device(settings, backbone, variant, images, on)
@@ -232,27 +233,27 @@ def pretrain_learner(
 
 # %% ../../nbs/4_train/12_pretrain.ipynb #2833abb0
 def _say_cost_of_determinism(learn):
-    "On a GPU, prints how many times as long a deterministic step takes."
+    "On a GPU in deterministic mode, prints how much longer a step takes than without."
     if learn.cmid.on.type == "cuda" and torch.are_deterministic_algorithms_enabled():
         cost = deterministic_cost(learn, micro_batch_size(learn.cmid.settings))
         learn.journal.say(f"deterministic: a step takes {cost:.2f} times as long as without")
 
 
-def _raise_compile_error(learn, error):
-    "Raises `CmidError` where it was the compiler that failed."
+def _raise_if_compiler_failed(learn, error):
+    "Raises `CmidError` where the error is one of `torch.compile`."
     if learn.cmid.settings.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         raise CmidError(
-            f"params.yaml: pretrain.compile: {' '.join(str(error).split())[:200]}; "
-            "install a C++ compiler (g++), or set it to false"
+            f"params.yaml: pretrain.compile: torch.compile failed ({' '.join(str(error).split())[:200]}); "
+            "install a C++ compiler (g++), or set compile to false"
         ) from error
 
 
 def _memory_error(learn):
-    "The error to raise where a batch did not fit into memory."
-    learn.xb = learn.pred = learn.loss = learn.loss_grad = None
+    "The error to raise where a batch did not fit into memory. It tries smaller batches to find one that fits."
+    learn.xb = learn.pred = learn.loss = learn.loss_grad = None  # releases the tensors of the step that failed
     steps = learn.cmid
     steps.micro_losses = []
-    steps.distributed = steps.method
+    steps.distributed = steps.plain_model
 
     def trial(images):
         trial_step(learn, images)
@@ -269,7 +270,7 @@ def _memory_error(learn):
 
 
 def _fit(learn, writer, until, done, curves):
-    "Trains the epochs that are left."
+    "Trains the epochs after the first `done`."
     epochs = learn.cmid.settings.epochs
     if done < epochs:
         _say_cost_of_determinism(learn)
@@ -291,17 +292,18 @@ def run_pretraining(
         _fit(learn, writer, until, done, curves)
         return learn
     except torch.OutOfMemoryError:
-        pass  # its traceback holds the step's tensors: the error is made outside of it
-    except Exception as e:
-        _raise_compile_error(learn, e)
+        pass  # the traceback keeps the step's tensors alive: `_memory_error` must run after it is gone
+    except Exception as error:
+        _raise_if_compiler_failed(learn, error)
         raise
     raise _memory_error(learn)
 
 # %% ../../nbs/4_train/12_pretrain.ipynb #e1255585
 def _view_rows(learn, n):
-    "Images and views of the first batch by title, float (n, C, S, S) each, in [0, 1]."
+    "Images, views and masked views of the first batch, by the title of their row: float (n, C, S, S), in [0, 1]."
     batches, steps = learn.dls.train, learn.cmid
-    x = torch.from_numpy(batches.images[batches.order(0)[0][:n]]).to(next(learn.model.parameters()).device)
+    first_batch = batches.order(0)[0]
+    x = torch.from_numpy(batches.images[first_batch[:n]]).to(next(learn.model.parameters()).device)
     views = steps.views(x, step_generator(steps.seed, 0, device=x.device))
     rows = {"image": x.float() / 255}
     for name, view in zip("AB", views):
@@ -330,8 +332,8 @@ def views_figure(
 # %% ../../nbs/4_train/12_pretrain.ipynb #c2190530
 def pretrain_summary(
     learn: Learner,  # trained
-) -> dict:  # numbers that repeat
-    "Losses and health of the last epoch, skipped steps and warnings."
+) -> dict:  # numbers and warnings; a repeated run gives the same
+    "Losses and health of the last epoch, number of skipped steps, and warnings."
     last = {key: value for key, value in learn.journal.epochs[-1].items() if key != "images_per_s"}
     skipped = dict(skipped=learn.cmid.skipped) if learn.cmid.skipped else {}
     return last | skipped | dict(warnings=list(learn.journal.warnings.values()))
@@ -340,6 +342,6 @@ def pretrain_summary(
 def training_seconds(
     learn: Learner,  # trained
 ) -> float:  # s
-    "How long its epochs took, wherever they were trained."
+    "How long all epochs took, those before a resume included."
     images = len(learn.dls.train) * learn.cmid.settings.batch
     return sum(images / epoch["images_per_s"] for epoch in learn.journal.epochs)

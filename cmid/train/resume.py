@@ -110,7 +110,7 @@ class Checkpoints(Callback):
         "Writes the checkpoint of the last step, in the first process. Raises `CmidError` where the disk is full."
         steps, journal = self.learn.cmid, self.learn.journal
         part = steps.done % steps.epoch_steps
-        sums = list(mean_over_processes(torch.stack(steps.sums))) if part else []  # takes part in all processes
+        sums = list(mean_over_processes(torch.stack(steps.losses))) if part else []  # takes part in all processes
         if rank():
             return
         if self.commit not in self.commits:
@@ -162,7 +162,7 @@ def _restore_steps(steps, state, on):
     steps.done = state["step"]
     steps.skipped = state["skipped"]
     steps.resumed = state["scaler"]
-    steps.sums = [value.to(on) for value in state["sums"]]
+    steps.losses = [value.to(on) for value in state["sums"]]
     steps.norms = [value.to(on) for value in state["norms"]]
 
 

@@ -27,9 +27,9 @@ from .training import lr_at
 
 # %% ../../nbs/4_train/08_steps.ipynb #fc0294b7
 def peak_lr(
-    settings: Pretrain,  # lr, or null for the rule
-) -> tuple:  # learning rate; how it was found, a line
-    "The highest learning rate of a run, and how it was found."
+    settings: Pretrain,  # its `lr`; None: the rule of Adan's authors
+) -> tuple:  # learning rate; a line that says where it comes from
+    "The peak learning rate of a run, and where it comes from."
     if settings.lr is not None:
         return settings.lr, f"lr {settings.lr:g} (params.yaml: pretrain.lr)"
     lr = 0.00625 * math.sqrt(settings.batch / 256)
@@ -37,7 +37,7 @@ def peak_lr(
 
 # %% ../../nbs/4_train/08_steps.ipynb #d17f6642
 def _distributed(model, on):
-    "The model; where there are several processes, one whose gradients are averaged over them."
+    "The model; where there are several processes, wrapped so that gradients are averaged over them."
     if world() == 1:
         return model
     with warnings.catch_warnings():  # torch 2.15 has a new name for the argument, which torch 2.10 does not know
@@ -51,7 +51,7 @@ def _distributed(model, on):
 
 
 def _detached(losses):
-    "Losses as one tensor, (4,), without gradient."
+    "The total loss and its three parts as one tensor, (4,), without gradient."
     return torch.stack([loss.detach() for loss in losses])
 
 # %% ../../nbs/4_train/08_steps.ipynb #be5c6be2
@@ -67,41 +67,42 @@ class CMIDCallback(Callback):
         self.dtype = dtype
         self.done = 0  # steps
         self.skipped = 0  # float16: steps whose gradients overflowed
-        self.on = None  # device
+        self.on = None  # device, of the model
         self.peak, self.rule = peak_lr(settings)
 
     def before_fit(self):
         self.epoch_steps = len(self.learn.dls.train)
         self.steps = self.epoch_steps * self.settings.epochs
-        self.method = self.learn.model
-        self.on = next(self.method.parameters()).device
-        self.distributed = _distributed(self.method, self.on)
+        self.plain_model = self.learn.model
+        self.on = next(self.plain_model.parameters()).device
+        self.distributed = _distributed(self.plain_model, self.on)
         self.scaler = torch.amp.GradScaler(self.on.type, enabled=self.dtype == torch.float16)
-        self.overflow = False
-        if getattr(self, "resumed", None):
+        self.overflow = False  # float16: did the gradients of the last step overflow?
+        if getattr(self, "resumed", None):  # the scaler's state in the checkpoint
             self.scaler.load_state_dict(self.resumed)
 
     def before_epoch(self):
-        "Starts the lists of this epoch's losses and gradient norms, a tensor a step; a resumed epoch keeps its own."
+        "Empties the lists of losses and gradient norms, a tensor a step; an epoch that is resumed keeps its lists."
         batches = self.learn.dls.train
         batches.epoch = self.learn.epoch
-        batches.first = self.done - self.learn.epoch * self.epoch_steps
+        batches.first = self.done - self.learn.epoch * self.epoch_steps  # the step of the epoch to begin at
         if batches.first <= 0:
             batches.first = 0
-            self.sums = []
+            self.losses = []
             self.norms = []
 
     def _set_rates(self):
-        "Learning rate, teacher temperature and teacher momentum of this step."
-        s = self.settings
+        "Sets the learning rate, the teacher's temperature (tau) and the teacher's momentum of this step."
+        settings = self.settings
         epoch = self.done // self.epoch_steps
-        self.rate = lr_at(self.done, self.steps, s.warmup_epochs * self.epoch_steps, self.peak, s.lr_min)
-        self.tau = temperature_at(epoch, s.teacher_temperature_epochs, *s.teacher_temperature)
-        self.momentum = teacher.momentum_at(self.done, self.steps, *s.momentum)
+        warmup = settings.warmup_epochs * self.epoch_steps
+        self.rate = lr_at(self.done, self.steps, warmup, self.peak, settings.lr_min)
+        self.tau = temperature_at(epoch, settings.teacher_temperature_epochs, *settings.teacher_temperature)
+        self.momentum = teacher.momentum_at(self.done, self.steps, *settings.momentum)
         self.learn.opt.set_hypers(lr=self.rate)
 
     def before_batch(self):
-        "All micro-batches but the last are computed here; fastai computes the last one."
+        "Computes all micro-batches but the last one, which fastai computes after this."
         self._set_rates()
         *first, last = self.learn.xb[0].chunk(self.settings.accumulate)
         self.micro_losses = [self._micro_batch(images, i) for i, images in enumerate(first)]
@@ -113,24 +114,24 @@ class CMIDCallback(Callback):
     def make_views(
         self,
         images,  # uint8 (B, C, S, S), a micro-batch of this process
-        part: int = 0,  # which one
+        number: int = 0,  # of the micro-batch in this process, from 0
     ) -> list:  # two `View`s
-        "Two views, from a random generator of this micro-batch's own."
-        parts = self.settings.accumulate
-        views = self.views(images, step_generator(self.seed, self.done, rank() * parts + part, self.on))
+        "Two views, from a random generator that is seeded by the step, the process and the micro-batch."
+        stream = rank() * self.settings.accumulate + number
+        views = self.views(images, step_generator(self.seed, self.done, stream, self.on))
         if self.on.type not in ("cpu", "cuda"):
             return views
-        return [v._replace(images=v.images.contiguous(memory_format=torch.channels_last)) for v in views]
+        return [view._replace(images=view.images.contiguous(memory_format=torch.channels_last)) for view in views]
 
     def autocast(self):
-        "A context in which matrix work has the run's precision."
+        "A context in which matrix products and convolutions are computed in the run's precision."
         return torch.autocast(self.on.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def _micro_batch(self, images, i):
-        "Adds the gradients of a micro-batch that is not the last, without exchanging them; gives its losses."
-        with nullcontext() if self.distributed is self.method else self.distributed.no_sync():
+    def _micro_batch(self, images, number):
+        "Adds the gradients of a micro-batch; processes exchange gradients with the last one only. Gives its losses."
+        with nullcontext() if self.distributed is self.plain_model else self.distributed.no_sync():
             with self.autocast():
-                losses = self.distributed(self.make_views(images, i), self.tau)
+                losses = self.distributed(self.make_views(images, number), self.tau)
             self.scaler.scale(losses.total / self.settings.accumulate).backward()
         return _detached(losses)
 
@@ -147,10 +148,10 @@ class CMIDCallback(Callback):
         if getattr(self, "cast", None) is not None:
             self.cast.__exit__(None, None, None)
             self.cast = None
-            self.learn.model = self.method
+            self.learn.model = self.plain_model
 
     def after_loss(self):
-        self.sums.append(torch.stack([*self.micro_losses, _detached(self.learn.pred)]).mean(0))
+        self.losses.append(torch.stack([*self.micro_losses, _detached(self.learn.pred)]).mean(0))
 
     def before_backward(self):
         self.learn.loss_grad = self.scaler.scale(self.learn.loss_grad / self.settings.accumulate)
@@ -165,11 +166,12 @@ class CMIDCallback(Callback):
 
     def _gradient_norm(self):
         "Norm of all gradients together, a tensor, without the loss scale of float16."
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.learn.model.parameters() if p.grad is not None])
+        gradients = [p.grad for p in self.learn.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
         return norm / self.scaler.get_scale() if self.scaler.is_enabled() else norm
 
     def _scaled_step(self):
-        "float16: a step that is left out where gradients overflowed. The host waits for the device to know it."
+        "float16: the optimiser's step, skipped where gradients overflowed. The CPU waits for the GPU to know this."
         scale = self.scaler.get_scale()
         self.scaler.step(self.learn.opt.opt)
         self.scaler.update()
@@ -181,7 +183,7 @@ class CMIDCallback(Callback):
                 f"(learning rate {self.rate:.3g}); lower pretrain.lr, or set pretrain.precision: float32"
             )
 
-    def after_step(self):  # also after a step that was cancelled
+    def after_step(self):  # fastai calls it after `CancelStepException` too
         if self.settings.fidelity == "corrected" and not self.overflow:
             self.learn.model.average(self.momentum)
         self.learn.model.enqueue()
