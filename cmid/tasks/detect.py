@@ -466,7 +466,7 @@ def _check_data(folder, labelled, tiles, name, card):
     "Raise `CmidError` where bands differ or no tile has an object"
     if card.in_chans != labelled.bands:
         raise CmidError(
-            f"{labelled.folder}: images have {labelled.bands} bands, but {folder} was made for {card.in_chans}; "
+            f"{labelled.folder}: images have {labelled.bands} bands, but {folder} takes {card.in_chans}; "
             "use the same bands (labels.bands), or pretrain on these images"
         )
     if not len(tiles):

@@ -31,14 +31,14 @@ from ..train.checkpoint import load_backbone, read_card
 
 # %% ../../nbs/5_tasks/07_segment.ipynb #d0afcda6
 POOLS = 1, 2, 3, 6  # bins along a side in UPerNet's pyramid pooling
-DROPOUT = 0.1  # rate of the channels, before each classifier
+DROPOUT = 0.1  # share of the channels that are dropped before each classifier
 
 
 def _bin_weights(n, bins, like):
     "Matrix (bins, n): row i averages the places floor(i n / bins) to ceil((i + 1) n / bins) - 1."
     place = torch.arange(n, device=like.device)
     i = torch.arange(bins, device=like.device)[:, None]
-    first, end = i * n // bins, -(-(i + 1) * n // bins)
+    first, end = i * n // bins, -(-(i + 1) * n // bins)  # -(-a // b) is a / b, rounded up
     inside = ((place >= first) & (place < end)).to(like.dtype)
     return inside / inside.sum(1, keepdim=True)
 
@@ -102,7 +102,7 @@ class Segmenter(nn.Module):
         images,  # float (B, C, H, W), normalised; H and W multiples of 32
         masks=None,  # uint8 (B, H, W): ground truth
     ):
-        "Logits (B, classes, H, W), or with `masks` the losses by name."
+        "Logits (B, classes, H, W); with `masks`, the losses by name instead."
         maps, size = self.pyramid(images), images.shape[-2:]
         logits = _resized(self.head(self.decoder([None, None, *maps])), size)
         if masks is None:
@@ -117,19 +117,20 @@ def _resized(logits, size):
     return F.interpolate(logits, size, mode="bilinear")
 
 # %% ../../nbs/5_tasks/07_segment.ipynb #9166933a
-TRIES = 10  # windows that are tried for an image
-LARGEST_SHARE = 0.75  # of the labelled pixels of a window: one class must have less
+TRIES = 10  # windows that are tried for a crop, at most
+LARGEST_SHARE = 0.75  # of the labelled pixels of a window; each class must have less
 
 
 def window_of_mixed_classes(
     mask: np.ndarray,  # uint8 (H, W)
     height: int,  # of the window, px
     width: int,  # of the window, px
-    draws,  # (n, 2) in [0, 1): places to try, as shares of the possible rows and columns
+    draws,  # (n, 2), random numbers in [0, 1): the places to try, as shares of the possible rows and columns
 ) -> tuple:  # (top, left)
-    "The first window that is not mostly of one class, or the last one where there is none."
+    "The first window that is not mostly of one class; the last one where all are."
     for u, v in draws.tolist():
-        top, left = int(u * (mask.shape[0] - height + 1)), int(v * (mask.shape[1] - width + 1))
+        top = int(u * (mask.shape[0] - height + 1))
+        left = int(v * (mask.shape[1] - width + 1))
         window = mask[top : top + height, left : left + width]
         counts = np.bincount(window.ravel(), minlength=IGNORE)[:IGNORE]
         if counts.max() < LARGEST_SHARE * counts.sum():
@@ -142,15 +143,15 @@ def scaled_crop(
     mask: np.ndarray,  # uint8 (H, W)
     side: int,  # of the crop, px
     scale: float,  # of the image
-    draws,  # as of `window_of_mixed_classes`
-    fill: torch.Tensor,  # uint8 (C,): the colour around a small image
+    draws,  # as for `window_of_mixed_classes`
+    fill: torch.Tensor,  # uint8 (C,): colour of the padding of a small image
 ) -> tuple:  # uint8 (C, side, side) and (side, side)
-    "A crop of a scaled image: bilinear; of its mask: nearest."
-    wanted = max(1, round(side / scale))  # side of the window in the image, px
-    height, width = (min(wanted, n) for n in mask.shape)
+    "A crop of a scaled image (bilinear interpolation) and of its mask (nearest neighbour)."
+    window_side = max(1, round(side / scale))  # before scaling, px
+    height, width = (min(window_side, n) for n in mask.shape)
     top, left = window_of_mixed_classes(mask, height, width, draws)
     window = np.s_[..., top : top + height, left : left + width]
-    size = [side if n == wanted else max(1, round(n * scale)) for n in (height, width)]
+    size = [side if n == window_side else max(1, round(n * scale)) for n in (height, width)]
     x = F.interpolate(torch.from_numpy(np.array(image[window]))[None], size, mode="bilinear")[0]
     y = F.interpolate(torch.from_numpy(np.array(mask[window]))[None, None], size, mode="nearest-exact")[0, 0]
     ignored = torch.full((side, side), IGNORE, dtype=torch.uint8)
@@ -163,8 +164,8 @@ def _pasted(x, canvas):
     return canvas
 
 # %% ../../nbs/5_tasks/07_segment.ipynb #f36d864e
-def _drawn(u, low, high, applied, neutral):
-    "A value from `low` to `high` at the share `u`, or the neutral one where it is not applied; (1,)."
+def _random_or_neutral(u, low, high, applied, neutral):
+    "The value at the share `u` from `low` to `high`, or the neutral value where it is not applied; (1,)."
     return torch.where(applied, low + (high - low) * u, torch.tensor(neutral))[None]
 
 
@@ -172,34 +173,34 @@ def photometric_distortion(
     image: torch.Tensor,  # float (C, H, W) in [0, 1]
     generator: torch.Generator,  # random generator
 ) -> torch.Tensor:  # (C, H, W) in [0, 1]
-    "Random brightness, contrast, saturation and hue; of other than three bands, brightness and contrast."
+    "Random brightness, contrast, saturation and hue; only the first two where there are not three bands."
     u, p = torch.rand(2, 5, generator=generator)
     applied = p < 0.5
-    brightness = _drawn(u[0], -32 / 255, 32 / 255, applied[0], 0.0)
-    contrast = _drawn(u[1], 0.5, 1.5, applied[1], 1.0)
-    saturation = _drawn(u[2], 0.5, 1.5, applied[2], 1.0)
-    hue = _drawn(u[3], -0.1, 0.1, applied[3], 0.0)
+    brightness = _random_or_neutral(u[0], -32 / 255, 32 / 255, applied[0], 0.0)
+    contrast = _random_or_neutral(u[1], 0.5, 1.5, applied[1], 1.0)
+    saturation = _random_or_neutral(u[2], 0.5, 1.5, applied[2], 1.0)
+    hue = _random_or_neutral(u[3], -0.1, 0.1, applied[3], 0.0)
     order = (0, 2, 3) if applied[4] else (2, 3, 0)
     x = (image[None] + brightness).clamp(0, 1)
     return jitter(x, contrast, torch.ones(1), saturation, hue, order)[0]
 
 # %% ../../nbs/5_tasks/07_segment.ipynb #87bc9e63
 class SegmentationCrops(Dataset):
-    "Batches of training crops; an item is asked for by (step, image numbers), and the step seeds what is random."
+    "Batches of training crops, indexed by (step, numbers of images); the step seeds the augmentation."
 
     def __init__(
         self,
         labelled,  # `Labelled`, for segment
         side: int,  # of a crop, px
         scale,  # smallest and largest scale of an image
-        mean,  # per band, of images in [0, 1]: the colour around a small image
+        mean,  # per band, of images in [0, 1]: the colour of the padding of a small image
         seed: int = 0,  # of everything random
     ):
         self.labelled, self.side, self.scale, self.seed = labelled, side, scale, seed
         self.fill = (torch.as_tensor(mean) * 255).round().clamp(0, 255).byte()
 
-    def __getitem__(self, at):  # uint8 (B, C, side, side), masks uint8 (B, side, side)
-        step, rows = at
+    def __getitem__(self, key):  # uint8 (B, C, side, side), masks uint8 (B, side, side)
+        step, rows = key
         generator = step_generator(self.seed, step)
         crops, masks = zip(*[self._augmented(int(i), generator) for i in rows])
         return torch.stack(crops), torch.stack(masks)
@@ -208,10 +209,11 @@ class SegmentationCrops(Dataset):
         "One crop and its mask, scaled, mirrored and distorted."
         u = torch.rand(3 + 2 * TRIES, generator=generator)
         low, high = self.scale
-        scale, places = float(low + (high - low) * u[0]), u[3:].view(TRIES, 2)
-        flipped = [-1 - axis for axis in range(2) if u[1 + axis] < 0.5]
+        scale = float(low + (high - low) * u[0])
+        flipped = [-1 - axis for axis in range(2) if u[1 + axis] < 0.5]  # -1: columns, -2: rows
+        draws = u[3:].view(TRIES, 2)
         image, mask = self.labelled.image(i), self.labelled.mask(i)
-        x, y = scaled_crop(image, mask, self.side, scale, places, self.fill)
+        x, y = scaled_crop(image, mask, self.side, scale, draws, self.fill)
         x = photometric_distortion(x.flip(flipped).float() / 255, generator)
         return x.mul(255).round().byte(), y.flip(flipped)
 
@@ -244,27 +246,27 @@ def error_overlay(
 
 # %% ../../nbs/5_tasks/07_segment.ipynb #82e00710
 def _reduction(size, longest):
-    "Rows and columns that become one, so that no side is longer than `longest` px."
-    factor = -(-max(size) // longest)
+    "Rows and columns of a block that becomes one pixel, so that no side is longer than `longest` px."
+    factor = -(-max(size) // longest)  # rounded up
     return tuple(min(factor, n) for n in size)
 
 
 def _reduced_image(image, steps):
-    "Means over a x b pixels."
+    "The mean of each block."
     a, b = steps
     h, w = image.shape[1] // a, image.shape[2] // b
     return image[:, : h * a, : w * b].reshape(-1, h, a, w, b).mean((2, 4)).astype(np.uint8)
 
 
 def _reduced_mask(mask, steps):
-    "The middle one of a x b pixels."
+    "The middle pixel of each block."
     a, b = steps
     h, w = mask.shape[0] // a, mask.shape[1] // b
     return mask[a // 2 :: a, b // 2 :: b][:h, :w]
 
 
 def _legend_entries(masks, names, others):
-    "Patches of the classes that occur and of `others`, columns of the legend, and its height in inches."
+    "The entries of a legend (classes that occur, and `others`), its number of columns, and its height in inches."
     from matplotlib.patches import Patch
 
     occurring = np.unique(np.concatenate([np.unique(mask) for mask in masks]))
@@ -273,7 +275,8 @@ def _legend_entries(masks, names, others):
     patches += [Patch(facecolor=colour, edgecolor="#999999", label=label) for label, colour in others.items()]
     longest = max(len(patch.get_label()) for patch in patches)
     columns = max(1, min(3, 54 // (4 + longest)))
-    return patches, columns, 0.15 + 0.16 * -(-len(patches) // columns)
+    rows = -(-len(patches) // columns)  # rounded up
+    return patches, columns, 0.15 + 0.16 * rows
 
 
 def _legend(fig, patches, columns):
@@ -285,7 +288,7 @@ def pixel_confusion(
     guess: np.ndarray,  # integers of the same shape: predictions
     classes: int,  # number of classes
 ) -> np.ndarray:  # int (classes, classes): rows are ground truth, columns predictions
-    "Counts of labelled pixels by ground truth and prediction."
+    "Numbers of labelled pixels by ground truth and prediction."
     labelled = truth != IGNORE
     pairs = classes * truth[labelled].astype(np.int64) + guess[labelled]
     return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
@@ -295,13 +298,20 @@ def segmentation_scores(
     confusion: np.ndarray,  # int (classes, classes) of `pixel_confusion`
     names: list,  # of the classes
 ) -> dict:  # miou, mf1, oa, per_class
-    "Scores of a confusion matrix; None for a class that neither occurs nor is predicted."
+    "Scores of a confusion matrix; a class that neither occurs nor is predicted has None."
     hits = confusion.diagonal()
     unions = confusion.sum(0) + confusion.sum(1) - hits
+    table = class_table(confusion, names)
     classes = {}
-    for (name, scores), hit, union in zip(class_table(confusion, names).items(), hits, unions):
-        rest = {key: scores[key] for key in ("f1", "precision", "recall")}
-        classes[name] = dict(iou=float(hit / union) if union else None) | rest | dict(pixels=scores["images"])
+    for name, hit, union in zip(table, hits, unions):
+        scores = table[name]
+        classes[name] = dict(
+            iou=float(hit / union) if union else None,
+            f1=scores["f1"],
+            precision=scores["precision"],
+            recall=scores["recall"],
+            pixels=scores["images"],
+        )
     f1 = [scores["f1"] for scores in classes.values() if scores["f1"] is not None]
     accuracy = float(confusion.trace() / confusion.sum())
     return dict(miou=float(mean_iou(confusion)), mf1=float(np.mean(f1)), oa=accuracy, per_class=classes)
@@ -316,21 +326,22 @@ def segment_splits(
     labelled,  # `Labelled`
     settings: Segment,  # params.yaml: segment
 ) -> tuple:  # int (n,) and (m,): numbers of the training and of the test images
-    "Both splits. Raises `CmidError` as `splits_of` and `check_masks`, and where no pixel of a split is labelled."
+    "Train and test split. Raises `CmidError` as `splits_of` and `check_masks`, or where a split has no labelled pixel."
     both = splits_of(labelled, settings, "segment")
     check_masks(labelled, np.union1d(*both))
     for name, index in zip((settings.train, settings.test), both):
         if not any((labelled.mask(i) != IGNORE).any() for i in index):
             raise CmidError(
                 f"{labelled.folder}: no pixel of split {name!r} is labelled; "
-                "look at classes and ignore of the task in params.yaml"
+                "check classes and ignore of the task in params.yaml"
             )
     return both
 
 
 def _check_batch(count, settings):
-    "Refuse batches of which batch norm would see a single value."
-    smallest = count // -(-count // settings.batch)  # images of the smallest batch
+    "Raise `CmidError` where batch norm would see a single value of a channel."
+    batches = -(-count // settings.batch)  # rounded up
+    smallest = count // batches  # images in the smallest batch
     if smallest * (settings.crop // 32) ** 2 < 2:
         raise CmidError(
             f"params.yaml: segment.batch: batch norm would see one crop of {settings.crop} px, "
@@ -346,20 +357,21 @@ def fine_tune_segmentation(
     seed: int = 0,  # of everything random
     on: torch.device | None = None,  # device; None: the default one
     say=print,  # takes a line
-) -> tuple:  # (Segmenter, trained; epochs for `training_curves_figure`; predict: uint8 (C, H, W) -> uint8 (H, W))
+) -> tuple:  # the trained `Segmenter`; a dict an epoch; a function that takes uint8 (C, H, W), gives uint8 (H, W)
     "Fine-tune a backbone on masks. Raises `CmidError` where bands differ or a loss is not finite."
     card, on = read_card(folder), on or device()
-    s = resolved(settings, card.architecture, PUBLISHED_SEGMENTATION)
+    settings = resolved(settings, card.architecture, PUBLISHED_SEGMENTATION)
     check_bands(labelled, folder, card.in_chans, "labels.bands")
-    _check_batch(len(index), s)
+    _check_batch(len(index), settings)
     seed_everything(seed, torch.are_deterministic_algorithms_enabled())
-    model = Segmenter(load_backbone(folder, s.drop_path)[0], len(labelled.classes), s.channels, s.auxiliary)
+    encoder, _ = load_backbone(folder, settings.drop_path)
+    model = Segmenter(encoder, len(labelled.classes), settings.channels, settings.auxiliary)
     if labelled.bands != 3:
-        say(f"note: saturation and hue are for RGB, and left out for {labelled.bands} bands")
-    crops = SegmentationCrops(labelled, s.crop, s.scale, card.mean, seed)
-    epochs = train_dense(model, crops, index, s, card.mean, card.std, "segment", half_cosine, seed, on, say)
+        say(f"note: saturation and hue need RGB images, and are not distorted for {labelled.bands} bands")
+    crops = SegmentationCrops(labelled, settings.crop, settings.scale, card.mean, seed)
+    epochs = train_dense(model, crops, index, settings, card.mean, card.std, "segment", half_cosine, seed, on, say)
     model.eval()
-    return model, epochs, lambda image: _predict(model, image, card, s, on)
+    return model, epochs, lambda image: _predict(model, image, card, settings, on)
 
 
 def _predict(model, image, card, settings, on):
@@ -372,7 +384,7 @@ def _predict(model, image, card, settings, on):
 
 # %% ../../nbs/5_tasks/07_segment.ipynb #87961526
 def _evaluated(predict, labelled, test, keep):
-    "Confusion matrix of each image, and the predictions of those to keep."
+    "Confusion matrix of each image, (n, classes, classes); predictions of the images to keep, by number."
     confusions, kept = [], {}
     for i in tqdm(test, desc="evaluation", unit=" images"):
         guess = predict(labelled.image(i))
@@ -390,12 +402,13 @@ def segment(
     on: torch.device | None = None,  # device; None: the default one
     say=print,  # takes a line
     keep=(),  # numbers of test images whose predictions are returned
-) -> tuple:  # (dict as JSON takes it; epochs for `training_curves_figure`; number -> uint8 (H, W) of what is kept)
-    "Fine-tune on one split and evaluate another. Raises `CmidError` as `segment_splits` and `fine_tune_segmentation`."
+) -> tuple:  # scores as a dict for JSON; a dict for each epoch; kept predictions, uint8 (H, W) by number of the image
+    "Fine-tune on the train split, evaluate on the test split. Raises as `segment_splits`, `fine_tune_segmentation`."
     train, test = segment_splits(labelled, settings)
     _, epochs, predict = fine_tune_segmentation(folder, labelled, train, settings, seed, on, say)
     per_image, kept = _evaluated(predict, labelled, test, keep)
     total, names = per_image.sum(0), list(labelled.classes)
+    counts = dict(images=len(test), classes=names)
     facts = dict(
         confusion=total.tolist(),
         per_image=per_image.reshape(len(test), -1).tolist(),
@@ -403,7 +416,7 @@ def segment(
         train_images=len(train),
         scored_on_training=bool(np.isin(test, train).any()),
     )
-    return dict(images=len(test), classes=names) | segmentation_scores(total, names) | facts, epochs, kept
+    return counts | segmentation_scores(total, names) | facts, epochs, kept
 
 # %% ../../nbs/5_tasks/07_segment.ipynb #43007796
 PANELS = "image", "ground truth", "prediction", "errors"
@@ -412,7 +425,7 @@ OTHERS = {"wrong": ERROR_COLOUR, "not labelled": "white"}  # in the legend, besi
 
 def images_to_show(
     index,  # numbers of images
-    count: int = 4,  # how many are wanted
+    count: int = 4,  # how many to show, at most
 ) -> np.ndarray:  # numbers, from the first to the last
     "Images for figures, evenly spread over a split."
     places = np.linspace(0, len(index) - 1, min(count, len(index))).round().astype(int)
@@ -422,9 +435,9 @@ def images_to_show(
 def segmentation_examples(
     labelled,  # `Labelled`, for segment
     index,  # numbers of images
-    guesses: dict,  # number -> uint8 (H, W): what `segment` keeps
+    guesses: dict,  # predictions that `segment` kept: uint8 (H, W) by number of the image
 ) -> list:  # dicts: name, image, truth, guess
-    "Some images with ground truth and prediction."
+    "Images with ground truth and prediction, for the figures."
     examples = []
     for i in index:
         image, truth = np.asarray(labelled.image(i)), np.asarray(labelled.mask(i))
@@ -437,12 +450,12 @@ def inference_tiles(
     settings: Segment,  # params.yaml: segment
 ) -> np.ndarray:  # int (n, 4): top, left, bottom, right
     "The tiles that the prediction of an image is blended from."
-    padded = (-(-int(n) // 32) * 32 for n in size)
+    padded = (-(-int(n) // 32) * 32 for n in size)  # rounded up to multiples of 32
     return windows(*padded, settings.crop, int(settings.overlap * settings.crop))
 
 
 def _draw_panels(axes, example, classes, steps):
-    "Image, ground truth, prediction and errors of one example, reduced."
+    "Draws image, ground truth, prediction and errors of one example, reduced."
     image = _reduced_image(example["image"], steps)
     truth, guess = (_reduced_mask(example[key], steps) for key in ("truth", "guess"))
     panels = as_rgb(image), paint_mask(truth, classes), paint_mask(guess, classes), error_overlay(image, truth, guess)
@@ -462,7 +475,7 @@ def segmentation_figure(
     examples: list,  # of `segmentation_examples`
     names: list,  # of the classes
 ):  # matplotlib Figure, as wide as a phone
-    "Images, ground truth, predictions and errors; an image a row."
+    "Images, ground truth, predictions and errors, one image in each row."
     from matplotlib.figure import Figure
 
     shapes = [example["truth"].shape for example in examples]
@@ -482,7 +495,7 @@ def segmentation_figure(
 
 # %% ../../nbs/5_tasks/07_segment.ipynb #f6b4ab2f
 def _outline(ax, tiles, steps):
-    "Outlines of tiles on an image that was reduced by (a, b)."
+    "Draws the outlines of tiles on an image that was reduced by blocks of (a, b) pixels."
     from matplotlib.patches import Rectangle
 
     a, b = steps

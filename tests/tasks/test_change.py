@@ -494,7 +494,7 @@ def test_another_task_is_an_error(places):
 
 
 def test_other_bands_and_wrong_masks_are_errors(random_backbone, places):
-    why = "fake: images have 3 bands, .*resnet18-13-64 was made for 13; take the same bands"
+    why = "fake: images have 3 bands, but .*resnet18-13-64 takes 13; use the same bands"
     with pytest.raises(CmidError, match=why):
         change(random_backbone(bands=13), places, QUICK, on=CPU, say=quiet)
     wrong = Memory(places.first, places.later, [places.masks[0], places.masks[1] + np.uint8(2)], train=[0], test=[1])

@@ -468,7 +468,7 @@ def test_bad_data_and_backbones_are_errors(scenes, resnet, random_backbone):
     unlabelled.labels = None
     with pytest.raises(CmidError, match="has no classes"):
         classify(resnet, unlabelled, QUICK, on=CPU, say=quiet)
-    with pytest.raises(CmidError, match="images have 3 bands, .*resnet18-13-32 was made for 13; take the same bands"):
+    with pytest.raises(CmidError, match="images have 3 bands, but .*resnet18-13-32 takes 13; use the same bands"):
         classify(random_backbone("resnet18", 13, 32), scenes, QUICK, on=CPU, say=quiet)
     with pytest.raises(FileNotFoundError, match="there is no backbone here"):
         classify("nowhere", scenes, QUICK, on=CPU, say=quiet)

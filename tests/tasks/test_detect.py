@@ -655,7 +655,7 @@ def test_splits_that_share_images_are_refused(models):
 
 
 def test_other_bands_than_those_of_the_backbone_are_refused(models):
-    message = "images have 3 bands, but .*random-resnet18-5 was made for 5; use the same bands"
+    message = "images have 3 bands, but .*random-resnet18-5 takes 5; use the same bands"
     with pytest.raises(CmidError, match=message):
         detect(models(bands=5), Bars(), QUICK, on=CPU, say=quiet)
 

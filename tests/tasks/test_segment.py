@@ -473,7 +473,7 @@ def for_change():
         (with_split("test", []), {}, "segment.test: split 'test' of fake is empty"),
         (for_change(), {}, "fake: its task is change, not segment"),
         (with_wrong_value(), {}, r"the mask of img/3.png holds 77, but classes are 0 to 2: .* cmid_stage labels"),
-        (squares(bands=4), {}, r"fake: images have 4 bands, \S+ was made for 3"),
+        (squares(bands=4), {}, r"fake: images have 4 bands, but \S+ takes 3"),
         (squares(), dict(crop=32, batch=1), "segment.batch: batch norm would see one crop of 32 px"),
         (squares(), dict(lr=1e30, epochs=3), "loss is not finite at step"),
     ],
