@@ -100,7 +100,7 @@ def _published_weights(path):
         if isinstance(held, dict) and isinstance(held.get(key), dict):
             held = held[key]
     if not isinstance(held, dict):
-        raise CmidError(f"{path}: holds no weights by name")
+        raise CmidError(f"{path}: holds no state dict (tensors by name)")
     return _without(PREFIX, held)
 
 

@@ -192,8 +192,7 @@ class Journal(Callback):
 
     def _stop(self, since, text):
         raise CmidError(
-            f"{text}; lower pretrain.lr or raise pretrain.batch, and look at the weights of the losses; "
-            f"{self._last_good(since)}"
+            f"{text}; lower pretrain.lr or raise pretrain.batch, and check pretrain.weights; {self._last_good(since)}"
         )
 
 # %% ../../nbs/4_train/09_journal.ipynb #4a456279

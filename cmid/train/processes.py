@@ -56,7 +56,7 @@ def process_device(
     if processes > torch.cuda.device_count():
         raise CmidError(
             f"params.yaml: pretrain.processes: {processes} processes need a GPU each, this machine has "
-            f"{torch.cuda.device_count()}; lower it (pretrain.accumulate makes micro-batches smaller)"
+            f"{torch.cuda.device_count()}; lower processes (and raise pretrain.accumulate, to compute the same batch with fewer GPUs)"
         )
     on = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(on)
@@ -172,7 +172,7 @@ def synchronise_batch_norm(
         if type(module) not in (nn.BatchNorm1d, nn.BatchNorm2d):
             raise CmidError(
                 f"params.yaml: pretrain.sync_batch_norm: a {type(module).__name__} cannot be synchronised; "
-                "set it to false"
+                "set sync_batch_norm to false"
             )
         module.__class__ = HostSyncBatchNorm if on.type == "cpu" else nn.SyncBatchNorm
         module.process_group = None
