@@ -56,7 +56,7 @@ def process_device(
     if processes > torch.cuda.device_count():
         raise CmidError(
             f"params.yaml: pretrain.processes: {processes} processes need a GPU each, this machine has "
-            f"{torch.cuda.device_count()}; lower processes (and raise pretrain.accumulate, to compute the same batch with fewer GPUs)"
+            f"{torch.cuda.device_count()}; lower it (a larger pretrain.accumulate keeps the batch)"
         )
     on = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(on)
