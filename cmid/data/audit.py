@@ -64,9 +64,10 @@ def overlap_findings(
     for first, second in combinations(splits, 2):
         shared = np.intersect1d(splits[first], splits[second])
         if len(shared) and _belong_together(first, second):
+            count = f"{len(shared):,} {'image' if len(shared) == 1 else 'images'}"
             raise CmidError(
-                f"lists {first} and {second} share {len(shared)} files: "
-                f"{names[shared[0]]!r} is in {first} and in {second}; remove it from one list"
+                f"lists {first} and {second} have {count} in common, the first is {names[shared[0]]!r}; "
+                "remove each from one list"
             )
         if len(shared):
             yield finding("overlap", "note", len(shared), f"files that are in {first} and in {second}")
@@ -197,7 +198,9 @@ def class_figure(
     from matplotlib.figure import Figure
 
     if not prepared.classes:
-        raise CmidError(f"{prepared.folder}: has no classes to count")
+        raise CmidError(
+            f"{prepared.folder}: has no classes, so images cannot be counted by class; prepare it with labels"
+        )
     histogram = prepared.manifest["histogram"]
     y = np.arange(len(prepared.classes))
     bar = 0.8 / len(histogram)

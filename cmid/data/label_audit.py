@@ -71,7 +71,7 @@ def _refuse_two_encodings(source, records):
     if pixels.get("1") and pixels.get("255"):
         raise CmidError(
             f"{source.key}: labels hold 0, 1 ({pixels['1']:,} px) and 255 ({pixels['255']:,} px); "
-            "changed is either 1 or 255: convert them, or name what each means under classes"
+            "changed pixels must be all 1 or all 255: convert them, or say under classes what each value means"
         )
 
 

@@ -55,7 +55,9 @@ def _check_classes(task: Task, classes, ignore, key):
         form = "a list of names" if by_name else "name: index or colour"
         raise CmidError(f"{key}.classes: must be {form} for {task.task} (got {classes!r})")
     if task.task == "change" and len(classes) != 2:
-        raise CmidError(f"{key}.classes: change has two, unchanged and changed (got {', '.join(classes)})")
+        raise CmidError(
+            f"{key}.classes: change needs exactly two classes, unchanged and changed (got {', '.join(classes)})"
+        )
     repeated = [o for o, n in Counter([*classes, *ignore]).items() if n > 1] if by_name else []
     if repeated:
         raise CmidError(f"{key}.classes: {repeated[0]!r} is listed twice, or under ignore too; list it once")

@@ -122,7 +122,7 @@ def list_lines(
     except OSError as error:
         raise CmidError(f"{path}: this list cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
-        raise CmidError(f"{path}: this list is not UTF-8 text; save it as such") from None
+        raise CmidError(f"{path}: this list is not UTF-8 text; save it as UTF-8") from None
 
 # %% ../../nbs/2_data/08_listing.ipynb #193dbfbd
 @dataclass
@@ -161,13 +161,15 @@ def read_lists(
 
 def _check_all_labelled(words, unlabelled):
     if words and unlabelled:
-        raise CmidError(f"{unlabelled}: this line has no label, but others have one")
+        raise CmidError(
+            f"{unlabelled}: this line has no label, but others have one; add its label, or remove all labels"
+        )
 
 
 def _set_label(found, file, word, where):
     number = found.words.setdefault(word, len(found.words))
     if found.labels[file] not in (-1, number):
-        raise CmidError(f"{where} has two labels, {list(found.words)[found.labels[file]]} and {word}")
+        raise CmidError(f"{where} has two labels, {list(found.words)[found.labels[file]]} and {word}; keep one")
     found.labels[file] = number
 
 
@@ -175,7 +177,9 @@ def _once(files, split, path, names, notes):
     "The files of a list, each once, where it is first named"
     if not files:
         first = next(list_lines(path), "it is empty")
-        raise CmidError(f"{path}: none of its lines names an image of the folder (first: {first})")
+        raise CmidError(
+            f"{path}: none of its lines names an image of the folder (first: {first}); write paths inside it"
+        )
     _, first = np.unique(files, return_index=True)
     for k in np.setdiff1d(np.arange(len(files)), first):
         tally(notes, f"repeated|{split}", names[files[k]])

@@ -41,7 +41,9 @@ def _table_rows(classes, ignore, where):
 def _check_rows(rows, values, where):
     "Refuse too many values, and a value with two meanings"
     if len(rows) >= UNKNOWN:
-        raise CmidError(f"{where}.classes: {len(rows)} values are more than the {UNKNOWN - 1} that can be told apart")
+        raise CmidError(
+            f"{where}.classes: classes and ignore have {len(rows)} values, at most {UNKNOWN - 1} are allowed; use fewer"
+        )
     for i, value in enumerate(values):
         if value in values[:i]:
             _, text, key = rows[i]

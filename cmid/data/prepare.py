@@ -416,7 +416,7 @@ def _numbers(bands, stretch):
         return numbers or None, [float(percentile) for percentile in stretch.split(",")]
     except ValueError:
         raise CmidError(
-            f"--bands and --stretch take numbers with commas between them, got {bands!r} and {stretch!r}"
+            f"--bands and --stretch take numbers separated by commas, got {bands!r} and {stretch!r}"
         ) from None
 
 # %% ../../nbs/2_data/14_prepare.ipynb #4096346f

@@ -137,7 +137,7 @@ class Encoder(nn.Module):
         "List of maps (B, C, H/stride, W/stride), finest first; raises `CmidError` where bands or sides do not fit"
         bands, H, W = images.shape[1:]
         if bands != self.in_chans:
-            raise CmidError(f"images have {bands} bands, {self.name} was built for {self.in_chans} (in_chans)")
+            raise CmidError(f"images have {bands} bands, but {self.name} was built for {self.in_chans} (in_chans)")
         if H % BLOCK or W % BLOCK:
             raise CmidError(f"images are {H} x {W} px: both sides must be multiples of {BLOCK}")
         return self.stages(images, masks)
@@ -191,7 +191,9 @@ def _check_stem(name, model):
         return
     patch = model.patch_embed.patch_size[0]
     if BLOCK % patch:
-        raise CmidError(f"backbone {name!r} has patches of {patch} px, which do not divide a block of {BLOCK} px")
+        raise CmidError(
+            f"backbone {name!r} has patches of {patch} px: a masked block of {BLOCK} px must be a multiple of that"
+        )
 
 # %% ../../nbs/3_method/03_backbones.ipynb #5ac76ddd
 def _describe(model):

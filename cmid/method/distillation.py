@@ -30,7 +30,7 @@ def match_cells(
     "The K student cells nearest to a teacher cell, and that teacher cell. Raises `CmidError` if K is not in 1..N."
     cells = student_centres.shape[1]
     if not 1 <= matches <= cells:
-        raise CmidError(f"matches {matches}: give 1 to {cells}, the number of cells")
+        raise CmidError(f"matches is {matches}: it must be from 1 to {cells}, the number of cells")
     difference = student_centres.float()[:, :, None] - teacher_centres.float()[:, None]
     distance, nearest = difference.square().sum(-1).min(2)  # of equal distances, the first
     kept = distance.argsort(dim=1, stable=True)[:, :matches].sort(1).values

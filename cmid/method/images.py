@@ -21,7 +21,9 @@ def repeat_to(
     "Repeat each block of a mask over a finer grid; raises `CmidError` where the mask's grid does not divide it."
     (h, w), (H, W) = masks.shape[-2:], size
     if H % h or W % w:
-        raise CmidError(f"a mask of {h} x {w} blocks does not divide a map of {H} x {W}")
+        raise CmidError(
+            f"a mask of {h} x {w} blocks does not divide a map of {H} x {W}: its sides must be multiples of the mask's"
+        )
     return masks.repeat_interleave(H // h, -2).repeat_interleave(W // w, -1)
 
 # %% ../../nbs/3_method/00_images.ipynb #a729d49b

@@ -21,7 +21,7 @@ def grid_of(
     "Rows and columns of blocks; raises `CmidError` where a side is not a multiple of the block."
     h, w = (side, side) if isinstance(side, int) else side
     if h % block or w % block or min(h, w) < block:
-        raise CmidError(f"side {h} x {w} px: must be a multiple of {block}")
+        raise CmidError(f"images are {h} x {w} px: each side must be a multiple of {block}")
     return h // block, w // block
 
 # %% ../../nbs/3_method/01_masking.ipynb #9153289a

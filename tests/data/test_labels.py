@@ -208,7 +208,7 @@ CHANGE = [
     (
         nothing,
         dict(classes=dict(a=0, b=1, c=2)),
-        ["tasks.x.classes: change has two, unchanged and changed (got a, b, c)"],
+        ["tasks.x.classes: change needs exactly two classes, unchanged and changed (got a, b, c)"],
     ),
     (
         georeferenced_pair((0, 0), (3, 0)),
