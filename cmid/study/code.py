@@ -124,7 +124,9 @@ def _module_file(package, name, where):
         if file.is_file():
             return file
     if "." not in name and not name.startswith("__"):
-        raise CmidError(f"{where}: imports {name} from cmid; import it from its module, for the digest to count it")
+        raise CmidError(
+            f"{where}: imports {name} from cmid; import it from its module, so that the digest can follow it"
+        )
 
 # %% ../../nbs/7_study/00_code.ipynb #bcefadfb
 def reach(

@@ -436,7 +436,9 @@ def example_results(
     "Made-up results for every run of a study, to try a report with; raises `CmidError` where there are results."
     results = Path(root) / "results"
     if any(results.rglob("*.json")):
-        raise CmidError(f"{results}: there are results already, which examples would replace")
+        raise CmidError(
+            f"{results}: there are results already, which the examples would replace; give a folder without results"
+        )
     run = Params(root).run.model_dump()
     for stage, identities in runs(root).items():
         for identity in identities:

@@ -54,10 +54,14 @@ def shown_output(
     "One output as Markdown. Raises `CmidError` for an error, or a picture without name or text."
     data = output.get("data", {})
     if output.output_type == "error":
-        raise CmidError(f"nbs: a cell of the page ended with {output.ename}; run make notebooks")
+        raise CmidError(
+            f"nbs: a cell of the notebook to render ended with {output.ename}; mend it and run make notebooks"
+        )
     if "image/png" in data:
         if not (told.get("label") and told.get("fig-alt")):
-            raise CmidError("nbs: a picture of the page needs a name and a text: #| label: ... and #| fig-alt: ...")
+            raise CmidError(
+                "nbs: a cell that draws a picture must name and describe it: #| label: ... and #| fig-alt: ..."
+            )
         path = f"images/{told['label']}.png"
         return f"![{told['fig-alt']}]({path})", {path: base64.b64decode(data["image/png"])}
     if "text/markdown" in data:
@@ -77,7 +81,9 @@ def shown_cell(
     code = "\n".join(line for line in cell.source.splitlines() if not line.startswith("#|")).strip()
     echo = told.get("echo") != "false"
     if not echo and not cell.outputs:
-        raise CmidError(f"nbs: a cell of the page is not executed ({code.splitlines()[0]}); run make notebooks")
+        raise CmidError(
+            f"nbs: a cell of the notebook to render was not executed ({code.splitlines()[0]}); run make notebooks"
+        )
     texts, pictures = [f"```python\n{code}\n```"] if echo else [], {}
     for output in cell.outputs:
         text, found = shown_output(output, told)

@@ -38,7 +38,7 @@ def known_parameters(
         stages = [o.stem for o in path.parent.glob("*.ipynb")]
         raise CmidError(f"{notebook}: no such stage{near(path.stem, stages)}") from None
     if not found:
-        raise CmidError(f"{notebook}: no cell is tagged 'parameters'")
+        raise CmidError(f"{notebook}: no cell is tagged 'parameters'; tag the one that sets them")
     return found
 
 # %% ../../nbs/7_study/04_runner.ipynb #8c2135dd

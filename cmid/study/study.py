@@ -244,8 +244,8 @@ def _targets(own, where):
     if "models" not in own:
         return named
     if not named:
-        remedy = "name the stages to run with them too (stages: [labels, segment])"
-        raise CmidError(f"{where}: models: names a study whose backbones are used; {remedy}")
+        remedy = "name them, such as stages: [labels, segment]"
+        raise CmidError(f"{where}: models: needs the stages that use the backbones of that study; {remedy}")
     return ["--single-item", "digest", *named]
 
 # %% ../../nbs/7_study/06_study.ipynb #ffa295df

@@ -121,7 +121,7 @@ def _train_in_processes(learn, n, say):
     learn.model.cpu()  # its GPU belongs to the first process
     launch(n, program + arguments, "cmid_pretrain", say, CMID_ROOT=folder)
     if not _finished(learn):
-        raise CmidError(f"{writer.folder}: the {n} processes wrote no last checkpoint; see the error above")
+        raise CmidError(f"{writer.folder}: the {n} processes ended without a last checkpoint; see the error above")
     learn.model.to(learn.cmid.on)
 
 

@@ -121,7 +121,7 @@ def choose_images(
     if len(order) < 4:
         raise CmidError(
             f"params.yaml: features.split: {split!r} of {prepared.folder} has {len(order)} images to embed; "
-            "name one with more"
+            "name a split with 4 or more"
         )
     return np.sort(index[order[_stratified(y[order], images)]])
 

@@ -30,6 +30,7 @@ def convert(*args):  # called as a console script calls it: from the body of a f
     return subprocess.run([sys.executable, str(path), *map(str, args[1:])], capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_killed_while_writing_the_old_one_stays(tmp_path):
     save(tmp_path / "epoch_1.ckpt", dict(w=torch.ones(3)), dict(parameters={}))
     code = """
@@ -105,45 +106,56 @@ def test_other_parameters_are_refused_by_name(tmp_path):
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize(
-    "name,size", [("resnet18", {}), (SWIN, dict(img_size=128)), ("vit_small_patch16_224", dict(img_size=128))]
-)
-def test_timm_loads_an_export_in_another_process(tmp_path, name, size):
-    torch.manual_seed(0)
-    e = create(name, in_chans=3, img_size=128).eval()
-    export_backbone(e, tmp_path / "b", FACTS | dict(provenance=provenance()))
-    x = torch.randn(1, 3, 128, 128)
+LOAD = """
+import sys, timm, torch
+for folder in sys.argv[1:]:
+    io = torch.load(folder + '/io.pt', weights_only=True)
+    file = folder + '/b/model.safetensors'
+    m = timm.create_model(io['name'], num_classes=0, checkpoint_path=file, **io['size']).eval()
     with torch.no_grad():
-        torch.save(dict(x=x, y=e.model(x)), tmp_path / "io.pt")
-    done = python(
-        """
-import sys, json, timm, torch
-folder, name, size = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-m = timm.create_model(name, num_classes=0, checkpoint_path=folder + '/b/model.safetensors', **size).eval()
-io = torch.load(folder + '/io.pt', weights_only=True)
-assert 'cmid' not in sys.modules
-with torch.no_grad(): assert torch.allclose(m(io['x']), io['y'], rtol=0, atol=1e-5*io['y'].abs().max().item())""",
-        tmp_path,
-        name,
-        json.dumps(size),
-    )
+        assert torch.allclose(m(io['x']), io['y'], rtol=0, atol=1e-5 * io['y'].abs().max().item()), io['name']
+assert 'cmid' not in sys.modules"""
+
+
+@pytest.mark.slow
+def test_timm_loads_exports_in_another_process(tmp_path):
+    side = dict(img_size=128)
+    sizes = {"resnet18": {}, SWIN: side, "vit_small_patch16_224": side}
+    for name, size in sizes.items():
+        torch.manual_seed(0)
+        encoder = create(name, in_chans=3, img_size=128).eval()
+        export_backbone(encoder, tmp_path / name / "b", FACTS | dict(provenance=provenance()))
+        x = torch.randn(1, 3, 128, 128)
+        with torch.no_grad():
+            y = encoder.model(x)
+        torch.save(dict(x=x, y=y, name=name, size=size), tmp_path / name / "io.pt")
+    done = python(LOAD, *(tmp_path / name for name in sizes))
     assert done.returncode == 0, done.stderr
 
 
-def test_exports_of_two_processes_are_the_same_bytes(tmp_path):
-    code = """
+EXPORT = """
 import sys, torch, json
 from cmid.method.backbones import create
 from cmid.train.checkpoint import export_backbone
 torch.manual_seed(0)
 extras = dict(b=torch.ones(2), a=torch.zeros(3))
 export_backbone(create('resnet18', img_size=64), sys.argv[1], json.loads(sys.argv[2]), extras=extras)"""
-    for f in "ab":
-        assert python(code, tmp_path / f, json.dumps(FACTS | dict(provenance={}))).returncode == 0
-    for p in (tmp_path / "a").iterdir():
-        assert p.read_bytes() == (tmp_path / "b" / p.name).read_bytes(), p.name
 
 
+@pytest.mark.slow
+def test_exports_of_two_processes_are_the_same_bytes(tmp_path):
+    facts = FACTS | dict(provenance={})
+    assert python(EXPORT, tmp_path / "there", json.dumps(facts)).returncode == 0
+    torch.manual_seed(0)
+    extras = dict(a=torch.zeros(3), b=torch.ones(2))
+    export_backbone(create("resnet18", img_size=64), tmp_path / "here", facts, extras=extras)
+    files = sorted((tmp_path / "there").iterdir())
+    assert files
+    for path in files:
+        assert path.read_bytes() == (tmp_path / "here" / path.name).read_bytes(), path.name
+
+
+@pytest.mark.slow
 def test_converts_both_ways_on_the_command_line(tmp_path):
     e = create(SWIN)
     torch.nn.init.normal_(e.mask_token)

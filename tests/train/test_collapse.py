@@ -90,6 +90,7 @@ def test_no_centre(scenes):
         train(scenes, (0.0, 0.0, 1.0), centre_momentum=1.0, **FAST)
 
 
+@pytest.mark.slow
 def test_huge_learning_rate(scenes):
     text = r"^collapsed: (student|teacher) feature std [\d.e-]+ since epoch 1 \(healthy: about 0\.044\)"
     with pytest.raises(CmidError, match=text):

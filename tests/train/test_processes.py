@@ -226,6 +226,7 @@ def train_in_micro_batches(n):
     return run_pretraining(double_learner(settings, VIT, None, RowsOfBatch))
 
 
+@pytest.mark.slow
 def test_micro_batches_add_up():
     "A batch in four micro-batches is the batch: losses, gradients, queue."
     one, four = train_in_micro_batches(1), train_in_micro_batches(4)
