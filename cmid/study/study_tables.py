@@ -157,7 +157,8 @@ def pretraining_overlap(
     findings = _result(root, "prepare", dataset).metrics["findings"]
     both = scored if split == test else shared_files(findings, split, test)
     seen = f"{both:,}" if both else "none"
-    return f"Pretraining saw the {n:,} images of `{split}` without labels, {seen} of the {scored:,} scored ones (`{test}`)."
+    among = f"{seen} of the {scored:,} scored ones (`{test}`) among them"
+    return f"Pretraining saw the {n:,} images of `{split}`, {among}, without labels."
 
 # %% ../../nbs/7_study/17_study_tables.ipynb #9ce1c9f0
 def pretraining_sentence(
