@@ -124,9 +124,7 @@ def _module_file(package, name, where):
         if file.is_file():
             return file
     if "." not in name and not name.startswith("__"):
-        raise CmidError(
-            f"{where}: imports {name} from cmid; import it from its module, so that the digest can follow it"
-        )
+        raise CmidError(f"{where}: imports {name} from cmid; import it from its module, which the digest can follow")
 
 # %% ../../nbs/7_study/00_code.ipynb #bcefadfb
 def reach(
