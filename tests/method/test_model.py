@@ -65,3 +65,18 @@ def test_norms_of_the_first_keys(fidelity, norm):
     "The release's keys had the norm sqrt(dim / size); here it is 1."
     model = CMID("resnet18", img_size=64, fidelity=fidelity, **SMALL | dict(queue=4096))
     assert model.queue.keys.norm(dim=0).mean().item() == pytest.approx(norm, rel=0.02)
+
+
+def test_keys_wait_for_the_end_of_a_step_view_b_first():
+    "Of two micro-batches: the keys of all second views, then those of all first views."
+    torch.manual_seed(0)
+    model = CMID("resnet18", img_size=64, **SMALL)
+    views = TwoViews([0.4] * 3, [0.2] * 3)
+    before = model.queue.keys.clone()
+    for i in range(2):
+        model(views(torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8), step_generator(0, i)), 0.04)
+    assert torch.equal(model.queue.keys, before)
+    (first_b, first_a), (second_b, second_a) = model.keys
+    model.enqueue()
+    assert torch.equal(model.queue.keys[:, :8].T, torch.cat([first_b, second_b, first_a, second_a]))
+    assert model.keys == []
