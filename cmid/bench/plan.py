@@ -105,7 +105,7 @@ def _rate_source(measured):
 
 
 def plan_table(
-    planned: dict,  # of `plan`
+    planned: dict,  # of `plan_pretraining`
 ) -> str:
     "A plan as lines for people."
     p, devices = planned, planned["devices"]

@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -128,11 +129,11 @@ def grid(
     names = R50, SWIN, "resnet18", "vit_small_patch16_224"
     ways = (False, True) if compiler else (False,)
     if on == "cpu":
-        pairs = [(name, way) for name in names for way in ways]
+        pairs = product(names, ways)
         common = dict(batch=16, steps=3, precision="float32")
         return [dict(backbone=name, compile=way, disk=not way, **common) for name, way in pairs]
     common = dict(steps=10, precision="bfloat16")
-    triples = [(name, batch, way) for name in names for batch in (64, 256) for way in ways]
+    triples = product(names, (64, 256), ways)
     rows = [dict(backbone=n, batch=batch, compile=way, disk=batch == 256, **common) for n, batch, way in triples]
     return [*rows, dict(backbone=R50, batch=256, steps=10, precision="float32", compile=False, disk=False)]
 

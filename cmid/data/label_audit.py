@@ -6,7 +6,7 @@
 __all__ = ['MAX_VALUES', 'refuse_labels', 'labelled_findings']
 
 # %% ../../nbs/2_data/27_label_audit.ipynb #4b2cfe9b
-from itertools import combinations
+from itertools import chain, combinations
 
 from ..base.errors import CmidError
 from .audit import finding
@@ -176,7 +176,7 @@ def _image_findings(names, records):
     text = "pixels of JPEG labels that are neither 0 nor 255, taken as the nearer of the two"
     yield from _named_finding("lossy", "warning", text, inexact, sum(r.inexact for r in records))
 
-    for note in sorted({o for r in records for o in r.notes}):
+    for note in sorted(set(chain.from_iterable(record.notes for record in records))):
         noted = [n for n, r in zip(names, records) if note in r.notes]
         yield finding("note", "warning" if "turned" in note else "note", len(noted), f"images {note}", noted)
 

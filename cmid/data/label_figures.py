@@ -6,6 +6,8 @@
 __all__ = ['items_figure', 'classes_figure', 'labels_metrics']
 
 # %% ../../nbs/2_data/29_label_figures.ipynb #d8bac00d
+from itertools import chain
+
 import numpy as np
 
 from ..base.figures import COLOURS
@@ -65,7 +67,7 @@ _PANELS = dict(
 # %% ../../nbs/2_data/29_label_figures.ipynb #637b04c6
 def _spread_items(labelled, n):
     "Items spread evenly over those with labels"
-    unlabelled = {int(i) for k in labelled.manifest["unlabelled"] for i in labelled.splits[k]}
+    unlabelled = {int(i) for i in chain.from_iterable(labelled.splits[k] for k in labelled.manifest["unlabelled"])}
     rest = [i for i in range(len(labelled)) if i not in unlabelled]
     return [rest[i] for i in np.unique(np.linspace(0, len(rest) - 1, min(n, len(rest))).astype(int))]
 

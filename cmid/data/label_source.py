@@ -8,6 +8,7 @@ __all__ = ['LabelSource', 'find_source', 'join_first', 'list_items']
 # %% ../../nbs/2_data/25_label_source.ipynb #d3ff7759
 from collections import Counter
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from ..base.errors import CmidError, near
@@ -159,14 +160,16 @@ def _unlabelled_splits(source, items, splits):
 
 def _check_complete(source, items, splits, unlabelled):
     "Refuse items that lack a file"
-    label = source.roles[-1]
-    free = {i for k in unlabelled for i in splits[k]}
-    missing = []
+    free = set(chain.from_iterable(splits[split] for split in unlabelled))
+    missing, lacking = [], set()
     for i, item in enumerate(items):
         roles = source.roles[1:-1] if i in free else source.roles[1:]
-        missing += [f"{item[source.roles[0]]} has no {role}" for role in roles if item[role] is None]
+        absent = [role for role in roles if item[role] is None]
+        missing += [f"{item[source.roles[0]]} has no {role}" for role in absent]
+        lacking.update(absent)
     if missing:
-        add = "an empty text file where there is no object" if source.task == "detect" else f"the {label} file"
+        files = " and ".join(role for role in source.roles if role in lacking)
+        add = "an empty text file where there is no object" if source.task == "detect" else f"the {files} file"
         raise CmidError(
             f"{source.folder}: {join_first(missing)}; add {add}, remove the image from tasks.{source.name}.splits, "
             f"or correct tasks.{source.name}.parts"
@@ -179,7 +182,7 @@ def list_items(
     "Find the files of all items. Raises `CmidError` naming items that are incomplete."
     image_folders = list(dict.fromkeys(o[0] for o in source.layouts))
     images = split_files(source.folder, source.splits, image_folders, f"{source.key}.splits")
-    names = sorted({o for v in images.values() for o in v})
+    names = sorted(set(chain.from_iterable(images.values())))
     items = pair_files(source.folder, names, source.roles, source.layouts, source.tails)
     number = {o: i for i, o in enumerate(names)}
     splits = {k: [number[o] for o in v] for k, v in images.items()}

@@ -14,6 +14,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -188,11 +189,11 @@ def _training_items(splits):
 
 def _read_headers(source, items, splits):
     "Headers of the (first) image of each item, and the format in which pixels are read and stretched"
-    files = [item[role] for role in source.dates for item in items]
+    files = [item[role] for role, item in product(source.dates, items)]
     paths = [source.folder / file for file in files]
     headers = list(_map_in_threads(read_header, paths, 2, "headers"))
     training_items = [items[i] for i in _training_items(splits)]
-    training = {item[role] for role in source.dates for item in training_items}  # files
+    training = {item[role] for role, item in product(source.dates, training_items)}  # files
     pixels = choose_pixels(source, files, headers, training)
     first, second = headers[: len(items)], headers[len(items) :]  # of both dates
     _check_places(source, items, first, second)

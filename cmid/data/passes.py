@@ -20,7 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 
 from tqdm import tqdm
 
@@ -151,7 +151,7 @@ def remove_files(
     patterns,  # of file names
 ):
     "Remove the files that match one of the patterns, and nothing else."
-    for path in [path for pattern in patterns for path in folder.glob(pattern)]:
+    for path in list(chain.from_iterable(folder.glob(pattern) for pattern in patterns)):
         path.unlink(missing_ok=True)
 
 

@@ -46,6 +46,7 @@ def _check_run(workers, lists):
             split and not set(split) & set("/\\.,= "),
             f"lists: {split!r} is not a valid split name: leave out '/', '\\', '.', ',', '=' and blanks",
         )
+        require(split != "all", "lists: 'all' is not a valid split name: it stands for all images; take another")
 
 
 def _check_folders(folder, out):

@@ -8,6 +8,7 @@ __all__ = ['sample_pixels', 'stretch_limits', 'exact_sums', 'moments']
 # %% ../../nbs/2_data/10_statistics.ipynb #88576fca
 import os
 from contextlib import closing
+from itertools import product
 
 import numpy as np
 
@@ -30,11 +31,8 @@ def sample_pixels(
     try:
         with quiet_decoders(), closing(open_image(path)) as image:
             height, width = min(image.height, _WINDOW), min(image.width, _WINDOW)
-            windows = [
-                (top, left, height, width)
-                for top in _starts(image.height, height)
-                for left in _starts(image.width, width)
-            ]
+            corners = product(_starts(image.height, height), _starts(image.width, width))
+            windows = [(top, left, height, width) for top, left in corners]
             step = max(1, height * width * len(windows) // count)
             return np.concatenate([_every(step, *image.read(window, bands)) for window in windows], 1)
     except Exception:

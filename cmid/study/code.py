@@ -10,6 +10,7 @@ import ast
 import functools
 import hashlib
 import json
+from itertools import chain
 from pathlib import Path
 
 from ..base.errors import CmidError
@@ -76,14 +77,22 @@ def imported(
     package: str = "cmid",  # where relative imports start
 ) -> set:  # dotted names below `cmid`
     "Modules of `cmid`, and names in them, that code imports absolutely or relatively."
-    found = set()
+    found, itself = set(), set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {o.name for o in node.names}
+            itself |= {o.asname or o.name for o in node.names if o.name == "cmid"}
         elif isinstance(node, ast.ImportFrom):
             module = _absolute(node, package)
             found |= {module} | {f"{module}.{o.name}" for o in node.names}
+    found |= _attributes(tree, itself)
     return {o.removeprefix("cmid.") for o in found if o.startswith("cmid.")}
+
+
+def _attributes(tree, itself):
+    "Names that code takes from the package itself: `import cmid` and then `cmid.load_backbone`"
+    nodes = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute))
+    return {f"cmid.{node.attr}" for node in nodes if isinstance(node.value, ast.Name) and node.value.id in itself}
 
 # %% ../../nbs/7_study/00_code.ipynb #d539bf83
 UNCOUNTED = {"study.code", "study.smoke", "study.examples"}  # modules that change no number of a real study
@@ -153,7 +162,7 @@ def reach(
 def _template_hashes(modules, package):
     "Hashes of the files that modules load, by path below the package"
     folders = [Path(package) / TEMPLATES[o] for o in modules if o in TEMPLATES]
-    files = [o for folder in folders for o in folder.rglob("*") if o.is_file()]
+    files = [o for o in chain.from_iterable(folder.rglob("*") for folder in folders) if o.is_file()]
     return {o.relative_to(package).as_posix(): _hash(o.read_bytes()) for o in files}
 
 

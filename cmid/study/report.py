@@ -78,7 +78,9 @@ def _sections(root):
     "Sections that have something to show, or a run that is missing"
     missing, sections = missing_runs(root), []
     for title, stages, section in REPORT_SECTIONS:
-        due = [f"{stage} {name}" for stage in stages for name in missing[stage]]
+        due = []
+        for stage in stages:
+            due += [f"{stage} {name}" for name in missing[stage]]
         body = _body(section, root)
         if body or due:
             sections.append(dict(id=title.lower().replace(" ", "-"), title=title, body=body, missing=due))

@@ -9,6 +9,7 @@ __all__ = ['TASK_SCORES', 'file_stamp', 'params_of', 'runs', 'Result', 'read_jso
 # %% ../../nbs/7_study/07_results.ipynb #e8002b08
 import functools
 import json
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,7 +49,7 @@ def _alone(names):
 
 
 def _pairs(datasets, inits):
-    return [(dataset, init) for dataset in datasets for init in inits]
+    return list(product(datasets, inits))
 
 
 def runs(

@@ -12,6 +12,7 @@ import re
 import shutil
 import tempfile
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from pathlib import Path
 
 import yaml
@@ -59,8 +60,9 @@ def _pivot(
     if not rows:
         return ""
     inits = dict.fromkeys(row["init"] for _, row in rows)
-    pairs = dict.fromkeys((row["init"], against["baseline"]) for _, row in rows for against in row["against"])
-    lines = {}
+    pairs, lines = {}, {}
+    for _, row in rows:
+        pairs.update({(row["init"], against["baseline"]): None for against in row["against"]})
     for cells, row in rows:
         lines.setdefault(cells, {})[row["init"]] = row
     columns = (*head, *inits, *(f"{init} minus {baseline}" for init, baseline in pairs))
@@ -229,7 +231,7 @@ def task_table(
     root,  # a study's
 ) -> str:  # Markdown, or nothing
     "mIoU, F1 and mAP after fine-tuning."
-    rows = [row for stage in TASK_WORDS for row in task_rows(root, stage)]
+    rows = list(chain.from_iterable(task_rows(root, stage) for stage in TASK_WORDS))
     return comparison_table("fine-tuned", [(_task_words(row), row) for row in rows])
 
 # %% ../../nbs/7_study/17_study_tables.ipynb #79da71ed
@@ -279,7 +281,9 @@ def _single_parts(root, study, own):
             parts += _accuracy_parts(folder, dataset)
         parts += [table for table in (task_table(folder), mean_table(folder)) if table]
         missing = missing_runs(folder)
-        absent = [f"{stage} {run}" for stage in own.get("stages", STAGES_DUE) for run in missing.get(stage, ())]
+        absent = []
+        for stage in own.get("stages", STAGES_DUE):
+            absent += [f"{stage} {run}" for run in missing.get(stage, ())]
     return [*parts, f"Not run yet: {', '.join(absent)}."] if absent else parts
 
 

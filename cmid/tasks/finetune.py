@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['is_resnet', 'resolved', 'half_cosine', 'linear_decay', 'step_decay', 'learning_rate_at', 'ShuffledBatches',
-           'temporary_seed', 'normalised', 'Autocast', 'FineTuneCallback', 'task_learner', 'fit', 'train_dense',
+           'temporary_seed', 'normalised', 'DeviceAutocast', 'FineTuneCallback', 'task_learner', 'fit', 'train_dense',
            'training_curves_figure', 'ratio_or_none', 'class_table', 'check_bands', 'largest_image']
 
 # %% ../../nbs/5_tasks/04_finetune.ipynb #f8faadde
@@ -145,7 +145,7 @@ def normalised(
     return (images.float() / 255 - _per_band(mean, images.device)) / _per_band(std, images.device)
 
 
-class Autocast(MixedPrecision):
+class DeviceAutocast(MixedPrecision):
     "fastai's mixed precision on any device, not only on a GPU."
 
     def __init__(self, dtype, on):
@@ -287,7 +287,7 @@ def _sum_of_losses(losses, _):
 def _precision_and_clipping(settings, dtype, on):
     "Callbacks for mixed precision and for clipped gradients, where the settings ask for them."
     clip = getattr(settings, "clip", None)
-    mixed = [Autocast(dtype, on)] if dtype != torch.float32 else []
+    mixed = [DeviceAutocast(dtype, on)] if dtype != torch.float32 else []
     return mixed + ([GradientClip(clip)] if clip else [])
 
 

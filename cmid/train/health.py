@@ -301,7 +301,7 @@ def alarms(
     collapses = [
         *_spread_collapses(epochs, limits, channels, projected),
         *_rank_collapses(epochs, limits),
-        *_prototype_collapse(warm, limits, math.log(prototypes)),
+        *_prototype_collapse(epochs, limits, math.log(prototypes)),
     ]
     collapse = collapses[0] if collapses and limits.collapse else None  # health.collapse: 0 switches it off
     return collapse, _idle_branches(warm, limits, prototypes)

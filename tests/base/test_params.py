@@ -1,5 +1,6 @@
 "Contracts of params.yaml with the schemas: the same keys, a comment behind each, and nothing heavy to read them."
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,14 @@ def test_every_key_has_a_comment(name):
 def test_every_key_is_in_the_table(name):
     rows = key_table(name).splitlines()[2:]
     assert [row.split("`")[1] for row in rows] == list(schema(name).model_fields)
+
+
+@pytest.mark.parametrize("name", [*SECTIONS, *GROUPS])
+def test_the_page_of_a_section_shows_its_table(name):
+    (path,) = (ROOT / "nbs/1_settings").glob(f"[0-9][0-9]_{name}.ipynb")
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    shown = ["".join(o.get("data", {}).get("text/markdown", "")) for c in cells for o in c.get("outputs", [])]
+    assert key_table(name) in shown, "run make notebooks"
 
 
 def test_lines_fit_the_page():

@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 
 ROOT = Path(__file__).parents[2]
-EXPORT = re.compile(r"^#\|\s*exporti?\b", re.M)
+EXPORT = re.compile(r"^#\|\s*export(s|i)?\b", re.M)
 LAYERS = "base", "settings", "data", "method", "train", "tasks", "viz", "study", "bench"
 
 

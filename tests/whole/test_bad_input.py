@@ -826,7 +826,7 @@ MODELS = [
         "card of a newer version",
         "card.json",
         json_with(format=9),
-        "card.json: was written by a newer cmid (format 9): upgrade cmid",
+        "card.json: was written by a newer cmid (format 9); upgrade cmid",
     ),
     model_case("card with an unknown key", "card.json", json_with(colour=1), "card.json: colour: "),
     model_case("card with text for a number", "card.json", json_with(in_chans="3"), "card.json: in_chans: "),
@@ -969,7 +969,7 @@ CHECKPOINTS = [
         "checkpoint: not one can be read",
         lambda d: (d / "ckpt").mkdir() or (d / "ckpt/epoch-1.ckpt").write_bytes(b"x"),
         lambda d: latest(d / "ckpt"),
-        ["ckpt: none of its 1 checkpoints can be read: delete them to start over"],
+        ["ckpt: none of its 1 checkpoints can be read; delete them to start again"],
     ),
     Case(
         "convert: no file",

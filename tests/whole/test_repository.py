@@ -174,6 +174,9 @@ def test_library_is_executed(path):
         assert not [x for x in o["outputs"] if x["output_type"] == "error"], source
         assert not [x for x in o["outputs"] if re.search(r"\w+Warning: |site-packages", said(x))], f"warns:\n{source}"
         assert o["outputs"] or not shows(source), f"run make notebooks: nothing stands below\n{source}"
+        for output in o["outputs"]:
+            drawn = any(kind.startswith("image/") for kind in output.get("data", {}))
+            assert drawn or "<Figure size" not in said(output), f"add %matplotlib inline: no picture is shown\n{source}"
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=stem)
