@@ -76,6 +76,25 @@ def test_nobody_imports_a_private_name(name):
     assert not private
 
 
+@pytest.mark.parametrize("name", [*MODULES, *STAGES])
+def test_nobody_reads_a_private_name_of_a_module(name):
+    tree = ast.parse(MODULES.get(name) or STAGES[name])
+    modules = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cmid")
+        for alias in node.names
+        if f"{node.module}.{alias.name}".removeprefix("cmid.") in MODULES
+    }
+    read = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr.startswith("_")]
+    assert not [node.attr for node in read if isinstance(node.value, ast.Name) and node.value.id in modules]
+
+
+def test_modules_are_loaded_by_name_in_two_places_only():
+    "`base.params` loads a section's schema when it is asked for, `study.readme` a command to read its help."
+    assert {name for name in MODULES if "import_module" in MODULES[name]} == {"base.params", "study.readme"}
+
+
 def public_names(source):
     "Functions and classes that a module defines, without an underscore."
     kinds = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef
