@@ -174,7 +174,7 @@ SEGMENT = [
         ["tasks.x.classes.water: 1 is already under tasks.x.classes.land"],
     ),
     (nothing, dict(ignore=[1]), ["tasks.x.ignore: 1 is already under tasks.x.classes.land"]),
-    (nothing, dict(classes=MANY_CLASSES, ignore=[]), ["300 values are more than the 253"]),
+    (nothing, dict(classes=MANY_CLASSES, ignore=[]), ["have 300 values, at most 253 are allowed"]),
     (put("train.txt", "train0\n\ntrain7.png\n"), BY_LIST, ["train.txt:3: no image 'train7.png' below"]),
     (put("train.txt", "../../etc/passwd\n"), BY_LIST, ["train.txt:1: no image '../../etc/passwd' below"]),
     (put("train.txt", b"\xff\xfe"), BY_LIST, ["train.txt: is not UTF-8 text"]),

@@ -144,7 +144,7 @@ def start(forks, folder, *args):
     begun = forks.Event()
     process = forks.Process(target=train, args=(str(folder), begun, *args))
     process.start()
-    begun.wait()
+    assert begun.wait(300), "the training did not begin"
     return process
 
 
