@@ -223,10 +223,10 @@ def test_pairs_without_labels_have_no_gradient(difference_net):
         ("resnet18", 1, 32, 2),
         ("swin_tiny_patch4_window7_224", 13, 64, 2),
         ("vit_tiny_patch16_224", 13, 64, 4),
-        pytest.param("resnet18", 3, 256, 3, marks=pytest.mark.long),
-        pytest.param("resnet18", 13, 64, 4, marks=pytest.mark.long),
-        pytest.param("swin_tiny_patch4_window7_224", 3, 224, 2, marks=pytest.mark.long),
-        pytest.param("vit_tiny_patch16_224", 3, 224, 2, marks=pytest.mark.long),
+        ("resnet18", 3, 256, 3),
+        ("resnet18", 13, 64, 4),
+        ("swin_tiny_patch4_window7_224", 3, 224, 2),
+        ("vit_tiny_patch16_224", 3, 224, 2),
     ],
 )
 def test_any_bands_backbone_and_batch(random_backbone, name, bands, side, n):
@@ -241,7 +241,7 @@ def test_any_bands_backbone_and_batch(random_backbone, name, bands, side, n):
     assert all(np.isfinite(run[0]["loss"]) for run in epochs.values())
 
 
-@pytest.mark.parametrize("size", [(150, 143), (33, 70), (20, 150), pytest.param((250, 243), marks=pytest.mark.long)])
+@pytest.mark.parametrize("size", [(150, 143), (33, 70), (20, 150), (250, 243)])
 def test_any_size(random_backbone, size):
     "Sides that are not multiples of 32, smaller and larger than the crop."
     data = noise(3, 3, size)

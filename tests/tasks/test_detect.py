@@ -85,8 +85,11 @@ class Bars:
         self.bands, self.classes, self.sizes = bands, ["red", "green"], np.array(sizes)
         self.names = [f"{i}.png" for i in range(n)]
         self.splits = dict(train=np.arange(n), test=np.arange(n), none=np.array([n - 1]))
-        self.boxes = [self._boxes(rng, h, w, each * (i < n - 1)) for i, (h, w) in enumerate(sizes)]
-        self.images = [self._image(rng, boxes.numpy(), h, w) for boxes, (h, w) in zip(self.boxes, sizes)]
+        self.boxes, self.images = [], []
+        for i, (h, w) in enumerate(sizes):
+            noise = rng.normal(110, 12, (bands, h, w))
+            self.boxes.append(self._boxes(rng, h, w, each * (i < n - 1)))
+            self.images.append(self._image(noise, self.boxes[-1].numpy()))
 
     def _boxes(self, rng, h, w, n):
         "Up to n boxes that do not overlap"
@@ -99,9 +102,9 @@ class Bars:
                 boxes = torch.cat([boxes, box])
         return boxes
 
-    def _image(self, rng, boxes, h, w):
-        image = rng.normal(110, 12, (self.bands, h, w))
-        y, x = np.mgrid[:h, :w] + 0.5
+    def _image(self, noise, boxes):
+        image = noise.copy()
+        y, x = np.mgrid[: image.shape[1], : image.shape[2]] + 0.5
         for k, (cx, cy, width, height, angle) in enumerate(boxes):
             along = (x - cx) * np.cos(angle) + (y - cy) * np.sin(angle)
             across = (y - cy) * np.cos(angle) - (x - cx) * np.sin(angle)
@@ -572,7 +575,7 @@ def test_figures_of_a_run(run):
     scene.canvas.draw()
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_bars_are_learnt_by_heart(models):
     "Bars of two classes at any angle: every one is found, once, and nothing else is."
     data = Bars()

@@ -180,8 +180,8 @@ def test_the_decoder_leaves_its_inputs_as_they_are():
         ("resnet18", 13),
         (NETWORKS[1], 13),
         (NETWORKS[2], 1),
-        pytest.param(NETWORKS[1], 1, marks=pytest.mark.long),
-        pytest.param(NETWORKS[2], 13, marks=pytest.mark.long),
+        (NETWORKS[1], 1),
+        (NETWORKS[2], 13),
     ],
 )
 def test_a_batch_may_have_one_image(name, bands):
