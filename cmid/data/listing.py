@@ -150,10 +150,9 @@ def read_lists(
                 tally(found.notes, f"missing|{split}", line)
                 continue
             files.append(file)
-            if word is None:
-                unlabelled = unlabelled or f"{path}: {line}"
-            else:
+            if word is not None:
                 _set_label(found, file, word, f"{path}: {names[file]}")
+            unlabelled = unlabelled or (f"{path}: {line}" if word is None else None)
         found.files[split] = _once(files, split, path, names, found.notes)
     _check_all_labelled(found.words, unlabelled)
     return found

@@ -72,7 +72,7 @@ def _draw_losses(ax):
 LOSSES = (  # height in the picture, head, loss, colour
     (0.85, "pixel decoder", "reconstruction\nof masked pixels", "#fce5cd"),
     (2.45, "projector", "global contrast\nwith a queue of keys", "#fff2cc"),
-    (4.05, "prototype head\nat matched cells", "local distillation\nplace by place", "#ead1dc"),
+    (4.05, "prototype head\nat matched cells", "local distillation\ncell by cell", "#ead1dc"),
 )
 
 # %% ../../nbs/6_viz/05_diagram.ipynb #e28adff8
