@@ -181,6 +181,13 @@ def _copy_models(project, work, other, inits):
         shutil.copytree(models / init, work / "models" / init)
 
 # %% ../../nbs/7_study/06_study.ipynb #43fe181b
+def _score_files(made):
+    "JSON files of a run without its curves; none where nothing was scored"
+    files = [o.relative_to(made) for o in sorted(made.rglob("*.json"))]
+    files = [o for o in files if "curves" not in o.parts]
+    return files if any(o.name == "metrics.json" for o in files) else []
+
+
 def bring_back(
     work,  # the clone
     study,  # studies/<name>, or a folder in it for one seed
@@ -190,9 +197,8 @@ def bring_back(
     now, new, old = (Path(study) / o for o in ("results", ".results.part", ".results.replaced"))
     if old.exists() and not now.exists():
         old.rename(now)  # an earlier call was stopped between its two renames
-    files = [o.relative_to(made) for o in sorted(made.rglob("*.json"))]
-    files = [o for o in files if "curves" not in o.parts]
-    if not any(o.name == "metrics.json" for o in files):
+    files = _score_files(made)
+    if not files:
         return
     _remove(new)
     _remove(old)

@@ -181,7 +181,7 @@ def pretraining_sentence(
 def study_command(
     study,  # studies/<name>
 ) -> str:
-    "The command that repeats a study; folders of images are placeholders."
+    "The command that repeats a study; replace the folders of images by your own."
     own = load_yaml(Path(study) / "params.yaml")
     lines = [f"cmid_study studies/{Path(study).name}"]
     for group in ("datasets", "tasks"):
