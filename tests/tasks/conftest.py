@@ -5,21 +5,12 @@ import torch
 
 from cmid.method import backbones
 from cmid.train.checkpoint import export_backbone
+from tests.tools.cards import random_card
 
 
 def _export(folder, name, bands, side):
     torch.manual_seed(0)
-    card = dict(
-        mean=[0.45] * bands,
-        std=[0.2] * bands,
-        bands=[f"b{i}" for i in range(bands)],
-        method="random",
-        parameters={},
-        data_hash=None,
-        data_licence=None,
-        provenance={},
-        health={},
-    )
+    card = random_card([f"b{i}" for i in range(bands)], mean=0.45)
     return export_backbone(backbones.create(name, bands, side), folder, card)
 
 

@@ -36,17 +36,10 @@ from cmid.tasks.change import (
     score_change_heads,
 )
 from cmid.tasks.finetune import resolved
+from tests.tools.runs import changed, quiet
 
 CPU = torch.device("cpu")
 PAPER = Params(profile="paper").change
-
-
-def changed(settings, **values):
-    return settings.model_copy(update=values)
-
-
-def quiet(line):
-    pass
 
 
 QUICK = changed(PAPER, epochs=1, batch=2, crop=64, optimiser="adamw", lr=1e-3, weight_decay=0.01, precision="float32")

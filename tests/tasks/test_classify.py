@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from timm.data import Mixup
 from torch import nn
 
@@ -13,7 +12,6 @@ from cmid.base.errors import CmidError
 from cmid.base.params import Params
 from cmid.base.runtime import step_generator
 from cmid.base.scores import wilson
-from cmid.data.prepare import prepare
 from cmid.method import backbones
 from cmid.method.images import crop, random_boxes
 from cmid.tasks import classify as module
@@ -33,17 +31,11 @@ from cmid.tasks.classify import (
 )
 from cmid.tasks.finetune import class_table, temporary_seed
 from cmid.train.checkpoint import load_backbone
+from tests.tools.runs import changed, quiet
+from tests.tools.scenes import paint_scenes, prepare_scenes
 
 CPU = torch.device("cpu")
 PAPER = Params(profile="paper").classify
-
-
-def changed(settings, **values):
-    return settings.model_copy(update=values)
-
-
-def quiet(line):
-    pass
 
 
 PLAIN = changed(
@@ -234,26 +226,14 @@ def test_the_last_incomplete_batch_is_predicted_too(batch):
 
 # --- whole runs
 
-COLOURS = dict(blue=(40, 60, 180), green=(50, 170, 60), red=(190, 50, 40))
-
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
     "3 classes of 13 images: 8 to train, 5 to test."
     folder = tmp_path_factory.mktemp("scenes")
-    rng = np.random.default_rng(0)
-    lines = dict(train=[], test=[])
-    for name, colour in COLOURS.items():
-        (folder / "in" / name).mkdir(parents=True)
-        for i in range(13):
-            image = np.array(colour) + rng.normal(0, 15, 3) + rng.normal(0, 30, (32, 32, 3))
-            Image.fromarray(image.clip(0, 255).astype("uint8")).save(folder / "in" / name / f"{i:02}.png")
-            lines["train" if i < 8 else "test"].append(f"{name}/{i:02}.png {name}")
+    lines = paint_scenes(folder, 13, train=8, noise=(15, 30))
     lines["both"] = lines["train"][:2] + lines["test"][:2]
-    lists = {split: folder / f"{split}.txt" for split in lines}
-    for split, path in lists.items():
-        path.write_text("\n".join(lines[split]))
-    return prepare(folder / "in", folder / "out", side=32, lists=lists, workers=1)
+    return prepare_scenes(folder, lines)
 
 
 QUICK = changed(PAPER, epochs=6, warmup_epochs=1, batch=8, lr=0.003, precision="float32", fractions=[1.0, 0.2])

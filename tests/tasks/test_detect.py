@@ -45,20 +45,14 @@ from cmid.tasks.detect import (
 from cmid.tasks.dota import detection_scene_figure, detections_figure, match_detections, windows_by_scale
 from cmid.tasks.finetune import resolved
 from cmid.train.checkpoint import export_backbone, load_backbone
+from tests.tools.cards import random_card
+from tests.tools.runs import changed, quiet
 
 CPU, PAPER = torch.device("cpu"), Params(profile="paper").detect
 SMALL = dict(tile=64, gap=16, channels=8, head_hidden=16, proposals=20, detections=20, precision="float32")
 QUICK = PAPER.model_copy(update=SMALL | dict(epochs=1, steps=[], warmup_steps=0, drop_path=0.0))
 SWIN, VIT = "swin_tiny_patch4_window7_224", "vit_tiny_patch16_224"
 MEAN, STD = [0.43] * 3, [0.1] * 3
-
-
-def changed(settings, **keys):
-    return settings.model_copy(update=keys)
-
-
-def quiet(line):
-    pass
 
 
 def some_boxes(n, seed=0):
@@ -132,9 +126,7 @@ def models(tmp_path_factory):
         key = f"{method}-{name}-{bands}"
         if key not in made:
             torch.manual_seed(0)
-            names = [f"b{i}" for i in range(bands)]
-            card = dict(mean=[0.43] * bands, std=[0.1] * bands, bands=names, method=method, parameters={})
-            card |= dict(data_hash=None, data_licence=None, provenance={}, health={})
+            card = random_card([f"b{i}" for i in range(bands)], mean=0.43, std=0.1) | dict(method=method)
             made[key] = export_backbone(backbones.create(name, bands, 64), at / key, card)
         return made[key]
 

@@ -5,13 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
 from cmid.base.errors import CmidError
 from cmid.base.figures import accuracy_figure
 from cmid.base.scores import wilson
-from cmid.data.prepare import prepare
 from cmid.method import backbones
 from cmid.settings.probe import Probe
 from cmid.tasks import probe as module
@@ -19,6 +17,7 @@ from cmid.tasks.probe import fit_linear, probe, recall_figure
 from cmid.tasks.scene_classes import pooled_features, subsample
 from cmid.train import knn
 from cmid.train.knn import knn_predict
+from tests.tools.scenes import paint_scenes, prepare_scenes
 
 SETTINGS = Probe(
     train="train",
@@ -29,7 +28,6 @@ SETTINGS = Probe(
     regularisation=[0.1, 10.0],
     batch=4,
 )
-COLOURS = dict(blue=(40, 60, 180), green=(50, 170, 60), red=(190, 50, 40))
 
 
 class MeanColour(nn.Module):
@@ -43,18 +41,7 @@ class MeanColour(nn.Module):
 def scenes(tmp_path_factory):
     "3 classes of 15 images: 10 to train, 5 to test; colours that hardly overlap."
     folder = tmp_path_factory.mktemp("scenes")
-    rng = np.random.default_rng(0)
-    lines = dict(train=[], test=[])
-    for name, colour in COLOURS.items():
-        (folder / "in" / name).mkdir(parents=True)
-        for i in range(15):
-            image = np.array(colour) + rng.normal(0, 12, 3) + rng.normal(0, 20, (32, 32, 3))
-            Image.fromarray(image.clip(0, 255).astype("uint8")).save(folder / "in" / name / f"{i:02}.png")
-            lines["train" if i < 10 else "test"].append(f"{name}/{i:02}.png {name}")
-    lists = {split: folder / f"{split}.txt" for split in lines}
-    for split, path in lists.items():
-        path.write_text("\n".join(lines[split]))
-    return prepare(folder / "in", folder / "out", side=32, lists=lists, workers=1)
+    return prepare_scenes(folder, paint_scenes(folder, 15, train=10, noise=(12, 20)))
 
 
 class Memory:

@@ -40,18 +40,11 @@ from cmid.tasks.segment import (
     upernet,
     window_of_mixed_classes,
 )
+from tests.tools.runs import changed, quiet
 
 CPU = torch.device("cpu")
 PAPER = Params(profile="paper").segment
 NETWORKS = "resnet18", "swin_tiny_patch4_window7_224", "vit_tiny_patch16_224"
-
-
-def changed(settings, **values):
-    return settings.model_copy(update=values)
-
-
-def quiet(line):
-    pass
 
 
 PLAIN = changed(Params(profile="smoke").segment, crop=64, epochs=1, batch=2, channels=16, precision="float32")

@@ -6,6 +6,7 @@ import torch
 
 from cmid.base.params import Params
 from cmid.train.pretrain import pretrain_learner, run_pretraining
+from tests.tools.runs import quiet
 
 
 class Pool:
@@ -27,14 +28,10 @@ def settings(**changes):
     return Params(profile="smoke").pretrain.model_copy(update=dict(epochs=2, batch=4) | changes)
 
 
-def silent(_):
-    pass
-
-
 def pretrain(backbone, variant, settings):
     torch.manual_seed(0)
     cpu = torch.device("cpu")
-    return run_pretraining(pretrain_learner(Pool(), np.arange(11), settings, backbone, variant, on=cpu, say=silent))
+    return run_pretraining(pretrain_learner(Pool(), np.arange(11), settings, backbone, variant, on=cpu, say=quiet))
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from cmid.train.journal import LOSSES
 from cmid.train.pretrain import pretrain_learner, run_pretraining
 from cmid.train.processes import launch, process_device, process_group, rank
 from cmid.train.steps import CMIDCallback
+from tests.tools.runs import quiet
 
 with warnings.catch_warnings():  # fastai 2.8 scripts a function when it is imported, which torch calls deprecated
     warnings.simplefilter("ignore", FutureWarning)
@@ -59,11 +60,7 @@ class DoubleViews(CMIDCallback):
         return [view._replace(images=view.images.double()) for view in super().make_views(images, part)]
 
 
-def silent(_):
-    "Prints nothing."
-
-
-def double_learner(settings, backbone, folder, callback=DoubleViews, say=silent):
+def double_learner(settings, backbone, folder, callback=DoubleViews, say=quiet):
     "A learner in float64."
     torch.manual_seed(0)
     images, cpu = Noise(), torch.device("cpu")

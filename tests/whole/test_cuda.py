@@ -11,6 +11,7 @@ from cmid.base.params import Params
 from cmid.base.runtime import step_generator
 from cmid.data.batches import Batches
 from cmid.train.pretrain import pretrain_learner, run_pretraining
+from tests.tools.runs import quiet
 
 with warnings.catch_warnings():  # fastai 2.8 scripts a function when it is imported, which torch calls deprecated
     warnings.simplefilter("ignore", FutureWarning)
@@ -38,15 +39,11 @@ class Corpus:
         return self.pixels[i]
 
 
-def silent(_):
-    "Prints nothing."
-
-
 def short_learner(backbone="resnet18", variant="cmid", side=64, on="cuda", **settings):
     "A run of five steps."
     torch.manual_seed(0)
     changed = SETTINGS.model_copy(update=settings)
-    return pretrain_learner(Corpus(side), np.arange(40), changed, backbone, variant, on=torch.device(on), say=silent)
+    return pretrain_learner(Corpus(side), np.arange(40), changed, backbone, variant, on=torch.device(on), say=quiet)
 
 
 class Strict(Callback):

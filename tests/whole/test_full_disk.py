@@ -19,18 +19,9 @@ from cmid.data.dataset import Prepared
 from cmid.data.prepare import prepare
 from cmid.method.backbones import create
 from cmid.train import checkpoint
+from tests.tools.cards import random_card
 
-FACTS = dict(
-    mean=[0.5] * 3,
-    std=[0.2] * 3,
-    bands=["red", "green", "blue"],
-    method="random",
-    parameters={},
-    data_hash=None,
-    data_licence=None,
-    provenance={},
-    health={},
-)
+FACTS = random_card()
 
 
 def mount(folder, options):

@@ -23,19 +23,11 @@ from cmid.base.params import Params
 from cmid.base.runtime import seed_everything
 from cmid.study.smoke import smoke_study
 from cmid.train import checkpoint
+from tests.tools.cards import random_card
+from tests.tools.study import Study, environment
 
 ROOT = Path(__file__).parents[2]
-FACTS = dict(
-    mean=[0.5] * 3,
-    std=[0.2] * 3,
-    bands=["red", "green", "blue"],
-    method="random",
-    parameters={},
-    data_hash=None,
-    data_licence=None,
-    provenance={},
-    health={},
-)
+FACTS = random_card()
 BACKBONE = "test_resnet"  # timm's smallest
 IMAGES = 24  # three steps an epoch
 EPOCHS = 4
@@ -434,9 +426,6 @@ def alone():
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     "A study under DVC."
-    sys.path.insert(0, str(Path(__file__).parent))
-    from test_pipeline_run import Study
-
     study = Study(tmp_path_factory.mktemp("study"))
     study.edit("params.yaml", "pretrain: {epochs: 2,", "pretrain: {epochs: 20,")
     study.edit("params.yaml", r"backbones: \[resnet18\]", f"backbones: [{BACKBONE}]")
@@ -467,16 +456,10 @@ class Command:
     "A command in a study, in a process group of its own, as a terminal would start it."
 
     def __init__(self, study, *args):
-        env = dict(
-            PYTHONPATH=os.pathsep.join([str(study.folder), str(ROOT)]),
-            PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-            CMID_ROOT=str(study.folder),
-            OMP_NUM_THREADS="1",
-        )
         self.run = subprocess.Popen(
             args,
             cwd=study.folder,
-            env=os.environ | env,
+            env=environment(study.folder, ROOT),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

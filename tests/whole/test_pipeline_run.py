@@ -4,25 +4,18 @@ The tests share one study and stand in the order in which they edit it. Every st
 tests ask DVC what it would run, and run only what they look at.
 """
 
-import json
-import os
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import timm
 import torch
 import yaml
 
-from cmid.study.smoke import smoke_data, smoke_tasks
 from cmid.train.checkpoint import load_backbone
+from tests.tools.study import INIT, TASKS, Study
 
-ROOT = Path(__file__).parents[2]
-TASKS = dict(segment="land", change="dates", detect="objects")
-INIT, BASELINE = "cmid-resnet18", "random-resnet18"
+BASELINE = "random-resnet18"
 PRETRAIN = f"pretrain@{INIT}"
 BOTH, ONE = f"inits: [{INIT}, {BASELINE}]", f"inits: [{INIT}]"
 RECORD = {
@@ -38,64 +31,6 @@ RECORD = {
     "run",
 }
 pytestmark = pytest.mark.slow
-
-
-class Study:
-    "A copy of the project with the smoke profile and a little generated imagery."
-
-    def __init__(self, folder):
-        self.folder = folder
-        self.said = ""
-        self.copy_project()
-        smoke_data(folder)
-        smoke_tasks(folder, TASKS.values())
-        self.commit()
-
-    def copy_project(self):
-        listed = ["git", "ls-files", "-co", "--exclude-standard", "-z"]
-        names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
-        left_out = "results/", "studies/", "tests/", "data.dvc", "dvc.lock"
-        for name in filter(None, names):
-            if (ROOT / name).is_file() and not name.startswith(left_out):
-                (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(ROOT / name, self.folder / name)
-        self.edit("params.yaml", r"^profile: \w+", "profile: smoke")
-        self.edit("params.yaml", "^device: auto", "device: cpu")
-
-    def commit(self):
-        who = ["-c", "user.name=cmid", "-c", "user.email=cmid@example.com"]
-        for args in (["init", "-q"], ["add", "-A"], [*who, "commit", "-qm", "study"]):
-            subprocess.run(["git", *args], cwd=self.folder, check=True, capture_output=True)
-
-    def dvc(self, *args, fails=False):
-        "Names of the stages that ran, or would run."
-        environment = os.environ | dict(
-            PYTHONPATH=str(self.folder),
-            PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-            CMID_ROOT=str(self.folder),
-            OMP_NUM_THREADS="1",
-        )
-        done = subprocess.run(["dvc", *args], cwd=self.folder, env=environment, capture_output=True, text=True)
-        self.said = done.stdout + done.stderr
-        assert (done.returncode != 0) == fails, self.said[-5000:]
-        return re.findall(r"Running stage '([^']+)'", self.said)
-
-    def edit(self, path, pattern, new):
-        "Replace the first match in a file."
-        file = self.folder / path
-        text = file.read_text(encoding="utf-8")
-        edited, count = re.subn(pattern, lambda match: new, text, count=1, flags=re.M)
-        assert count, f"{path}: {pattern}"
-        file.write_text(edited, encoding="utf-8")
-
-    def json(self, path):
-        return json.loads((self.folder / path).read_text())
-
-    def metrics(self, *parts):
-        return self.json(Path("results", *parts, "metrics.json"))
-
-    def model(self):
-        return (self.folder / "models" / INIT / "model.safetensors").read_bytes()
 
 
 def kinds(stages):
