@@ -35,6 +35,7 @@ PACKAGES = dict(
 )
 RENDERED = "index", "map", "studies"  # pages of prose and tables, which show no code
 PAGES = "scale", "safety"
+MOVED = {f"{name}.ipynb": f"{name}.md" for name in RENDERED} | {"../studies/README.md": "studies.md"}
 LINK = r'href="([^"]*\.(?:ipynb|md|yaml|ini|lock|dvc|cff|py|json)(?:#[^"]*)?|(?:\.\./)+[^"]*)"'
 
 
@@ -143,37 +144,35 @@ def on_files(files, config):
     return files
 
 
-def resolved(link, page, files):
-    "Where a link of a notebook leads on the site: to a page, or to a file of the repository."
+def located(link, page):
+    "A link of a notebook as a path below the site's folder, or as the address of a file of the repository."
     path, mark, anchor = link.partition("#")
     if not path or re.match(r"[a-z]+:|/", path):
         return link
     target = posixpath.normpath(posixpath.join(posixpath.dirname(page.file.src_uri), path))
-    if target == "../studies/README.md":
-        target = "studies.md"
-    if target.removesuffix(".ipynb") in RENDERED:
-        target = target.replace(".ipynb", ".md")
+    target = MOVED.get(target, target)
     if target.startswith("../"):
-        return f"{SOURCE}/{target.removeprefix('../')}{mark}{anchor}"
-    file = files.get_file_from_path(target)
-    return f"{file.url_relative_to(page.file)}{mark}{anchor}" if file else link
+        target = f"{SOURCE}/{target.removeprefix('../')}"
+    return f"{target}{mark}{anchor}"
+
+
+def resolved(link, page, files):
+    "Where a link of a notebook leads on the site: to a page, or to a file of the repository."
+    target = located(link, page)
+    path, mark, anchor = target.partition("#")
+    file = files.get_file_from_path(path)
+    if file:
+        return f"{file.url_relative_to(page.file)}{mark}{anchor}"
+    return target if "://" in target else link
 
 
 def on_page_markdown(text, page, config, files):
-    "Links to files of the repository, and to pages that are notebooks in it, are rewritten before mkdocs checks them."
+    "Links of the rendered pages, which lie in the site's folder itself; code is left alone."
     if page.file.src_uri.removesuffix(".md") not in RENDERED:
         return text
-
-    def change(match):
-        target = resolved(match[1], page, files)
-        return f"]({target if '://' in target else match[1].replace('studies/README', 'studies')}"
-
     parts = re.split(r"(```.*?```|`[^`\n]+`)", text, flags=re.S)
-    parts[::2] = [re.sub(r"\]\((\.\./[^)\s]+)", change, part) for part in parts[::2]]
-    text = "".join(parts)
-    for name in RENDERED:
-        text = text.replace(f"]({name}.ipynb", f"]({name}.md")
-    return text.replace("](../studies.md", "](studies.md")
+    parts[::2] = [re.sub(r"(?<=\]\()[^)\s]+", lambda match: located(match[0], page), part) for part in parts[::2]]
+    return "".join(parts)
 
 
 def with_formulas(text):
