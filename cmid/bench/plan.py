@@ -92,6 +92,14 @@ def plan_pretraining(
         measured=_source(row),
     )
 
+# %% ../../nbs/8_bench/03_plan.ipynb #8118b73a
+def _code_of(measured):
+    "The commit that was measured, in words"
+    if measured["commit"] is None:
+        return "unknown"
+    more = {True: " with changes", False: "", None: ", perhaps with changes"}
+    return measured["commit"][:8] + more[measured["changed"]]
+
 # %% ../../nbs/8_bench/03_plan.ipynb #54116d53
 def _rate_source(measured):
     "Where the rate of a plan comes from, in words"
@@ -100,8 +108,7 @@ def _rate_source(measured):
     machine = measured["gpu"] or f"{measured['processor']} with {measured['threads']} threads"
     how = f"batch {measured['batch']}, {measured['precision']}" + ", compiled" * measured["compiled"]
     loader = "end to end" if measured["end_to_end"] else "without the loader"
-    commit = (measured["commit"] or "unknown")[:8] + " with changes" * measured["changed"]
-    return f"measured on {machine}, {how}, {loader}, at commit {commit} ({measured['file']})"
+    return f"measured on {machine}, {how}, {loader}, at commit {_code_of(measured)} ({measured['file']})"
 
 
 def plan_table(

@@ -11,19 +11,21 @@ import argparse
 from ..base.errors import CmidError, cli
 from ..base.files import root, write_json
 from ..base.params import Params, check_all
-from ..base.runtime import device
+from ..base.runtime import code_folder, device
 from .code import digest
 
 # %% ../../nbs/7_study/01_digest.ipynb #6a045ed3
 def stage_digests(
-    project,  # folder with `nbs/pipeline` and `cmid`
+    project,  # folder with `nbs/pipeline`, and with `cmid` if it has its own
 ) -> dict:  # stage -> its digest
-    "Digests of all stages. Raises `CmidError` where there is none."
+    "Digests of all stages. Raises `CmidError` where there is none, and as `code_folder`."
     notebooks = sorted((project / "nbs/pipeline").glob("*.ipynb"))
     if not notebooks:
         remedy = "run inside a clone of the project, or set CMID_ROOT"
         raise CmidError(f"{project / 'nbs/pipeline'}: holds no notebook; {remedy}")
-    return {o.stem: digest(o, project / "cmid") for o in notebooks}
+    running = code_folder(project)
+    package = project / "cmid" if (project / "cmid").is_dir() else running
+    return {o.stem: digest(o, package) for o in notebooks}
 
 
 def check_study(

@@ -10,11 +10,13 @@ import argparse
 import logging
 import os
 import signal
+import socket
 import sys
 import tempfile
 import threading
 import warnings
 from collections import Counter
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +24,7 @@ import psutil
 
 from ..base.errors import CmidError, cli, near, plain_name, writing
 from ..base.files import root
-from ..base.runtime import KEEP
+from ..base.runtime import KEEP, code_folder
 
 # %% ../../nbs/7_study/04_runner.ipynb #c1524af2
 def known_parameters(
@@ -40,6 +42,45 @@ def known_parameters(
     if not found:
         raise CmidError(f"{notebook}: no cell is tagged 'parameters'; tag the one that sets them")
     return found
+
+# %% ../../nbs/7_study/04_runner.ipynb #7389572e
+def _takes_sockets(folder):
+    "Whether a Unix socket can be made here: the path is short enough (about 100 bytes) and the disk has sockets"
+    path = os.path.join(folder, "kernel-ipc-10")
+    with socket.socket(socket.AF_UNIX) as end:
+        try:
+            end.bind(path)
+        except OSError:
+            return False
+    os.unlink(path)
+    return True
+
+
+def _kernel_folder():
+    "A temporary folder for one kernel. Raises `CmidError` where no folder will do."
+    for parent in (None, "/tmp", "/var/tmp", "/dev/shm"):  # None: where TMPDIR says
+        with suppress(OSError):
+            folder = tempfile.TemporaryDirectory(prefix="cmid-", dir=parent, ignore_cleanup_errors=True)
+            if sys.platform == "win32" or _takes_sockets(folder.name):
+                return folder
+            folder.cleanup()
+    raise CmidError("no temporary folder takes Unix sockets; set TMPDIR to one with a short path on a local disk")
+
+
+def _kernel_class(folder):
+    "Class of a kernel that runs this very Python and keeps its files in `folder`"
+    from jupyter_client import AsyncKernelManager
+    from jupyter_client.kernelspec import KernelSpecManager
+
+    class OwnKernel(AsyncKernelManager):
+        def __init__(self, **more):
+            files = dict(transport="ipc" if sys.platform != "win32" else "tcp", connection_file=f"{folder}/kernel.json")
+            no_folders = KernelSpecManager(kernel_dirs=[])  # so that ipykernel itself says how it is started
+            super().__init__(kernel_spec_manager=no_folders, shutdown_wait_time=30, **files, **more)
+            no_profile = dict(IPYTHONDIR=f"{folder}/ipython", JUPYTER_RUNTIME_DIR=folder, PYTHONSTARTUP="")
+            self.kernel_spec.env = no_profile
+
+    return OwnKernel
 
 # %% ../../nbs/7_study/04_runner.ipynb #8c2135dd
 INPUT_ERRORS = (
@@ -75,10 +116,13 @@ def _check_names(notebook, parameters):
             raise CmidError(f"{notebook}: has no parameter {name!r}{near(name, known)}; known: {', '.join(known)}")
 
 
-def _papermill_options(parameters):
-    "How papermill runs a stage"
+def _papermill_options(parameters, folder):
+    "How papermill runs a stage, whose kernel has its files in `folder`"
     return dict(
         kernel_name="python3",
+        kernel_manager_class=_kernel_class(folder),
+        start_timeout=600,  # s: many stages may start at once; one that has died is found at once
+        iopub_timeout=600,
         progress_bar=False,
         log_output=True,
         stdout_file=sys.stdout,
@@ -91,7 +135,7 @@ def _papermill_options(parameters):
     )
 
 
-def _execute(notebook, out, parameters, hooks):
+def _execute(notebook, out, parameters, options):
     "Run a notebook whose parameters are known"
     import papermill
     from nbclient.exceptions import DeadKernelError
@@ -99,7 +143,7 @@ def _execute(notebook, out, parameters, hooks):
     logging.getLogger("papermill").setLevel(logging.CRITICAL)  # its errors are reported below, once
     name = Path(notebook).stem
     try:
-        papermill.execute_notebook(str(notebook), str(out), parameters, **_papermill_options(parameters), **hooks)
+        papermill.execute_notebook(str(notebook), str(out), parameters, **options)
     except papermill.PapermillExecutionError as e:
         _raise_one_line(e, name)
     except DeadKernelError:
@@ -117,9 +161,9 @@ def run_notebook(
 ):
     "Run a stage. Raises `CmidError` with one line where the input was wrong, `KeyboardInterrupt` where it was stopped."
     _check_names(notebook, parameters)
-    with writing(out):
+    with writing(out), _kernel_folder() as folder:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
-        _execute(notebook, out, parameters, hooks)
+        _execute(notebook, out, parameters, _papermill_options(parameters, folder) | hooks)
 
 # %% ../../nbs/7_study/04_runner.ipynb #fc30cca9
 class _Stopped(Exception):
@@ -231,6 +275,7 @@ def cmid_stage():
     "Run one stage of the pipeline through papermill."
     args = _parser().parse_args()
     os.chdir(root())
+    code_folder(Path.cwd())
     os.environ.update(KEEP | os.environ)
     identity = _identity(args.stage, args.given)
     notebook = Path("nbs/pipeline") / f"{args.stage}.ipynb"

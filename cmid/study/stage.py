@@ -14,11 +14,10 @@ import time
 import warnings
 from pathlib import Path
 
-import cmid
 from ..base.errors import CmidError, plain_name, writing
 from ..base.files import root, write_json, write_whole
 from ..base.params import Params, check_all
-from ..base.runtime import device, provenance, seed_everything
+from ..base.runtime import code_folder, device, provenance, seed_everything
 from .code import digest
 
 try:
@@ -103,7 +102,7 @@ def _peak_memory_mb():
 
 
 class Stage:
-    "One run of one stage: its study, parameters, device and record."
+    "One run of one stage: its study, parameters, device and record. Raises `CmidError` as `code_folder`."
 
     def __init__(
         self,
@@ -115,6 +114,7 @@ class Stage:
     ):
         warnings.filterwarnings("ignore", category=FutureWarning)
         self.begun = time.perf_counter()
+        self.package = code_folder(root())
         _plain_figures()
         self.name = name
         self.identity = {k: plain_name(v, k) for k, v in identity.items()}
@@ -141,7 +141,7 @@ class Stage:
     def code(self) -> str:
         "Digest of the code that this stage reaches."
         notebook = root() / "nbs/pipeline" / f"{self.name}.ipynb"
-        return digest(notebook, Path(cmid.__file__).parent)["all"]
+        return digest(notebook, self.package)["all"]
 
     @property
     def parameters(self) -> dict:

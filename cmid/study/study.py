@@ -19,6 +19,7 @@ import yaml
 from ..base.errors import CmidError, cli, near, plain_name
 from ..base.files import load_yaml, parse_yaml, root, write_whole
 from ..base.params import Params, check_all, merge
+from ..base.runtime import code_folder
 from ..settings.task import FORMATS
 
 # %% ../../nbs/7_study/06_study.ipynb #b4640c55
@@ -284,6 +285,7 @@ def run_study(
 ) -> Path:  # where it ran (the last seed)
     "Run a study in a clone of the repository, or in one a seed, and copy its results back."
     project, folder = root(), Path(folder).resolve()
+    code_folder(project)
     own = _read_study(folder)
     for name, results, assignments in _runs(own, folder, sets):
         work = project / ".studies" / name

@@ -10,13 +10,11 @@ import argparse
 import os
 import time
 import warnings
-from pathlib import Path
 
-import cmid
 from ..base.errors import CmidError, cli
 from ..base.files import root
 from ..base.params import Params, check_all
-from ..base.runtime import provenance, seed_everything
+from ..base.runtime import code_folder, provenance, seed_everything
 from ..data.batches import CorpusMix, counts_by_weight, select_corpus
 from ..data.dataset import Prepared
 from .code import digest
@@ -64,8 +62,8 @@ def study_learner(
 
 # %% ../../nbs/7_study/05_train.ipynb #608c4df1
 def code_of_pretraining() -> str:  # hexadecimal
-    "Digest of the code that the stage pretrain reaches."
-    return digest(root() / "nbs/pipeline/pretrain.ipynb", Path(cmid.__file__).parent)["all"]
+    "Digest of the code that the stage pretrain reaches. Raises `CmidError` as `code_folder`."
+    return digest(root() / "nbs/pipeline/pretrain.ipynb", code_folder(root()))["all"]
 
 
 def _wait_for_the_first():
