@@ -119,11 +119,11 @@ def _class_findings(source, splits, unlabelled, counts):
     "Findings about classes that never occur, or not in the training images"
     absent = [k for k, n in zip(source.classes, sum(counts.values())) if not n]
     if absent:
-        yield finding("absent class", "warning", len(absent), "classes that never occur", absent)
+        yield finding("absent-class", "warning", len(absent), "classes that never occur", absent)
     for a, b in _split_pairs(splits, unlabelled):
         new = [k for k, m, n in zip(source.classes, counts[a], counts[b]) if n and not m]
         if new:
-            yield finding("unknown label", "warning", len(new), f"classes of {b} that are not in {a}", new)
+            yield finding("unknown-label", "warning", len(new), f"classes of {b} that are not in {a}", new)
     for k in sorted(unlabelled):
         yield finding("unlabelled", "warning", len(splits[k]), f"images of {k}, none of which has a label")
 
@@ -167,7 +167,7 @@ def _named_finding(kind, level, text, names, count=None):
 
 
 def _image_findings(names, records):
-    "Findings about shifted dates, JPEG labels, decoders' remarks, labels elsewhere and pixels without a value"
+    "Findings about shifted dates, JPEG labels, decoders' remarks and labels elsewhere"
     moved = [f"{n} {r.shift}" for n, r in zip(names, records) if r.shift]
     text = "pairs whose dates seem moved against each other (rows, columns in px)"
     yield from _named_finding("registration", "warning", text, moved)
@@ -178,14 +178,41 @@ def _image_findings(names, records):
 
     for note in sorted(set(chain.from_iterable(record.notes for record in records))):
         noted = [n for n, r in zip(names, records) if note in r.notes]
-        yield finding("note", "warning" if "turned" in note else "note", len(noted), f"images {note}", noted)
+        yield finding("note", "note", len(noted), f"images {note}", noted)
 
     elsewhere = [n for n, r in zip(names, records) if r.label_elsewhere]
     text = "labels that lie elsewhere than their image, as their files say"
     yield from _named_finding("registration", "warning", text, elsewhere)
 
-    holes = [n for n, r in zip(names, records) if r.holes]
-    yield from _named_finding("no value", "note", "images with pixels that have no value (0 here)", holes)
+# %% ../../nbs/2_data/27_label_audit.ipynb #bf41410b
+_FEW_INVALID = 0.01  # share of the labels; more labels over invalid pixels are a warning
+
+
+def _with_counts(names, records, key):
+    "Names of the items of which something was counted, each with its number, largest first; and the sum"
+    found = sorted(((getattr(r, key), n) for n, r in zip(names, records)), key=lambda row: -row[0])
+    return [f"{n} {count:,}" for count, n in found if count], sum(count for count, _ in found)
+
+
+def _invalid_findings(source, names, records):
+    "Findings about pixels without a value, in images and in masks"
+    over, count = _with_counts(names, records, "over_invalid")
+    labelled = sum(int(r.counts[: len(source.classes)].sum()) for r in records)
+    share = count / max(1, labelled + count)
+    what = "objects, half or more of which lie" if source.task == "detect" else "labelled pixels"
+    text = f"{what} where an image has no value, {share:.2%} of all: ignored"
+    level = "warning" if share > _FEW_INVALID else "note"
+    yield from _named_finding("label-over-invalid", level, text, over, count)
+    for key, kind, text in (
+        ("holes", "no-value", "pixels of images that have no value (0 here)"),
+        ("partly", "partly-invalid", "pixels of images that have a value in some bands only (0 in the others)"),
+        ("void", "mask-no-value", "pixels of masks that have no value, as their files say: ignored"),
+    ):
+        yield from _named_finding(kind, "note", text, *_with_counts(names, records, key))
+    classes = sorted(set(chain.from_iterable(r.nodata_classes for r in records)))
+    kept = [n for n, r in zip(names, records) if r.nodata_classes]
+    text = f"masks that declare the value of {', '.join(classes)} as nodata: it stays this class"
+    yield from _named_finding("nodata-class", "note", text, kept)
 
 
 def _box_findings(names, records):
@@ -217,4 +244,5 @@ def labelled_findings(
     yield from _copies(names, splits, records)
     yield from _orphans(source, items)
     yield from _image_findings(names, records)
+    yield from _invalid_findings(source, names, records)
     yield from _box_findings(names, records)

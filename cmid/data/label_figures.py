@@ -20,19 +20,36 @@ def _subsample(x, longest=400):
     return x[..., ::k, ::k]
 
 
+_NO_VALUE = 254  # stands for ignored pixels where an image has no value
+
+
+def _shown_mask(labelled, i):
+    "The mask of an item, with `_NO_VALUE` where it is ignored and all bands of an image are 0"
+    images = [labelled.image(i), labelled.second(i)] if labelled.task == "change" else [labelled.image(i)]
+    dark = np.any([(image == 0).all(0) for image in images], 0)
+    mask = np.array(labelled.mask(i))
+    mask[dark & (mask == IGNORE)] = _NO_VALUE
+    return mask
+
+
 def _draw_mask(axes, labelled, i):
-    "An image beside its mask; ignored pixels are white"
+    "An image beside its mask; ignored pixels are white, or black where the image has no value"
     classes = len(labelled.classes)
     colours = np.concatenate([palette(classes), np.ones((256 - classes, 3))])
+    colours[_NO_VALUE] = 0
     axes[0].imshow(as_rgb(_subsample(labelled.image(i))))
-    axes[1].imshow(colours[_subsample(labelled.mask(i))], interpolation="nearest")
+    axes[1].imshow(colours[_subsample(_shown_mask(labelled, i))], interpolation="nearest")
 
 
 def _draw_dates(axes, labelled, i):
-    "Two dates; what changed is outlined in both"
-    changed = _subsample(labelled.mask(i)) == 1
+    "Two dates; what changed is outlined in both, and what is ignored is covered in white or black as in a mask"
+    mask = _subsample(_shown_mask(labelled, i))
+    changed = mask == 1
+    cover = np.ones((*mask.shape, 4)) * (mask >= _NO_VALUE)[..., None] * 0.8
+    cover[mask == _NO_VALUE, :3] = 0
     for ax, x in zip(axes, (labelled.image(i), labelled.second(i))):
         ax.imshow(as_rgb(_subsample(x)))
+        ax.imshow(cover, interpolation="nearest")
         if changed.any() and not changed.all():
             ax.contour(changed, [0.5], colors=COLOURS[1], linewidths=1)
 
@@ -73,22 +90,20 @@ def _spread_items(labelled, n):
 
 
 def _legend_patches(labelled, items):
-    "A patch for each class of some items; pairs of dates have none"
+    "A patch for each class of some items, and for what is ignored; classes of pairs of dates have none"
     from matplotlib.patches import Patch
 
-    if labelled.task == "change":
-        return []
-    if labelled.task == "segment":
-        found = [np.unique(labelled.mask(i)) for i in items]
+    if labelled.task == "detect":
+        found = np.unique(np.concatenate([labelled.objects(i)["classes"] for i in items]))
     else:
-        found = [labelled.objects(i)["classes"] for i in items]
+        found = np.unique(np.concatenate([np.unique(_shown_mask(labelled, i)) for i in items]))
     colours = palette(len(labelled.classes))
-    patches = []
-    for k in np.unique(np.concatenate(found)):
-        if k == IGNORE:
-            patches.append(Patch(facecolor="w", edgecolor="#999999", label="ignored"))
-        else:
-            patches.append(Patch(color=colours[k], label=labelled.classes[k]))
+    classes = [] if labelled.task == "change" else [k for k in found if k < len(labelled.classes)]
+    patches = [Patch(color=colours[k], label=labelled.classes[k]) for k in classes]
+    if _NO_VALUE in found:
+        patches.append(Patch(color="k", label="ignored, no value in the image"))
+    if IGNORE in found:
+        patches.append(Patch(facecolor="w", edgecolor="#999999", label="ignored"))
     return patches
 
 

@@ -9,10 +9,12 @@ __all__ = ['ITEM_ROLES', 'LAYOUTS', 'NAME_TAILS', 'ISPRS_CLASSES', 'LOVEDA_CLASS
 # %% ../../nbs/2_data/21_label_files.ipynb #89d76863
 import os
 import re
+import unicodedata
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ..base.errors import CmidError
-from .listing import IMAGE_SUFFIXES
+from .listing import IMAGE_SUFFIXES, is_hidden
 
 # %% ../../nbs/2_data/21_label_files.ipynb #419c0f69
 ITEM_ROLES = dict(
@@ -83,13 +85,18 @@ FORMAT_CLASSES = dict(
     dota=(DOTA_CLASSES, []),
 )  # classes of a format, and the values that are ignored
 
+# %% ../../nbs/2_data/21_label_files.ipynb #85dd5684
+def _nfc(text):
+    "A name in the form in which names are compared"
+    return unicodedata.normalize("NFC", text)
+
 # %% ../../nbs/2_data/21_label_files.ipynb #538fa25b
 def _sibling_folder(name, old, new):
     "The folder of a file with `new` in place of the last `old` in its path; None where `old` is not in the path"
     folders = name.split("/")[:-1]
     parts = old.strip("/").split("/")
     n = len(parts)
-    starts = [i for i in range(len(folders) - n + 1) if folders[i : i + n] == parts]
+    starts = [i for i in range(len(folders) - n + 1) if list(map(_nfc, folders[i : i + n])) == list(map(_nfc, parts))]
     if not starts:
         return None
     last = starts[-1]
@@ -104,26 +111,46 @@ class FolderFiles:
         root,  # folder that names are relative to
     ):
         self.root = Path(root)
-        self._listed = {}
+        self._listed, self._on_disk = {}, {}
+
+    def on_disk(
+        self,
+        folder: str,  # relative to the root
+    ) -> str:  # the same, as the disk spells it
+        "A folder in whatever Unicode form its name has on the disk; as it is where there is no such folder."
+        if folder not in self._on_disk:
+            exists = (self.root / folder).is_dir()
+            self._on_disk[folder] = folder if exists else "/".join(self._spelled(folder.split("/")))
+        return self._on_disk[folder]
+
+    def _spelled(self, parts):
+        "The names of nested folders, each as the disk spells it"
+        at = self.root
+        for part in parts:
+            names = os.listdir(at) if at.is_dir() else []
+            same = [o for o in sorted(names) if _nfc(o) == _nfc(part)]
+            name = part if part in same or not same else same[0]
+            at = at / name
+            yield name
 
     def by_stem(
         self,
         folder: str,  # relative to the root
         tail: str = "$",  # pattern of an ending that is removed from stems
         suffixes: tuple = IMAGE_SUFFIXES,  # of the files that are listed
-    ) -> dict:  # stem without its tail: names of files; empty for a folder that does not exist
-        "Files of one folder."
+    ) -> dict:  # stem in NFC without its tail: names of files; empty for a folder that does not exist
+        "Files of one folder; hidden ones are left out."
         key = folder, tail, suffixes
         if key not in self._listed:
             self._listed[key] = self._list(*key)
         return self._listed[key]
 
     def _list(self, folder, tail, suffixes):
-        at = self.root / folder
+        at = self.root / self.on_disk(folder)
         found = {}
         for file in sorted(os.listdir(at)) if at.is_dir() else ():
-            if file.lower().endswith(suffixes):
-                found.setdefault(re.sub(tail, "", Path(file).stem), []).append(file)
+            if file.lower().endswith(suffixes) and not is_hidden(file):
+                found.setdefault(_nfc(re.sub(tail, "", Path(file).stem)), []).append(file)
         return found
 
     def one(
@@ -133,14 +160,27 @@ class FolderFiles:
         tail: str,  # as of `by_stem`
         suffixes: tuple,  # likewise
     ) -> str | None:  # name relative to the root; None where there is no such file
-        "The file of a folder that has this stem. Raises `CmidError` where there are two."
-        found = self.by_stem(folder, tail, suffixes).get(stem, [])
+        "The file of a folder that has this stem. Raises `CmidError` where there are two, or it differs in case only."
+        found = self.by_stem(folder, tail, suffixes).get(_nfc(stem), [])
         if len(found) > 1:
             raise CmidError(f"{self.root / folder}: {' and '.join(found)} both belong to {stem!r}; remove one of them")
-        return f"{folder}/{found[0]}".lstrip("/") if found else None
+        if not found:
+            self._refuse_other_case(folder, stem, tail, suffixes)
+        return f"{self.on_disk(folder)}/{found[0]}".lstrip("/") if found else None
+
+    def _refuse_other_case(self, folder, stem, tail, suffixes):
+        "Raise `CmidError` where the folder has this stem in other upper and lower case"
+        key = "case", folder, tail, suffixes
+        if key not in self._listed:
+            self._listed[key] = {k.casefold(): v for k, v in self.by_stem(folder, tail, suffixes).items()}
+        other = self._listed[key].get(_nfc(stem).casefold())
+        if other:
+            raise CmidError(
+                f"{self.root / folder}: {other[0]} and its image {stem!r} differ in upper and lower case; rename one"
+            )
 
 # %% ../../nbs/2_data/21_label_files.ipynb #9acd2443
-def _layout_folders(root, name, layouts):
+def _layout_folders(files, name, layouts):
     "Folders by role for one image: of the first layout whose folders all exist, else of the first that fits the path"
     fitting = []
     for layout in layouts:
@@ -150,10 +190,23 @@ def _layout_folders(root, name, layouts):
     if not fitting:
         known = " or ".join(dict.fromkeys(repr(o[0]) for o in layouts))
         raise CmidError(
-            f"{root / name}: is in no folder named {known}, so its label cannot be found; name the folders under parts"
+            f"{files.root / name}: is in no folder named {known}, so its label cannot be found; "
+            "name the folders under parts"
         )
-    complete = (o for o in fitting if all((root / folder).is_dir() for folder in o))
+    complete = (o for o in fitting if all((files.root / files.on_disk(folder)).is_dir() for folder in o))
     return next(complete, fitting[0])
+
+
+def _refuse_twins(root, items, roles):
+    "Raise `CmidError` where two images of one folder have the same stem, and so the same label"
+    known = {}
+    for item in items:
+        name = item[roles[0]]
+        twin = known.setdefault(_nfc(os.path.splitext(name)[0]), name)
+        if twin != name and item[roles[-1]]:
+            raise CmidError(
+                f"{root}: {twin} and {name} have the same label, {item[roles[-1]]}; remove one of the images"
+            )
 
 
 def pair_files(
@@ -163,17 +216,18 @@ def pair_files(
     layouts: list,  # tuples of folder names by role; the first whose folders exist is used
     tails: tuple = ("$", "$"),  # patterns of endings that are removed from the stems of image and label
 ) -> list:  # for each name a dict by role: file relative to `root`, or None where there is none
-    "Find the files that belong to images. Raises `CmidError` for an image elsewhere, and for two candidates."
+    "Find the files that belong to images. Raises `CmidError` for an image elsewhere, and for two candidates or twins."
     files = FolderFiles(root)
     items = []
     for name in names:
-        folders = _layout_folders(files.root, name, layouts)
+        folders = _layout_folders(files, name, layouts)
         stem = re.sub(tails[0], "", Path(name).stem)
         item = {roles[0]: name}
         for role, folder in list(zip(roles, folders))[1:]:
             suffixes = (".txt",) if role == "labels" else IMAGE_SUFFIXES
             item[role] = files.one(folder, stem, tails[1], suffixes)
         items.append(item)
+    _refuse_twins(files.root, items, roles)
     return items
 
 # %% ../../nbs/2_data/21_label_files.ipynb #14f31419
@@ -190,6 +244,14 @@ def numbered_lines(
     return [(n, o.strip()) for n, o in enumerate(text.split("\n"), 1) if o.strip()]
 
 
+def _chosen(folder, files, name):
+    "The file that a list names, with or without its suffix; `CmidError` where that can be two"
+    exact = [o for o in files if _nfc(o) == _nfc(name)]
+    if not exact and len(files) > 1:
+        raise CmidError(f"{folder}: the list names {name!r}, which can be {' or '.join(files)}; write the suffix too")
+    return (exact or files)[0]
+
+
 def _find_listed(files, text, image_folders):
     "Name of the image that a line of a list names, or None"
     for folder in ("", *image_folders):
@@ -199,9 +261,9 @@ def _find_listed(files, text, image_folders):
             continue
         at, _, file = name.rpartition("/")
         stem = Path(file).stem if Path(file).suffix.lower() in IMAGE_SUFFIXES else file
-        found = files.by_stem(at).get(stem)
+        found = files.by_stem(at).get(_nfc(stem))
         if found:
-            return f"{at}/{file if file in found else found[0]}".lstrip("/")
+            return f"{files.on_disk(at)}/{_chosen(files.root / at, found, file)}".lstrip("/")
     return None
 
 
@@ -216,15 +278,41 @@ def _listed_images(root, path, image_folders):
         names.append(name)
     return names
 
+# %% ../../nbs/2_data/21_label_files.ipynb #687d93c3
+def _entries(folder):
+    "Sorted entries of a folder; `CmidError` where it cannot be read"
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as e:
+        raise CmidError(f"{folder}: this folder cannot be read ({e.strerror}); change its permissions") from None
+
+
+def _fits(name, part):
+    "Does a name fit one part of a pattern?"
+    return _nfc(name) == _nfc(part) or (fnmatchcase(_nfc(name), _nfc(part)) and not is_hidden(name))
+
+
+def _glob(folder, parts):
+    "Paths below a folder that fit the parts of a pattern"
+    part, *rest = parts
+    if part == "**" and rest:
+        yield from _glob(folder, rest)
+    for entry in _entries(folder):
+        if part == "**" and entry.is_dir(follow_symlinks=False) and not is_hidden(entry.name):
+            yield from _glob(entry.path, parts)
+        elif part != "**" and rest and entry.is_dir() and _fits(entry.name, part):
+            yield from _glob(entry.path, rest)
+        elif part != "**" and not rest and entry.is_file() and _fits(entry.name, part):
+            yield entry.path
+
 
 def _matching_images(root, pattern, key):
     "Names of the images that match a pattern"
-    try:
-        paths = [o for o in root.glob(pattern) if o.suffix.lower() in IMAGE_SUFFIXES and o.is_file()]
-    except (ValueError, NotImplementedError, IndexError):
-        raise CmidError(
-            f"{key}: {pattern!r} is not a pattern of files below the folder; write it like train/images/*"
-        ) from None
+    parts = [o for o in pattern.split("/") if o not in ("", ".")]
+    if pattern.startswith("/") or ".." in parts or not parts:
+        raise CmidError(f"{key}: {pattern!r} is not a pattern of files below the folder; write it like train/images/*")
+    paths = {Path(o) for o in _glob(root, parts) if o.lower().endswith(IMAGE_SUFFIXES)}
     if not paths:
         raise CmidError(
             f"{key}: {pattern!r} matches no PNG, JPEG or TIFF below {root}; correct the pattern or the folder"

@@ -11,17 +11,19 @@ import hashlib
 from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 
 from ..base.errors import CmidError
-from .box_files import read_dota
+from .box_files import covers_mostly, read_dota
+from .formats import read_failure
 from .label_source import LabelSource, join_first
-from .labelled import IGNORE, MASKED
-from .masks import PIXELS_AT_ONCE, read_mask
+from .labelled import BOX_ARRAYS, IGNORE, MASKED
+from .masks import PIXELS_AT_ONCE, VOID, decode_mask
 from .pairs import find_shift, places_differ
-from .rasters import RasterioImage, open_image, read_failure, stretched
-from .statistics import stretch_limits
+from .rasters import RasterioImage, open_image, stretched
+from .statistics import band_limits, draw_sample, sample_findings
 
 # %% ../../nbs/2_data/26_label_items.ipynb #1fcf2a47
 @dataclass
@@ -32,16 +34,24 @@ class Header:
     bands: int
     dtype: str
     grey: bool  # one band of brightness
-    place: tuple | None  # affine transform and coordinate system; None: not georeferenced
+    place: tuple | None  # affine transform, and coordinate system or None; None: not georeferenced
     notes: list  # remarks of the decoder
+    orientation: int = 1  # as the tag of EXIF or TIFF says; 1: pixels are stored upright
+
+
+def _system(source):
+    "The coordinate system of a raster that says where on the Earth it is, or None"
+    known = source.crs and (source.crs.is_projected or source.crs.is_geographic)
+    return source.crs if known else None
 
 
 def _place(image):
     "Affine transform and coordinate system of an open image, or None"
     if not isinstance(image, RasterioImage) or image.source.transform.is_identity:
         return None
-    system = image.source.crs
-    return image.source.transform[:6], system and system.to_wkt()
+    transform, system = image.source.transform[:6], _system(image.source)
+    counts_pixels = (abs(transform[0]), abs(transform[4]), transform[2]) == (1, 1, 0)
+    return None if counts_pixels and system is None else (transform, system)
 
 
 def read_header(
@@ -51,7 +61,7 @@ def read_header(
     try:
         with closing(open_image(path)) as image:
             size = image.height, image.width
-            return Header(size, image.bands, image.dtype, image.grey, _place(image), image.notes)
+            return Header(size, image.bands, image.dtype, image.grey, _place(image), image.notes, image.orientation)
     except Exception as e:
         return read_failure(e, path)
 
@@ -64,6 +74,8 @@ class PixelFormat:
     channels: int  # that are stored
     low: list | None = None  # (channels,) value that becomes 0; None: the images have 8 bits
     high: list | None = None  # (channels,) value that becomes 255
+    nodata: float | list | None = None  # declared value of pixels without a measurement, or one for each band
+    findings: list = field(default_factory=list)  # about the values of the training images
 
 
 def _check_headers(source, files, headers):
@@ -78,6 +90,17 @@ def _check_bands(bands, files, headers):
     short = [f"{f} has {h.bands}" for f, h in zip(files, headers) if h.bands <= max(bands)]
     if short:
         raise CmidError(f"params.yaml: labels.bands: {bands} are needed, but {join_first(short)}")
+
+
+def _check_nodata(source, files, headers):
+    "Refuse values of labels.nodata that are not one for each band"
+    values = source.nodata if isinstance(source.nodata, list) else None
+    other = [f"{f} has {h.bands}" for f, h in zip(files, headers) if values is not None and h.bands != len(values)]
+    if other:
+        raise CmidError(
+            f"params.yaml: labels.nodata: has {len(values)} values, but {join_first(other)} bands; "
+            "give one number, or one for each band"
+        )
 
 
 def _refuse_others(source, others, usual):
@@ -96,6 +119,7 @@ def agree_on_channels(
 ) -> int:  # channels of the store
     "Bands of most images. Raises `CmidError` naming images that cannot be read or differ from most."
     _check_headers(source, files, headers)
+    _check_nodata(source, files, headers)
     bands = source.bands
     colours = max(h.bands for h in headers)
     kinds = [(colours if h.grey and colours == 3 and not bands else h.bands, h.dtype) for h in headers]
@@ -118,12 +142,15 @@ def choose_pixels(
     headers: list,  # of each
     training: set,  # names of training images, whose percentiles set the stretch
 ) -> PixelFormat:
-    "Decide how pixels are read. Raises `CmidError` as `agree_on_channels`."
+    "Decide how pixels are read. Raises `CmidError` as `agree_on_channels`, and for a band without a valid pixel."
     channels = agree_on_channels(source, files, headers)
-    wide = headers[0].dtype != "uint8"
-    sampled = np.array([i for i, o in enumerate(files) if wide and o in training], int)
-    low, high = stretch_limits(str(source.folder), files, sampled, source.bands, channels, source.stretch)
-    return PixelFormat(source.bands, channels, low, high)
+    dtype = headers[0].dtype
+    numbers = [i for i, o in enumerate(files) if o in training]
+    sample = draw_sample(source.folder, files, numbers, dtype, source.bands, channels, source.nodata)
+    low = high = None
+    if dtype != "uint8":
+        low, high = band_limits(sample, channels, source.stretch, f"{source.folder}: labels.stretch")
+    return PixelFormat(source.bands, channels, low, high, source.nodata, list(sample_findings(sample, channels, files)))
 
 # %% ../../nbs/2_data/26_label_items.ipynb #211ddb14
 def _as_bytes(x, invalid, low, high):
@@ -133,22 +160,45 @@ def _as_bytes(x, invalid, low, high):
     return x if invalid is None else np.where(invalid, 0, x)
 
 
+@dataclass
+class _Pixels:
+    "A decoded image"
+
+    image: np.ndarray  # uint8 (C, H, W), 0 where there is no value
+    invalid: np.ndarray | None = None  # bool (H, W), where no band has a value; None: all pixels have one
+    partly: int = 0  # pixels that have a value in some bands only
+
+    def add(self, rows, invalid):
+        "Enter where the bands of some rows are invalid"
+        everywhere = invalid.all(0)
+        self.partly += int(invalid.any(0).sum() - everywhere.sum())
+        if self.invalid is None and everywhere.any():
+            self.invalid = np.zeros(self.image.shape[1:], bool)
+        if self.invalid is not None:
+            self.invalid[rows] = everywhere
+
+
+def _decode_pixels(path, pixels):
+    "Decode an image at its own size, some million pixels at a time"
+    with closing(open_image(path, pixels.nodata)) as image:
+        found = _Pixels(np.empty((pixels.channels, image.height, image.width), np.uint8))
+        count = max(1, PIXELS_AT_ONCE // image.width)
+        for top in range(0, image.height, count):
+            window = top, 0, min(count, image.height - top), image.width
+            x, invalid = image.read(window, pixels.bands)
+            found.image[:, top : top + count] = _as_bytes(x, invalid, pixels.low, pixels.high)
+            if invalid is not None:
+                found.add(slice(top, top + count), invalid)
+    return found
+
+
 def read_pixels(
     path,  # PNG, JPEG, TIFF or GeoTIFF
     pixels: PixelFormat,
-) -> tuple:  # uint8 (C, H, W); number of pixels without a value (they are 0)
-    "Decode an image at its own size, some million pixels at a time. Raises the decoder's errors."
-    with closing(open_image(path)) as image:
-        out = np.empty((pixels.channels, image.height, image.width), np.uint8)
-        holes = 0
-        rows = max(1, PIXELS_AT_ONCE // image.width)
-        for top in range(0, image.height, rows):
-            window = top, 0, min(rows, image.height - top), image.width
-            x, invalid = image.read(window, pixels.bands)
-            out[:, top : top + rows] = _as_bytes(x, invalid, pixels.low, pixels.high)
-            if invalid is not None:
-                holes += int(invalid.any(0).sum())
-    return out, holes
+) -> tuple:  # uint8 (C, H, W); bool (H, W), where no band has a value (it is 0 there), or None
+    "Decode an image at its own size. Raises the decoder's errors."
+    found = _decode_pixels(path, pixels)
+    return found.image, found.invalid
 
 # %% ../../nbs/2_data/26_label_items.ipynb #424a461f
 def _zeros():
@@ -168,7 +218,11 @@ class ItemRecord:
     unknown: dict = field(default_factory=dict)  # pixels of values that the class table does not have
     inexact: int = 0  # pixels of a JPEG label that are neither 0 nor 255
     objects: dict | None = None  # of `read_dota`
-    holes: int = 0  # pixels without a value
+    holes: int = 0  # pixels of the images without a value in any band
+    partly: int = 0  # pixels of the images without a value in some bands
+    over_invalid: int = 0  # labelled pixels or objects where an image has no value, which are ignored
+    void: int = 0  # pixels of the mask that have no value, as its file says
+    nodata_classes: list = field(default_factory=list)  # classes whose value is the nodata value of the mask
     image_hash: str = ""  # of all dates
     mask_hash: str | None = None
     wrong: str | None = None  # why the item cannot be used
@@ -201,78 +255,134 @@ def _check_size(path, shape, source, item, record, why):
 
 # %% ../../nbs/2_data/26_label_items.ipynb #019f7154
 def _read_date(source, pixels, item, role, record):
-    "One image of an item"
+    "One image of an item, and where it has no value"
     path = source.folder / item[role]
-    x, holes = _decode(read_pixels, path, pixels)
-    record.holes += holes
-    record.arrays.append(x)
-    _check_size(path, x.shape[1:], source, item, record, "a pair must show the same place at the same size")
-    return x
+    found = _decode(_decode_pixels, path, pixels)
+    record.holes += 0 if found.invalid is None else int(found.invalid.sum())
+    record.partly += found.partly
+    record.arrays.append(found.image)
+    _check_size(path, found.image.shape[1:], source, item, record, "a pair must show the same place at the same size")
+    return found.image, found.invalid
+
+
+def _read_dates(source, pixels, item, record):
+    "All images of an item; give where one of them has no value, bool (H, W) or None"
+    digest = hashlib.blake2b(digest_size=16)
+    images, without = [], None
+    for role in source.dates:
+        image, invalid = _read_date(source, pixels, item, role, record)
+        digest.update(image)
+        images.append(image)
+        if invalid is not None:
+            without = invalid if without is None else without | invalid
+    record.image_hash = digest.hexdigest()
+    if len(images) == 2:
+        record.shift = find_shift(*images)
+    return without
+
+# %% ../../nbs/2_data/26_label_items.ipynb #88792540
+_REMEDY = "save both upright, without the orientation tag"
+
+
+def _turned(name, orientation):
+    return f"{name} is turned (orientation tag {orientation})" if orientation != 1 else f"{name} is not turned"
+
+
+def _check_orientation(source, item, headers, path, orientation):
+    "Refuse a label that is turned in another way than an image of its item"
+    for role, header in zip(source.dates, headers):
+        if header.orientation != orientation:
+            image = _turned(item[role], header.orientation)
+            raise _ItemError(f"{path}: {_turned('this label', orientation)}, but {image}; {_REMEDY}")
+
+
+def _check_upright(source, item, headers):
+    "Refuse boxes in an image that is turned by a tag"
+    if headers[0].orientation != 1:
+        raise _ItemError(
+            f"{source.folder / item['images']}: is turned (orientation tag {headers[0].orientation}), and its boxes "
+            "may count pixels as they are stored or as they are shown; save it upright, without the orientation tag"
+        )
+
+# %% ../../nbs/2_data/26_label_items.ipynb #5440e151
+def _open_mask(path, table):
+    "The mask of a file, its place and its orientation"
+    with closing(open_image(path)) as image:
+        return decode_mask(image, table), _place(image), image.orientation
 
 
 def _decode_mask(source, path, record):
-    "Classes of a mask; its values are counted"
+    "Classes of a mask, its place and its orientation; its values are counted"
     jpeg_table = source.jpeg_table if path.suffix.lower() in (".jpg", ".jpeg") else None
-    mask, values, record.unknown = _decode(read_mask, path, jpeg_table or source.table)
+    found, place, orientation = _decode(_open_mask, path, jpeg_table or source.table)
+    record.unknown, record.nodata_classes = found.unknown, found.nodata_classes
+    record.void = int(found.counts[VOID])
     if jpeg_table:
-        record.inexact = int(values[1] + values[3])
+        record.inexact = int(found.counts[1] + found.counts[3])
     else:
-        record.values = values
-    return mask
+        record.values = found.counts
+    return found.mask, place, orientation
 
 
-def _read_label_mask(source, item, record):
+def _ignore_invalid(mask, without, record):
+    "Ignore labelled pixels where an image has no value"
+    if without is not None:
+        over = without & (mask != IGNORE)
+        record.over_invalid = int(over.sum())
+        mask[over] = IGNORE
+
+
+def _read_label_mask(source, item, headers, without, record):
     "The mask of an item; where a split has no labels, all of it is ignored"
     name = item[source.roles[-1]]
     if name is None:
         record.arrays.append(np.full(record.size, IGNORE, np.uint8))
         return
     path = source.folder / name
-    mask = _decode_mask(source, path, record)
-    record.mask_hash = hashlib.blake2b(mask, digest_size=16).hexdigest()
+    mask, place, orientation = _decode_mask(source, path, record)
+    _check_orientation(source, item, headers, path, orientation)
     _check_size(path, mask.shape, source, item, record, "an image and its label must be of equal size")
-    record.label_elsewhere = record.place is not None and places_differ(record.place, read_header(path).place)
+    _ignore_invalid(mask, without, record)
+    record.mask_hash = hashlib.blake2b(mask, digest_size=16).hexdigest()
+    record.label_elsewhere = places_differ(record.place, place)
     record.counts += np.bincount(mask.ravel(), minlength=256)
     record.arrays.append(mask)
 
+# %% ../../nbs/2_data/26_label_items.ipynb #84bb5971
+def _remove_invalid(objects, without, record):
+    "Remove objects that lie where the image has no value"
+    if without is not None and len(objects["classes"]):
+        kept = np.array([not covers_mostly(polygon, without) for polygon in objects["polygons"]])
+        record.over_invalid = int((~kept).sum())
+        objects |= {key: objects[key][kept] for key in BOX_ARRAYS}
+    return objects
 
-def _read_label_boxes(source, item, record):
+
+def _read_label_boxes(source, item, headers, without, record):
     "The objects of an item"
     if item["labels"] is None:
         return
+    _check_upright(source, item, headers)
     objects = read_dota(source.folder / item["labels"], source.classes, source.ignore, record.size)
+    objects = _remove_invalid(objects, without, record)
     record.objects = objects
     record.counts[: len(source.classes)] += np.bincount(objects["classes"], minlength=len(source.classes))
-    record.counts[IGNORE] = objects["ignored"]
-
-
-def _read_dates(source, pixels, item, record):
-    "All images of an item"
-    digest = hashlib.blake2b(digest_size=16)
-    images = []
-    for role in source.dates:
-        image = _read_date(source, pixels, item, role, record)
-        digest.update(image)
-        images.append(image)
-    record.image_hash = digest.hexdigest()
-    if len(images) == 2:
-        record.shift = find_shift(*images)
+    record.counts[IGNORE] = objects["ignored"] + record.over_invalid
 
 
 def read_labelled_item(
     source: LabelSource,
     pixels: PixelFormat,  # of `choose_pixels`
     item: dict,  # files by role
-    header: Header,  # of its image
+    headers: list,  # `Header` of each of its dates
 ) -> ItemRecord:  # `wrong` says what is wrong with it
     "Decode one item with its label."
-    record = ItemRecord(header.size, header.place, header.notes)
+    notes = dict.fromkeys(chain.from_iterable(header.notes for header in headers))
+    record = ItemRecord(headers[0].size, headers[0].place, list(notes))
+    read_label = _read_label_mask if source.task in MASKED else _read_label_boxes
     try:
-        _read_dates(source, pixels, item, record)
-        if source.task in MASKED:
-            _read_label_mask(source, item, record)
-        else:
-            _read_label_boxes(source, item, record)
+        without = _read_dates(source, pixels, item, record)
+        read_label(source, item, headers, without, record)
     except (_ItemError, CmidError) as e:
         record.wrong = str(e)
     return record

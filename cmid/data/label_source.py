@@ -7,7 +7,7 @@ __all__ = ['LabelSource', 'find_source', 'join_first', 'list_items']
 
 # %% ../../nbs/2_data/25_label_source.ipynb #d3ff7759
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
@@ -95,6 +95,8 @@ class LabelSource:
     stretch: list  # percentiles that become 0 and 255
     shard_bytes: int  # size of a file of the store, about
     workers: int  # threads; 0: one a core
+    nodata: float | list | None = None  # declared value of image pixels without a measurement, or one for each band
+    accept: list = field(default_factory=list)  # kinds of findings that are accepted
 
     @property
     def dates(self) -> tuple:  # roles
@@ -137,6 +139,8 @@ def find_source(
         stretch=labels.stretch,
         shard_bytes=labels.shard_mb * 2**20,
         workers=labels.workers,
+        nodata=labels.nodata,
+        accept=labels.accept,
     )
 
 # %% ../../nbs/2_data/25_label_source.ipynb #9e8b399d

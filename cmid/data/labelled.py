@@ -20,7 +20,7 @@ from ..base.params import Tuning
 # %% ../../nbs/2_data/20_labelled.ipynb #b6e6dce0
 IGNORE = 255  # value of ignored pixels in masks
 MAX_CLASSES = 253  # that a store may have
-LABELLED_FORMAT = 1  # version of the folder's layout; raised when older versions of cmid cannot read it
+LABELLED_FORMAT = 2  # version of the folder's layout; raised when older versions of cmid cannot read it
 LABELLED_FILES = "manifest.json", "images-*.bin", "polygons.npy", "classes.npy", "difficult.npy"  # of a store
 LABEL_TASKS = "segment", "change", "detect"
 DATED = {"change"}  # tasks whose images have a second date
@@ -124,6 +124,7 @@ def _valid_keys(manifest):
         shards=_is_list(manifest["shards"], _is_shard),
         histogram=_has_each_split(manifest["histogram"], splits, is_histogram),
         ignored=_has_each_split(manifest["ignored"], splits, _is_count),
+        over_invalid=_has_each_split(manifest["over_invalid"], splits, _is_count),
         audit=_is_list(manifest["audit"], _is_finding),
         **_valid_lists(manifest),
     )
@@ -154,12 +155,18 @@ def _split_line(manifest, split):
         unit, amounts = "pixels", [f"{n / max(1, sum(counts)):.1%}" for n in counts]
     classes = ", ".join(f"{name} {amount}" for name, amount in zip(manifest["classes"], amounts))
     images = _counted(len(manifest["splits"][split]), "image")
-    return f"{split}: {images}; {unit} {classes}; ignored {manifest['ignored'][split]:,}"
+    invalid = manifest["over_invalid"][split]
+    of_these = f", {invalid:,} of them where an image has no value" if invalid else ""
+    return f"{split}: {images}; {unit} {classes}; ignored {manifest['ignored'][split]:,}{of_these}"
+
+
+_MOST_EXAMPLES = 5  # that a finding keeps
 
 
 def _finding_line(finding):
-    examples = "; ".join(finding["examples"]) + ("; ..." if finding["count"] > len(finding["examples"]) else "")
-    line = f"{finding['level']:8}{finding['text']}: {finding['count']:,}"
+    more = finding["count"] > len(finding["examples"]) >= _MOST_EXAMPLES
+    examples = "; ".join(finding["examples"]) + ("; ..." if more else "")
+    line = f"{finding['level']:9}{finding['text']}: {finding['count']:,}"
     return line + (f" ({examples})" if finding["examples"] else "")
 
 

@@ -23,13 +23,14 @@ from tqdm import tqdm
 from ..base.errors import CmidError, writing
 from ..base.files import write_json, write_whole
 from ..base.params import Params
+from .audit import accepted
+from .formats import quiet_decoders
 from .label_audit import labelled_findings, refuse_labels
 from .label_items import PixelFormat, choose_pixels, read_header, read_labelled_item
 from .label_source import LabelSource, find_source, join_first, list_items
 from .labelled import IGNORE, LABELLED_FILES, LABELLED_FORMAT, MASKED, Labelled, is_labelled
 from .pairs import places_differ
 from .passes import ordered_results, remove_files, require_room
-from .rasters import quiet_decoders
 
 # %% ../../nbs/2_data/28_labels.ipynb #667fe48d
 class _Shards:
@@ -83,6 +84,11 @@ def _content_hash(manifest):
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def _audit(source, pixels, *rest):
+    "All findings; those that labels.accept names are accepted"
+    return accepted([*pixels.findings, *labelled_findings(source, *rest)], source.accept)
+
+
 def _write_manifest(folder, source, pixels: PixelFormat, items, splits, unlabelled, records, shards):
     "Write manifest.json, and the boxes where the task has them"
     classes = len(source.classes)
@@ -106,7 +112,8 @@ def _write_manifest(folder, source, pixels: PixelFormat, items, splits, unlabell
         unlabelled=sorted(unlabelled),
         histogram={split: count.tolist() for split, count in histogram.items()},
         ignored={split: int(count[IGNORE]) for split, count in counts.items()},
-        audit=list(labelled_findings(source, items, splits, unlabelled, records, histogram)),
+        over_invalid={split: sum(records[i].over_invalid for i in index) for split, index in splits.items()},
+        audit=_audit(source, pixels, items, splits, unlabelled, records, histogram),
         shards=shards,
         names=[o[source.roles[0]] for o in items],
         sizes=[list(record.size) for record in records],
@@ -139,7 +146,7 @@ def _map_in_threads(function, jobs, workers, description):
 def _thread_count(source, pixels, headers):
     "`source.workers` threads, or one for each core; fewer where their images would take more than `MAX_BYTES`"
     pixel_bytes = 2 * (pixels.channels * 2 + 2)  # estimate: two dates of 16-bit bands, and masks
-    largest = max(math.prod(header.size) for header in headers) * pixel_bytes
+    largest = max(math.prod(dates[0].size) for dates in headers) * pixel_bytes
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, min(source.workers or cores, MAX_BYTES // largest))
 
@@ -163,12 +170,12 @@ def _read_job(source, pixels, job):
     return read_labelled_item(source, pixels, *job)
 
 # %% ../../nbs/2_data/28_labels.ipynb #1c0b10f5
-def _check_places(source, items, first, second):
+def _check_places(source, items, headers):
     "Raise `CmidError` where the georeferencing of a pair's two files differs"
     apart = [
         f"{item['first']} and {item['second']}"
-        for item, a, b in zip(items, first, second)
-        if places_differ(a.place, b.place)
+        for item, dates in zip(items, headers)
+        if places_differ(dates[0].place, dates[-1].place)
     ]
     if apart:
         raise CmidError(
@@ -188,16 +195,16 @@ def _training_items(splits):
 
 
 def _read_headers(source, items, splits):
-    "Headers of the (first) image of each item, and the format in which pixels are read and stretched"
+    "Headers of the dates of each item, and the format in which pixels are read and stretched"
     files = [item[role] for role, item in product(source.dates, items)]
     paths = [source.folder / file for file in files]
     headers = list(_map_in_threads(read_header, paths, 2, "headers"))
     training_items = [items[i] for i in _training_items(splits)]
     training = {item[role] for role, item in product(source.dates, training_items)}  # files
     pixels = choose_pixels(source, files, headers, training)
-    first, second = headers[: len(items)], headers[len(items) :]  # of both dates
-    _check_places(source, items, first, second)
-    return first, pixels
+    dates = list(zip(*(headers[i : i + len(items)] for i in range(0, len(headers), len(items)))))
+    _check_places(source, items, dates)
+    return dates, pixels
 
 # %% ../../nbs/2_data/28_labels.ipynb #2414c555
 def _remove_store(folder):
@@ -224,7 +231,7 @@ def _replace_store(new, folder):
 def _store_bytes(source, pixels, headers):
     "Bytes of all items together"
     planes = pixels.channels * len(source.dates) + (source.task in MASKED)
-    return sum(math.prod(header.size) for header in headers) * planes
+    return sum(math.prod(dates[0].size) for dates in headers) * planes
 
 
 def _check_target(folder):

@@ -53,13 +53,15 @@ def find_shift(
 
 # %% ../../nbs/2_data/24_pairs.ipynb #d421baeb
 def places_differ(
-    first: tuple | None,  # six numbers of the affine transform, and the coordinate system as WKT; None: not known
+    first: tuple | None,  # six numbers of the affine transform, and the `CRS` or None; None: not known
     second: tuple | None,  # likewise
 ) -> bool:  # False where one of them is not known
-    "Do two georeferenced images differ by half a pixel or more, or in their coordinate system?"
+    "Do two georeferenced images differ by half a pixel or more, or in their coordinate system, where both name one?"
     if first is None or second is None:
         return False
     (p, first_system), (q, second_system) = first, second
+    if first_system and second_system and first_system != second_system:
+        return True
     pixel = math.hypot(p[0], p[3])
     tolerances = [(0.5 if i in (2, 5) else 1e-3) * pixel for i in range(6)]
-    return first_system != second_system or any(abs(p[i] - q[i]) > tolerances[i] for i in range(6))
+    return any(abs(p[i] - q[i]) > tolerances[i] for i in range(6))

@@ -22,8 +22,9 @@ import numpy as np
 from ..base.errors import CmidError
 from .audit import tally
 from .dataset import NPY_HEADER
+from .formats import quiet_decoders, read_failure
 from .passes import journal_rows
-from .rasters import Conversion, open_image, quiet_decoders, read_failure, read_item, tile_start
+from .rasters import Conversion, open_image, read_item, tile_start
 from .statistics import exact_sums
 from .survey import Headers, Request, file_sha256
 
@@ -132,6 +133,7 @@ class PassPlan:
     headers: Headers
     conversion: Conversion  # how pixels become items
     layout: ShardLayout
+    samples: dict = field(default_factory=dict)  # pixel type -> random sample of its files
 
 
 @dataclass
@@ -140,6 +142,7 @@ class ShardJob:
 
     folder: str  # of the images
     conversion: Conversion  # the same for all items
+    nodata: float | list | None  # value that means "no measurement", or one for each band of a file
     items: list  # (name, window, SHA-256 of the file or "")
     shard: str  # path of the `.part` file
     row: int  # of the first item in its shard
@@ -157,7 +160,9 @@ def shard_jobs(
             file, window = layout.item(i)
             items.append((plan.names[file], window, plan.headers.sha[file].decode() if tiled else ""))
         path = partial_folder / f"images-{shard:05}.part"
-        yield ShardJob(plan.request.folder, plan.conversion, items, str(path), first - layout.cuts[shard])
+        yield ShardJob(
+            plan.request.folder, plan.conversion, plan.request.nodata, items, str(path), first - layout.cuts[shard]
+        )
 
 # %% ../../nbs/2_data/14_shards.ipynb #efae86d9
 def make_items(
@@ -180,7 +185,7 @@ def _make_file(job, name, items, images):
     "The rows of the items of one file, which is opened once"
     path = os.path.join(job.folder, name)
     try:
-        sha, image = items[0][2] or file_sha256(path), open_image(path)
+        sha, image = items[0][2] or file_sha256(path), open_image(path, job.nodata)
     except Exception as error:
         return [dict(reason=read_failure(error, path), name=name)] * len(items)
     rows = []
@@ -195,13 +200,13 @@ def _make_file(job, name, items, images):
 
 def _make_item(image, window, conversion, out, sha):
     "The row of one item; its pixels are put into `out`"
-    item, invalid = read_item(image, window, conversion)
+    item = read_item(image, window, conversion)
     if item is None:
         return dict(reason="not one pixel has a value", empty=True)
-    out[:] = item
-    sums, squares = exact_sums(item)
-    array = hashlib.blake2b(item.data, digest_size=16).hexdigest()
-    return dict(sha=sha, array=array, sum=sums, square=squares, holes=invalid)
+    out[:] = item.pixels
+    sums, squares = exact_sums(item.pixels)
+    array = hashlib.blake2b(item.pixels.data, digest_size=16).hexdigest()
+    return dict(sha=sha, array=array, sum=sums, square=squares, valid=item.valid, holes=item.holes)
 
 # %% ../../nbs/2_data/14_shards.ipynb #abed4151
 def _npy_header(shape):
@@ -251,10 +256,11 @@ class Gathered:
     sha: np.ndarray  # (N,) first 64 bits of that file's SHA-256
     sums: list  # per band, exact
     squares: list  # per band, exact
+    valid: list  # per band, number of valid pixels
     hash: object  # SHA-256 of all pixels, in the making
     n: int = 0  # kept items
     empty: int = 0  # items without a valid pixel
-    notes: dict = field(default_factory=dict)  # for the audit: text -> [count, first names]
+    notes: dict = field(default_factory=dict)  # for the audit: kind -> [count, first names]
 
     def leave_out(self, name, row):
         "Note an item that has no pixels."
@@ -269,9 +275,10 @@ class Gathered:
         self.n += 1
         self.sums = [a + b for a, b in zip(self.sums, row["sum"])]
         self.squares = [a + b for a, b in zip(self.squares, row["square"])]
+        self.valid = [a + b for a, b in zip(self.valid, row["valid"])]
         self.hash.update(bytes.fromhex(row["array"]))
         if row["holes"]:
-            tally(self.notes, "with pixels that have no value (0 here)", name)
+            tally(self.notes, "invalid-pixels", name)
 
 # %% ../../nbs/2_data/14_shards.ipynb #af417878
 _ITEM_COLUMNS = "index", "source", "sha256", "width", "height", "bands", "dtype", "window"
@@ -295,7 +302,7 @@ def gather(
     total, bands = len(plan.layout), plan.conversion.channels
     arrays = [np.zeros(total, dtype) for dtype in (bool, "i4", "u8")]
     digest = hashlib.sha256(f"{bands} {plan.conversion.side}".encode())
-    found = Gathered(*arrays, [0] * bands, [0] * bands, digest)
+    found = Gathered(*arrays, [0] * bands, [0] * bands, [0] * bands, digest)
     with (
         _csv(partial_folder / "items.csv", _ITEM_COLUMNS) as write_item,
         _csv(partial_folder / "skipped.csv", _SKIPPED_COLUMNS) as write_skipped,

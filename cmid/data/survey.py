@@ -17,8 +17,9 @@ import numpy as np
 
 from ..base.errors import CmidError
 from .audit import tally
+from .formats import quiet_decoders, read_failure
 from .passes import journal_rows, journalled
-from .rasters import open_image, quiet_decoders, read_failure
+from .rasters import open_image
 
 # %% ../../nbs/2_data/13_survey.ipynb #e98ba55b
 class Unusable(CmidError):
@@ -62,6 +63,12 @@ def _check_choices(labelled, on_error):
     require(on_error in ways, f"on_error must be one of {ways}, got {on_error!r}")
 
 
+def _check_nodata(nodata):
+    values = nodata if isinstance(nodata, list) else [nodata]
+    numbers = (value is None or isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    require(values and all(numbers), f"nodata must be a number, or one (or null) for each band, got {nodata!r}")
+
+
 @dataclass
 class Request:
     "What `prepare` was asked for."
@@ -74,16 +81,18 @@ class Request:
     shard_mb: float = 1000.0  # size of a shard in MB
     labelled: str | None = None  # 'folders', 'lists', 'none'; None: found out
     on_error: str = "skip"  # 'skip' or 'raise'
+    nodata: float | list | None = None  # value that means "no measurement", or one for each band of a file
 
     @classmethod
-    def checked(cls, folder, side, tile, bands, stretch, shard_mb, labelled, on_error):
+    def checked(cls, folder, side, tile, bands, stretch, shard_mb, labelled, on_error, nodata):
         "A request whose values are right; raises `CmidError` naming the one that is not."
         _check_sizes(side, tile, shard_mb)
         _check_pixels(bands, stretch)
         _check_choices(labelled, on_error)
+        _check_nodata(nodata)
         bands = None if bands is None else list(bands)
         stretch = [float(percentile) for percentile in stretch]
-        return cls(folder, side, tile, bands, stretch, float(shard_mb), labelled, on_error)
+        return cls(folder, side, tile, bands, stretch, float(shard_mb), labelled, on_error, nodata)
 
 # %% ../../nbs/2_data/13_survey.ipynb #65cf3199
 def file_sha256(
@@ -98,25 +107,26 @@ def file_sha256(
 
 
 def read_headers(
-    job,  # (folder, names, whether to hash the files)
+    job,  # (folder, names, whether to hash the files, nodata)
 ) -> list[dict]:  # one a file, as JSON can hold
     "What the headers of some files say, or the reason why they cannot be read."
-    folder, names, hashed = job
+    folder, names, hashed, nodata = job
     with quiet_decoders():
-        return [_header(os.path.join(folder, name), name, hashed) for name in names]
+        return [_header(os.path.join(folder, name), name, hashed, nodata) for name in names]
 
 
-def _header(path, name, hashed):
+def _header(path, name, hashed, nodata):
     try:
         if "\n" in name or "\r" in name:
             raise ValueError("a line break in its name")
-        with closing(open_image(path)) as image:
+        with closing(open_image(path, nodata)) as image:
             return dict(
                 width=image.width,
                 height=image.height,
                 bands=image.bands,
                 dtype=image.dtype,
                 grey=image.grey,
+                reordered=image.reordered,
                 notes=image.notes,
                 sha=file_sha256(path) if hashed else "",
             )
@@ -133,11 +143,13 @@ class Headers:
     bands: np.ndarray  # (F,)
     dtype: np.ndarray  # (F,) index into `dtypes`
     grey: np.ndarray  # (F,) True: a picture of one band, which can become RGB
+    reordered: np.ndarray  # (F,) True: red, green and blue are the first three bands, in another order
     sha: np.ndarray  # (F,) SHA-256; (0,) without tiles
     dtypes: list = field(default_factory=list)  # names of the pixel types that occur
     reasons: dict = field(default_factory=dict)  # file -> why it cannot be used
-    notes: dict = field(default_factory=dict)  # for the audit: text -> [count, first names]
+    notes: dict = field(default_factory=dict)  # for the audit: kind -> [count, first names]
     mixed: dict = field(default_factory=dict)  # band count -> files, where there are several
+    mixed_order: bool = False  # band numbers were asked for, but only some files hold red, green and blue in order
 
     def add(self, i, row, name):
         "Enter the row of file `i`."
@@ -145,14 +157,14 @@ class Headers:
             self.reasons[i] = row["reason"]
             return
         self.width[i], self.height[i], self.bands[i] = row["width"], row["height"], row["bands"]
-        self.grey[i] = row["grey"]
+        self.grey[i], self.reordered[i] = row["grey"], row["reordered"]
         if row["dtype"] not in self.dtypes:
             self.dtypes.append(row["dtype"])
         self.dtype[i] = self.dtypes.index(row["dtype"])
         if len(self.sha):
             self.sha[i] = row["sha"]
-        for text in row["notes"]:
-            tally(self.notes, text, name)
+        for kind in row["notes"]:
+            tally(self.notes, kind, name)
 
     def of(self, i):
         "Width, height, bands and pixel type of file `i`."
@@ -167,7 +179,7 @@ def survey(
 ) -> Headers:
     "Read the headers of all files."
     n, size = len(names), 4 if request.tile else 256
-    jobs = ((request.folder, names[i : i + size], request.tile > 0) for i in range(0, n, size))
+    jobs = ((request.folder, names[i : i + size], request.tile > 0, request.nodata) for i in range(0, n, size))
     journal = partial_folder / "survey.jsonl"
     journalled(read_headers, jobs, range(0, n, size), n, journal, run, "looking")
     headers = Headers(
@@ -176,6 +188,7 @@ def survey(
         bands=np.zeros(n, "i2"),
         dtype=np.zeros(n, "i1"),
         grey=np.zeros(n, bool),
+        reordered=np.zeros(n, bool),
         sha=np.zeros(n if request.tile else 0, "S64"),
     )
     for i, row in enumerate(journal_rows(journal)):
@@ -200,8 +213,17 @@ def choose_bands(
         raise Unusable(f"{request.folder}: {wanted}, but no image has more than {last}: choose from 0 to {last - 1}")
     for i in np.flatnonzero((headers.bands > 0) & ~fits):
         headers.reasons[int(i)] = f"band count {headers.bands[i]}, {wanted}"
+    _note_order(request, headers, names)
     headers.mixed = {str(bands): files for bands, files in sorted(counts.items())} if len(counts) > 1 else {}
     return len(request.bands) if request.bands else most
+
+
+def _note_order(request, headers, names):
+    "Note which files hold blue before red: they are put in order, or counted where numbers of bands were asked for"
+    reordered = np.flatnonzero(headers.reordered)
+    for i in reordered:
+        tally(headers.notes, "band-order" if request.bands is None else "blue-first", names[i])
+    headers.mixed_order = request.bands is not None and 0 < len(reordered) < (headers.bands > 0).sum()
 
 
 def _fitting(request, headers, most, names):
@@ -211,5 +233,5 @@ def _fitting(request, headers, most, names):
     if most != 3:
         return headers.bands == most
     for i in np.flatnonzero(headers.grey):
-        tally(headers.notes, "grey made RGB", names[i])
+        tally(headers.notes, "grey", names[i])
     return (headers.bands == 3) | headers.grey

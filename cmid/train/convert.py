@@ -23,6 +23,7 @@ from cmid.train.checkpoint import (
     read_tensors_only,
     set_mask_token,
     tensor_bytes,
+    unwrapped,
 )
 
 # %% ../../nbs/4_train/05_convert.ipynb #e8f58f1f
@@ -101,7 +102,7 @@ def _published_weights(path):
             held = held[key]
     if not isinstance(held, dict):
         raise CmidError(f"{path}: holds no state dict (tensors by name)")
-    return _without(PREFIX, held)
+    return unwrapped(_without(PREFIX, unwrapped(held, path)), path)
 
 
 def to_cmid(
@@ -112,7 +113,7 @@ def to_cmid(
     "Published weights to a backbone folder. Raises `FileNotFoundError`, or `CmidError` naming file and key."
     src = Path(src)
     own = _published_weights(src)
-    model = _without("model.", {key: value for key, value in own.items() if key != "mask_token"})
+    model = unwrapped(_without("model.", {key: value for key, value in own.items() if key != "mask_token"}), src)
     encoder = create(backbone)
     fill_weights(encoder.model, from_published(model, encoder.model), src)
     if "mask_token" in own:
