@@ -147,7 +147,7 @@ def covers_mostly(
     polygon,  # (4, 2) corners of a box as x, y in pixels
     mask,  # bool (H, W)
 ) -> bool:
-    "Is `mask` true for at least half of the pixels in a box (a box without the centre of a pixel: of those it touches)?"
+    "Is `mask` true for at least half of the pixels in a box? A box that has none counts the pixels that it touches."
     height, width = mask.shape
     (left, top), (right, bottom) = np.floor(polygon.min(0)).astype(int), np.ceil(polygon.max(0)).astype(int)
     left, top, right, bottom = max(left, 0), max(top, 0), min(right, width), min(bottom, height)

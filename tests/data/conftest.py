@@ -43,6 +43,7 @@ ENTRIES = dict(
         ignore=None,
     ),
 )
+LABELS = dict(bands=None, stretch=[2.0, 98.0], nodata=None, accept=[], workers=1, shard_mb=1000)
 BOXES = "imagesource:x\ngsd:0.5\n1 1 9 1 9 5 1 5 ship 0\n{k} 20 9 20 9 25 {k} 25 plane 1\n"
 
 
@@ -110,7 +111,7 @@ class LabelStudy:
             deterministic=False,
             datasets={},
             tasks=dict(x=entry),
-            labels=dict(bands=None, stretch=[2.0, 98.0], workers=1, shard_mb=1000) | (labels or {}),
+            labels=LABELS | (labels or {}),
             profiles=dict(smoke={}),
         )
         plain = json.loads(json.dumps(values))

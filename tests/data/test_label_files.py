@@ -1,10 +1,12 @@
 "Every layout is read as its makers meant it."
 
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from cmid.base.errors import CmidError
 from cmid.data.label_figures import items_figure
 from cmid.data.labelled import IGNORE
 
@@ -93,3 +95,60 @@ def test_lists_name_pairs_with_and_without_suffix(study, layout):
     labelled = study.read("change", format=layout, splits=dict(train="list/train.txt", val="list/val.txt"))
     assert [Path(o).stem for o in labelled.names] == ["p0", "p1", "p2"]
     assert {k: v.tolist() for k, v in labelled.splits.items()} == dict(train=[0, 2], val=[1])
+
+
+# --- names
+
+COMPOSED = "São"
+DECOMPOSED = unicodedata.normalize("NFD", COMPOSED)
+
+
+@pytest.mark.parametrize("image, mask", [(COMPOSED, DECOMPOSED), (DECOMPOSED, COMPOSED)])
+@pytest.mark.parametrize("pattern", [f"{COMPOSED}/images/{COMPOSED}*", f"{DECOMPOSED}/**/images/*", "list.txt"])
+def test_names_are_compared_in_one_unicode_form(study, image, mask, pattern):
+    "Folders, images, masks, patterns and lists, each in the other form."
+    study.put(f"{image}/images/{image}1.png", noise(8, 8, 3))
+    study.put(f"{image}/{mask}s/{mask}1.png", noise(8, 8) % 3)
+    study.put("list.txt", f"{mask}/images/{mask}1\n")
+    parts = dict(images="images", masks=f"{image}s")
+    labelled = study.read("segment", splits=dict(train=pattern), parts=parts)
+    assert labelled.names == [f"{image}/images/{image}1.png"]
+    assert sum(labelled.manifest["histogram"]["train"]) > 0
+
+
+def test_hidden_names_are_left_out(study):
+    "As of images: what programs make for themselves is neither an image nor a label."
+    study.fill("segment")
+    for hidden in ("images/._train0.png", "images/.ipynb_checkpoints/train0.png", "masks/.train1.png"):
+        study.put(hidden, b"no image")
+    study.put("masks/__MACOSX/train0.png", b"no image")
+    labelled = study.read("segment", splits=dict(train="images/**/*", test="images/*"))
+    assert labelled.names == ["images/test0.png", "images/train0.png", "images/train1.png"]
+    assert [o["kind"] for o in labelled.manifest["audit"]].count("orphan") == 0
+
+
+def test_names_that_differ_in_case_only_are_refused(study):
+    study.fill("segment")
+    (study.data / "masks/train1.png").rename(study.data / "masks/TRAIN1.png")
+    with pytest.raises(CmidError, match="masks: TRAIN1.png and its image 'train1' differ in upper and lower case"):
+        study.read("segment")
+
+
+def test_labels_in_other_case_are_no_unlabelled_split(study):
+    study.fill("segment")
+    (study.data / "masks/test0.png").rename(study.data / "masks/Test0.png")
+    with pytest.raises(CmidError, match="differ in upper and lower case; rename one"):
+        study.read("segment")
+
+
+def test_two_images_of_one_label_are_refused(study):
+    "A stray copy in another format would be a second image of the same mask."
+    study.fill("segment")
+    study.put_tiff("images/train1.tif", noise(3, 40, 40))
+    with pytest.raises(CmidError, match="train1.png and images/train1.tif have the same label, masks/train1.png"):
+        study.read("segment")
+    study.put("train.txt", "train0\ntrain1\n")
+    with pytest.raises(CmidError, match="names 'train1', which can be train1.png or train1.tif; write the suffix"):
+        study.read("segment", splits=dict(train="train.txt"))
+    study.put("train.txt", "train0\ntrain1.tif\n")
+    assert study.read("segment", splits=dict(train="train.txt")).names == ["images/train0.png", "images/train1.tif"]
