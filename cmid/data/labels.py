@@ -29,6 +29,7 @@ from .label_audit import labelled_findings, refuse_labels
 from .label_items import PixelFormat, choose_pixels, read_header, read_labelled_item
 from .label_source import LabelSource, find_source, join_first, list_items
 from .labelled import IGNORE, LABELLED_FILES, LABELLED_FORMAT, MASKED, Labelled, is_labelled
+from .listing import check_tracked
 from .pairs import places_differ
 from .passes import ordered_results, remove_files, require_room
 
@@ -267,6 +268,7 @@ def label_dataset(
 ) -> Labelled:  # prepared/<name>, written anew
     "Read, check and store the images and labels of a task (section IV). Raises `CmidError`, one line."
     source = find_source(params, name)
+    check_tracked(params.root, params.task(name).folder, f"{source.key}.folder")
     folder = params.root / "prepared" / name
     part = folder.with_name(f"{name}.partial")
     _check_target(folder)

@@ -32,6 +32,7 @@ from .formats import MASK_SUFFIXES
 from cmid.data.listing import (
     PackedNames,
     band_files,
+    check_tracked,
     find_images,
     folder_findings,
     label_files,
@@ -481,6 +482,7 @@ def prepare_dataset(
                 f"params.yaml: datasets.{name}.{key}: {folder} is not a folder: "
                 "run `cmid_sample data` for the sample data, or name your own"
             )
+        check_tracked(params.root, folder, f"params.yaml: datasets.{name}.{key}")
     return prepare(
         params.path(dataset.folder),
         params.root / "prepared" / name,

@@ -25,5 +25,5 @@ class Dataset(Section):
         root,  # the study's root, where relative paths start
     ) -> dict:  # split -> path of its text file
         "The text files in `lists`, by the names of their splits."
-        files = sorted((Path(root) / self.lists).glob("*.txt"))
+        files = sorted((Path(root) / self.lists).glob("[!.]*.txt"))
         return {file.stem: file for file in files}

@@ -253,7 +253,7 @@ def _targets(own, where):
     if not named:
         remedy = "name them, such as stages: [labels, segment]"
         raise CmidError(f"{where}: models: needs the stages that use the backbones of that study; {remedy}")
-    return ["--single-item", "digest", *named]
+    return ["--single-item", "folders", "digest", *named]
 
 # %% ../../nbs/7_study/06_study.ipynb #ffa295df
 def _prepare_clone(project, work, own, sets):

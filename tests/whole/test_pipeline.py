@@ -37,7 +37,7 @@ def outputs(body):
 
 
 def test_every_notebook_is_a_stage():
-    assert set(NOTEBOOKS) == set(BODY) - {"digest"}
+    assert set(NOTEBOOKS) == set(BODY) - {"folders", "digest"}
 
 
 @pytest.mark.parametrize("stage", NOTEBOOKS)
@@ -56,6 +56,13 @@ def test_depends_on_its_digest(stage):
     assert f"digests/{stage}.json" in BODY[stage]["deps"]
     assert f"digests/{stage}.json" in DVC["digest"]["outs"]
     assert not [o for o in BODY[stage]["deps"] if o.startswith(("nbs", "cmid"))], "prose would retrain"
+
+
+def test_only_the_search_for_links_always_runs():
+    assert [name for name, body in BODY.items() if body.get("always_changed")] == ["folders"]
+    readers = {stage for stage, body in BODY.items() if "${item.folder}" in body.get("deps", [])}
+    assert readers == {"prepare", "labels"}
+    assert all(DVC["folders"]["outs"][0] in BODY[stage]["deps"] for stage in readers)
 
 
 @pytest.mark.parametrize("stage", NOTEBOOKS)
