@@ -24,7 +24,7 @@ def test_peak_of_unrelated_images_is_low():
 
 HERE = Affine(10, 0, 500000, 0, -10, 4600000)
 THERE = Affine(10, 0, 500100, 0, -10, 4600000)
-UTM = CRS.from_epsg(32633)
+ALBERS = CRS.from_epsg(5070)
 
 
 def write(path, bands, transform, system):
@@ -36,21 +36,24 @@ def write(path, bands, transform, system):
             file.write(np.random.default_rng(bands).integers(0, 2, (bands, 32, 32), np.uint8) * np.uint8(255))
 
 
-def put_pairs(study, second=(HERE, UTM), label=(HERE, UTM)):
+def put_pairs(study, second=(HERE, ALBERS), label=(HERE, ALBERS)):
     for name in study.names:
-        for folder, bands, place in (("A", 3, (HERE, UTM)), ("B", 3, second), ("OUT", 1, label)):
+        for folder, bands, place in (("A", 3, (HERE, ALBERS)), ("B", 3, second), ("OUT", 1, label)):
             write(study.data / f"{folder}/{name}.tif", bands, *place)
 
 
 SAME = {
     "no system": (HERE, None),
-    "other words": (HERE, CRS.from_wkt(UTM.to_wkt(version="WKT1_ESRI"))),
-    "proj": (HERE, CRS.from_proj4("+proj=utm +zone=33 +datum=WGS84 +units=m")),
+    "other words": (HERE, CRS.from_wkt(ALBERS.to_wkt(version="WKT1_ESRI"))),
     "no place": (None, None),
     "counts pixels": (Affine(1, 0, 0, 0, -1, 32), None),
     "a plan": (HERE, CRS.from_wkt('LOCAL_CS["plan",UNIT["metre",1]]')),
 }
-OTHER = {"elsewhere": (THERE, UTM), "other zone": (HERE, CRS.from_epsg(32634)), "elsewhere, no system": (THERE, None)}
+OTHER = {
+    "elsewhere": (THERE, ALBERS),
+    "other system": (HERE, CRS.from_epsg(32634)),
+    "elsewhere, no system": (THERE, None),
+}
 
 
 @pytest.mark.parametrize("place", SAME.values(), ids=SAME)
