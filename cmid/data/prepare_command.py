@@ -15,7 +15,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
-from fastcore.script import Param, bool_arg, call_parse
+from fastcore.script import Param, call_parse, store_true
 
 from ..base.errors import CmidError, cli, writing
 from ..base.files import write_whole
@@ -194,7 +194,7 @@ def _look_only(request, lists, accept, out):
 @cli
 def cmid_prepare(
     folder: str,  # of PNG, JPEG, TIFF or GeoTIFF, with everything below it
-    out: Param("folder to write; with --check a name for the picture", str, nargs="?") = "",
+    out: Param("folder to write; with --check a name for the picture", str, opt=False, nargs="?") = "",
     side: int = 224,  # pixels
     lists: str = "",  # train=a.txt,test=b.txt: text files of lines `path` or `path label`
     tile: int = 0,  # cut larger rasters into tiles of this side; 0: whole images
@@ -206,7 +206,7 @@ def cmid_prepare(
     shard_mb: float = 1000.0,  # size of a shard in MB
     labelled: str = "",  # folders, lists or none; empty: lists if they have labels, else class folders of all images
     on_error: str = "skip",  # skip or raise
-    check: bool_arg = False,  # only look at a sample of the folder: seconds, whatever its size
+    check: store_true = False,  # only look at a sample of the folder: seconds, whatever its size
 ):
     "Prepare a folder of images: memory-mapped uint8 arrays, statistics, an audit."
     named = _named_lists(lists)

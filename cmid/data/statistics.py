@@ -158,6 +158,7 @@ def stretch_limits(
 
 # %% ../../nbs/2_data/11_statistics.ipynb #90bee107
 _FILL_SHARE = 1e-3  # of the pixels have a fill value, at least
+_FEW_VALUES = 8  # a band of so few values is a map of classes, of which none is a fill value
 
 
 def _stands_apart(rest, value, count, is_lowest):
@@ -180,7 +181,8 @@ def fill_value(
     for value, is_lowest in ((values.min(), True), (values.max(), False)):
         found = values == value if same is None else (values == value) & same
         rest = values[~found].astype(float)
-        if found.mean() > _FILL_SHARE and len(rest) and _stands_apart(rest, float(value), found.sum(), is_lowest):
+        varied = len(np.unique(rest)) > _FEW_VALUES
+        if found.mean() > _FILL_SHARE and varied and _stands_apart(rest, float(value), found.sum(), is_lowest):
             return float(value), float(found.mean())
     return None
 
@@ -197,14 +199,15 @@ def _scale_of(part):
 def _fill_finding(sample, channels, names):
     "The finding about a fill value that no file declares, if there is one"
     same = None
-    if channels == 3 and sample.dtype == "uint8":  # a picture has no invalid bands, so no sampled value is left out
+    complete = all(np.isfinite(part).all() for part in sample.parts.values())  # else `values` leaves some out
+    if channels == 3 and sample.dtype == "uint8" and complete:
         same = np.concatenate([(part == part[:1]).all(0) for part in sample.parts.values()])
     found = {band: fill_value(sample.values(band), same) for band in range(channels)}
     found = {band: pair for band, pair in found.items() if pair}
     if not found:
         return
     value, share = max(found.values(), key=lambda pair: pair[1])
-    files = {i: float((part == value).any(0).mean()) for i, part in sample.parts.items()}
+    files = {i: float((part == value).any(0).mean()) for i, part in sample.parts.items() if part.size}
     most = sorted((i for i in files if files[i]), key=lambda i: -files[i])
     text = (
         f"files with the value {value:g} in {share:.1%} of the sampled pixels of band {min(found)}, apart from all "

@@ -204,7 +204,7 @@ def test_two_at_once(images):
 def command(tmp_path):
     "Run `cmid_prepare` from a script as pip writes it."
     script = tmp_path / "cmid_prepare"
-    script.write_text("import sys\nfrom cmid.data.prepare import cmid_prepare\nsys.exit(cmid_prepare())\n")
+    script.write_text("import sys\nfrom cmid.data.prepare_command import cmid_prepare\nsys.exit(cmid_prepare())\n")
 
     def run(*arguments):
         return subprocess.run([sys.executable, script, *map(str, arguments)], capture_output=True, text=True)
@@ -219,8 +219,9 @@ def test_command(images, command):
     out = images.root / "out"
     done = command(images.path, out, "--side", "32", "--lists", named, "--bands", "2,0")
     assert done.returncode == 0, done.stderr
-    assert "9 images of 2 x 32 x 32" in done.stdout
-    assert "train: 1" in done.stdout
+    assert "images   9 of 2 x 32 x 32" in done.stdout
+    assert "splits   train 1, test 1" in done.stdout
+    assert (images.root / "out.png").is_file()
     assert Prepared(out).bands == 2
 
 

@@ -8,6 +8,7 @@ from PIL import Image
 
 from cmid.data import prepare as preparing, survey
 from cmid.data.dataset import NPY_HEADER
+from cmid.data.listing import LeftOut
 from cmid.data.survey import file_sha256
 
 ITEM = 3 * 32 * 32  # bytes
@@ -69,13 +70,15 @@ def made_up_rows(job):
     with open(job.shard, "ab") as file:
         file.truncate(NPY_HEADER + (job.row + len(job.items)) * ITEM)
     return [
-        dict(sha=f"{int(name[-12:-4]):064x}", array="00" * 16, sum=[1, 2, 3], square=[1, 2, 3], holes=0)
+        dict(
+            sha=f"{int(name[-12:-4]):064x}", array="00" * 16, sum=[1, 2, 3], square=[1, 2, 3], valid=[1024] * 3, holes=0
+        )
         for name, _, _ in job.items
     ]
 
 
 def made_up_headers(job):
-    header = dict(width=32, height=32, bands=3, dtype="uint8", grey=False, notes=[], sha="")
+    header = dict(width=32, height=32, bands=3, dtype="uint8", grey=False, reordered=False, notes=[], sha="")
     return [header for _ in job[1]]
 
 
@@ -90,7 +93,7 @@ def test_an_image_more_needs_less_than_250_bytes(images, monkeypatch):
 
     def peak(count):
         names = [f"{i // 100:05}/image_{i:08}.png" for i in range(count)]
-        monkeypatch.setattr(preparing, "find_images", lambda folder: ([*names], {}))
+        monkeypatch.setattr(preparing, "find_images", lambda folder: ([*names], LeftOut()))
         lists = images.lists(train="".join(f"image_{i:08}.png\n" for i in range(count)))
         tracemalloc.start()
         try:
