@@ -24,6 +24,7 @@ from cmid.data.formats import (
     reader_of,
     stored_window,
     tiff_orientation,
+    tiff_tags,
     turn_upright,
 )
 
@@ -244,6 +245,19 @@ def _check_raster(source):
     if block > MAX_READ_BYTES:
         raise ValueError(f"stored in blocks of {block >> 20} MB: save it as a tiled GeoTIFF")
 
+
+_PAGE_KIND, _PHOTOMETRIC = 254, 262  # tags of TIFF
+_SPACES = {5: "CMYK", 6: "YCbCr", 8: "CIELab", 9: "ICCLab", 10: "ITULab"}  # photometric -> how colours are stored
+
+
+def _check_tags(source, tags):
+    "Raise `ValueError` for a TIFF whose numbers are other than those that are looked for"
+    if tags.get(_PAGE_KIND, 0) & 1:
+        raise ValueError("its first page is marked as a small copy of another: save the full image as its own file")
+    space = _SPACES.get(tags.get(_PHOTOMETRIC))
+    if space and "SOURCE_COLOR_SPACE" not in source.tags(ns="IMAGE_STRUCTURE"):
+        raise ValueError(f"{space} colours of {source.dtypes[0]}, which GDAL does not convert: save it as RGB")
+
 # %% ../../nbs/2_data/10_rasters.ipynb #a2a68779
 class RasterioImage:
     "TIFF or 16-bit PNG, read by rasterio window by window."
@@ -264,17 +278,19 @@ class RasterioImage:
 
     def _describe(self, path, driver, nodata):
         _check_raster(self.source)
+        tags = tiff_tags(path) if driver == "GTiff" else {}
+        _check_tags(self.source, tags)
         self.plan = plan_bands(self.source, driver)
         self.bands, self.dtype, self.grey = len(self.plan.index), self.source.dtypes[0], False
         self.notes, self.reordered = self.plan.notes, self.plan.order != sorted(self.plan.order)
         self.nodata = nodata_of_bands(nodata, self.bands)
-        self._find_orientation(path, driver)
+        self._find_orientation(path, driver, tags)
         self._find_meaning()
         self._find_masks()
 
-    def _find_orientation(self, path, driver):
+    def _find_orientation(self, path, driver, tags):
         if driver == "GTiff":
-            self.orientation = tiff_orientation(path)
+            self.orientation = tiff_orientation(tags)
         else:
             with Image.open(path, formats=["PNG"]) as picture:
                 self.orientation = _orientation(picture)
@@ -306,8 +322,8 @@ class RasterioImage:
 
     def _find_masks(self):
         "Does GDAL know a mask, other than transparency; are the bands the colours of one picture?"
-        flags = self.source.mask_flag_enums[self.plan.index[0] - 1]
-        self.masked = MaskFlags.all_valid not in flags and MaskFlags.alpha not in flags
+        flags = [self.source.mask_flag_enums[band - 1] for band in self.plan.index]
+        self.masked = any(MaskFlags.all_valid not in o and MaskFlags.alpha not in o for o in flags)
         self.is_colour = {ColorInterp.red, ColorInterp.green, ColorInterp.blue} <= {*self.source.colorinterp}
 
     def _without_value(self, index, window):
