@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import rasterio
+from rasterio.enums import MaskFlags
 
 from ..base.errors import CmidError
 from .formats import mask_files, turn_upright
@@ -102,6 +103,7 @@ class _Numbers:
     void: np.ndarray | None  # bool (H, W): no value, as the file says; None: all have one
     nodata: list = field(default_factory=list)  # numbers, or colours as numbers, that mean "no value"
     palette: np.ndarray | None = None  # (n,) the colour of each number, as a number
+    by_number: bool = True  # `void` is where the numbers are `nodata`; False: the file has a mask as well
 
 
 def _colour_number(rgb):
@@ -166,7 +168,8 @@ def _picture_numbers(image):
     upright = turn_upright(pixels if pixels.ndim == 2 else pixels.transpose(2, 0, 1), image.orientation)
     pixels = upright if upright.ndim == 2 else upright.transpose(1, 2, 0)
     nodata = _transparent_values(image.file) + _declared_beside(image.path)
-    return _Numbers(pixels, None if invalid is None else invalid.all(0), nodata, palette)
+    by_number = f"{image.path}.msk" not in mask_files(image.path)
+    return _Numbers(pixels, None if invalid is None else invalid.all(0), nodata, palette, by_number)
 
 # %% ../../nbs/2_data/22_masks.ipynb #b408d2cf
 def _check_bands(raster):
@@ -190,16 +193,17 @@ def _raster_numbers(raster):
     "Numbers of a mask that rasterio reads"
     _check_bands(raster)
     numbers, invalid = raster.read_numbers()
-    void = None if invalid is None else invalid.all(0)
-    palette = raster.palette
+    found = _Numbers(numbers[0], None if invalid is None else invalid.all(0), _raster_nodata(raster))
+    flags = raster.source.mask_flag_enums[raster.plan.index[0] - 1]
+    found.by_number = MaskFlags.nodata in flags and raster.plan.alpha is None
     if len(numbers) > 1:
-        return _Numbers(numbers[:3].transpose(1, 2, 0), void, _raster_nodata(raster))
-    if palette is None:
-        return _Numbers(numbers[0], void, _raster_nodata(raster))
-    palette = _palette_numbers(palette, 256**numbers.itemsize)
-    if raster.bits == 1 and raster.source.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES":
-        return _Numbers(1 - numbers[0], void, [1 - o for o in _raster_nodata(raster)], palette[[1, 0]])
-    return _Numbers(numbers[0], void, _raster_nodata(raster), palette)
+        found.pixels = numbers[:3].transpose(1, 2, 0)
+    elif raster.palette is not None:
+        found.palette = _palette_numbers(raster.palette, 256**numbers.itemsize)
+        if raster.bits == 1 and raster.source.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES":
+            found.pixels, found.palette = 1 - numbers[0], found.palette[[1, 0]]
+            found.nodata = [1 - o for o in found.nodata]
+    return found
 
 # %% ../../nbs/2_data/22_masks.ipynb #2233904f
 def _colour_text(number):
@@ -257,9 +261,9 @@ def _void_pixels(numbers, entries, table):
     for value, entry in zip(numbers.nodata, entries):
         if entry == UNKNOWN:
             void = _equal(numbers.pixels, value) | (False if void is None else void)
-        elif void is not None:
+        elif void is not None and numbers.by_number:
             void = void & ~_equal(numbers.pixels, value)
-        if entry != UNKNOWN and table.class_of[entry] != IGNORE:
+        if entry != UNKNOWN and numbers.by_number and table.class_of[entry] != IGNORE:
             classes.append(table.names[table.class_of[entry]])
     return void, classes
 
