@@ -9,7 +9,7 @@ __all__ = ['MAX_VALUES', 'refuse_labels', 'labelled_findings']
 from itertools import chain, combinations
 
 from ..base.errors import CmidError
-from .audit import finding
+from .audit import FILE_NOTES, finding
 from .label_files import FolderFiles
 from .label_items import ItemRecord
 from .label_source import LabelSource, join_first
@@ -178,7 +178,10 @@ def _image_findings(names, records):
 
     for note in sorted(set(chain.from_iterable(record.notes for record in records))):
         noted = [n for n, r in zip(names, records) if note in r.notes]
-        yield finding("note", "note", len(noted), f"images {note}", noted)
+        yield finding(note, "note", len(noted), FILE_NOTES[note], noted)
+        if note == "blue-first" and len(noted) < len(names):
+            text = "files hold blue before red, and the others do not"
+            yield finding("mixed-band-order", "warning", len(noted), text, noted)
 
     elsewhere = [n for n, r in zip(names, records) if r.label_elsewhere]
     text = "labels that lie elsewhere than their image, as their files say"
@@ -204,7 +207,7 @@ def _invalid_findings(source, names, records):
     level = "warning" if share > _FEW_INVALID else "note"
     yield from _named_finding("label-over-invalid", level, text, over, count)
     for key, kind, text in (
-        ("holes", "no-value", "pixels of images that have no value (0 here)"),
+        ("holes", "invalid-pixels", "pixels of images that have no value (0 here)"),
         ("partly", "partly-invalid", "pixels of images that have a value in some bands only (0 in the others)"),
         ("void", "mask-no-value", "pixels of masks that have no value, as their files say: ignored"),
     ):

@@ -101,7 +101,7 @@ def _legend_patches(labelled, items):
     classes = [] if labelled.task == "change" else [k for k in found if k < len(labelled.classes)]
     patches = [Patch(color=colours[k], label=labelled.classes[k]) for k in classes]
     if _NO_VALUE in found:
-        patches.append(Patch(color="k", label="ignored, no value in the image"))
+        patches.append(Patch(color="k", label="ignored, no value"))
     if IGNORE in found:
         patches.append(Patch(facecolor="w", edgecolor="#999999", label="ignored"))
     return patches

@@ -35,8 +35,9 @@ class Header:
     dtype: str
     grey: bool  # one band of brightness
     place: tuple | None  # affine transform, and coordinate system or None; None: not georeferenced
-    notes: list  # remarks of the decoder
+    notes: list  # kinds of `audit.FILE_NOTES`
     orientation: int = 1  # as the tag of EXIF or TIFF says; 1: pixels are stored upright
+    reordered: bool = False  # red, green and blue are the first three bands, in another order
 
 
 def _system(source):
@@ -61,7 +62,8 @@ def read_header(
     try:
         with closing(open_image(path)) as image:
             size = image.height, image.width
-            return Header(size, image.bands, image.dtype, image.grey, _place(image), image.notes, image.orientation)
+            known = image.notes, image.orientation, image.reordered
+            return Header(size, image.bands, image.dtype, image.grey, _place(image), *known)
     except Exception as e:
         return read_failure(e, path)
 
@@ -211,7 +213,7 @@ class ItemRecord:
 
     size: tuple  # height and width in pixels
     place: tuple | None  # of the image, as of `Header`
-    notes: list  # remarks of the decoder
+    notes: list  # kinds of `audit.FILE_NOTES`, about its images
     arrays: list = field(default_factory=list)  # that are stored: image, second date, mask
     counts: np.ndarray = field(default_factory=_zeros)  # (256,) pixels or objects of each class; 255: ignored
     values: np.ndarray = field(default_factory=_zeros)  # (256,) pixels of each entry of the class table
@@ -370,6 +372,16 @@ def _read_label_boxes(source, item, headers, without, record):
     record.counts[IGNORE] = objects["ignored"] + record.over_invalid
 
 
+def _notes(source, pixels, headers):
+    "Kinds of `audit.FILE_NOTES` about the images of an item"
+    notes = list(dict.fromkeys(chain.from_iterable(header.notes for header in headers)))
+    if any(header.reordered for header in headers):
+        notes.append("blue-first" if source.bands else "band-order")
+    if pixels.channels == 3 and not source.bands and any(header.grey for header in headers):
+        notes.append("grey")
+    return notes
+
+
 def read_labelled_item(
     source: LabelSource,
     pixels: PixelFormat,  # of `choose_pixels`
@@ -377,8 +389,7 @@ def read_labelled_item(
     headers: list,  # `Header` of each of its dates
 ) -> ItemRecord:  # `wrong` says what is wrong with it
     "Decode one item with its label."
-    notes = dict.fromkeys(chain.from_iterable(header.notes for header in headers))
-    record = ItemRecord(headers[0].size, headers[0].place, list(notes))
+    record = ItemRecord(headers[0].size, headers[0].place, _notes(source, pixels, headers))
     read_label = _read_label_mask if source.task in MASKED else _read_label_boxes
     try:
         without = _read_dates(source, pixels, item, record)

@@ -15,6 +15,7 @@ from ..base.params import Bands, Count, Natural, Nodata, Pair, Section, check_in
 LABEL_WARNINGS = (  # kinds of the warnings of the stage, each of which can be accepted
     "undeclared-fill",
     "mixed-ranges",
+    "mixed-band-order",
     "flat-band",
     "absent-class",
     "unknown-label",

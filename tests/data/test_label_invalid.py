@@ -1,13 +1,19 @@
 "Labels where an image has no value are ignored, counted and reported."
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
+import rasterio
 from PIL import Image
+from rasterio.enums import ColorInterp
 
 from cmid.base.errors import CmidError
-from cmid.data import label_items
+from cmid.data import label_audit, label_items, statistics
 from cmid.data.label_figures import items_figure
 from cmid.data.labelled import IGNORE
+from cmid.settings.labels import LABEL_WARNINGS
 
 ONE_TWO = dict(classes=dict(land=1, water=2), ignore=[])
 
@@ -52,7 +58,7 @@ def test_masks(study, dtype, bands):
     assert "50.00%" in found["text"]
     assert found["examples"][0] == "images/test0.tif 2,048"
     assert "ignored 4,096, 4,096 of them where an image has no value" in str(labelled)
-    assert "ignored, no value in the image" in [o.get_text() for o in items_figure(labelled).legends[0].texts]
+    assert "ignored, no value" in [o.get_text() for o in items_figure(labelled).legends[0].texts]
 
 
 def test_pixels_of_some_bands_keep_their_label(study):
@@ -67,7 +73,7 @@ def test_pixels_of_some_bands_keep_their_label(study):
     assert labelled.manifest["over_invalid"] == dict(train=6, test=3)
     assert finding(labelled, "label-over-invalid")["level"] == "note"  # less than a hundredth
     assert finding(labelled, "partly-invalid")["count"] == 21
-    assert finding(labelled, "no-value")["count"] == 9
+    assert finding(labelled, "invalid-pixels")["count"] == 9
     assert (labelled.image(0)[0, 5, :7] == 0).all()
     assert (labelled.mask(0)[5] == 0).all()
 
@@ -105,7 +111,7 @@ def test_either_date_of_a_pair(study):
     assert (mask[:, :5] == IGNORE).all()
     assert (mask[4:, 5:] < 2).all()
     assert labelled.manifest["over_invalid"]["test"] == 40 * 40 - 36 * 35
-    assert "ignored, no value in the image" in [o.get_text() for o in items_figure(labelled).legends[0].texts]
+    assert "ignored, no value" in [o.get_text() for o in items_figure(labelled).legends[0].texts]
 
 
 def test_boxes(study):
@@ -128,7 +134,7 @@ def test_boxes(study):
 def test_images_without_holes_have_no_findings(study):
     labelled = study.fill("segment").read("segment")
     assert labelled.manifest["over_invalid"] == dict(train=0, test=0)
-    kinds = {"label-over-invalid", "no-value", "partly-invalid", "mask-no-value", "nodata-class"}
+    kinds = {"label-over-invalid", "invalid-pixels", "partly-invalid", "mask-no-value", "nodata-class"}
     assert not kinds & {o["kind"] for o in labelled.manifest["audit"]}
 
 
@@ -194,6 +200,42 @@ def test_accepted_findings_are_shown(study):
     assert "accepted labelled pixels where an image has no value" in str(labelled)
     with pytest.raises(CmidError, match="labels.accept: no warning is called 'label-over-invalit' .did you mean"):
         study.read("segment", dict(accept=["label-over-invalit"]), **ONE_TWO)
+
+
+def test_every_warning_can_be_accepted():
+    "The kinds in the sources of the audit are those of the settings."
+    text = "".join(Path(module.__file__).read_text() for module in (label_audit, statistics))
+    kinds = re.findall(r'"([a-z-]+)",\s+"warning"', text)
+    assert {*kinds, "label-over-invalid", "outside", "repeated"} == {*LABEL_WARNINGS}
+
+
+def rasters_in_order(study, orders):
+    "Images whose three bands are these colours; the band of each colour has one value."
+    values = dict(red=90, green=60, blue=30)
+    for name, order in zip(study.names, orders):
+        image = np.stack([np.full((20, 20), values[o], np.uint8) for o in order])
+        study.put_tiff(f"images/{name}.tif", image, photometric="MINISBLACK")
+        with rasterio.open(study.data / f"images/{name}.tif", "r+") as file:
+            file.colorinterp = [ColorInterp[o] for o in order]
+        study.put(f"masks/{name}.png", np.ones((20, 20), np.uint8))
+
+
+def test_order_of_bands(study):
+    "Red, green and blue are put in order; where bands are asked for by number, mixed orders are a warning."
+    rgb, bgr = ("red", "green", "blue"), ("blue", "green", "red")
+    rasters_in_order(study, [bgr, rgb, rgb])
+    labelled = study.read("segment", **ONE_TWO)
+    for i in range(3):
+        assert labelled.image(i)[:, 0, 0].tolist() == [90, 60, 30]
+    assert finding(labelled, "band-order")["examples"] == ["images/train0.tif"]
+    by_number = study.read("segment", dict(bands=[0, 1, 2]), **ONE_TWO)
+    assert finding(by_number, "mixed-band-order")["examples"] == ["images/train0.tif"]
+
+
+def test_grey_images_are_noted(study):
+    study.fill("segment")
+    study.put("images/train1.png", noise(40, 40))
+    assert finding(study.read("segment"), "grey")["examples"] == ["images/train1.png"]
 
 
 def test_copies_across_any_splits(study):

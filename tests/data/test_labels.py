@@ -410,7 +410,7 @@ def test_wide_rasters_are_stretched_by_percentiles_of_training_images(study):
         assert abs(labelled.image(i) - expected).max() <= 1
     hole = labelled.image(labelled.names.index("images/train0.tif"))[:, 0, 0]
     assert (hole == 0).all()
-    assert [o["count"] for o in labelled.manifest["audit"] if o["kind"] == "no-value"] == [1]
+    assert [o["count"] for o in labelled.manifest["audit"] if o["kind"] == "invalid-pixels"] == [1]
 
 
 def test_reading_in_blocks_changes_nothing(study, monkeypatch):
