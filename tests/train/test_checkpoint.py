@@ -8,6 +8,7 @@ import sys
 import pytest
 import timm.optim
 import torch
+from safetensors.torch import load_file, save_file
 
 from cmid.base.errors import CmidError
 from cmid.base.runtime import provenance
@@ -16,6 +17,7 @@ from cmid.train.checkpoint import checkpoints, export_backbone, latest, load, lo
 from cmid.train.convert import PREFIX, STUDY, from_cmid, to_cmid, to_published
 
 SWIN = "swin_tiny_patch4_window7_224"
+SMALL = "test_resnet"  # timm's smallest
 FACTS = STUDY | dict(method="random", parameters=dict(lr=0.1), data_hash="0", data_licence=None, health={})
 
 
@@ -184,3 +186,76 @@ def test_resnet_keys_pass_as_they_are(tmp_path):
     back = torch.load(tmp_path / "back.pth", weights_only=True)
     assert back.pop(f"{PREFIX}mask_token").eq(0).all()
     assert all(torch.equal(back[f"{PREFIX}model.{key}"], value) for key, value in e.model.state_dict().items())
+
+
+# Weights of a network that was wrapped: trained in several processes, or compiled
+
+
+def compiled_in_processes(network):
+    return torch.nn.DataParallel(torch.compile(network))
+
+
+WRAPPED = {
+    "processes": (torch.nn.DataParallel, ["module."]),
+    "compiled": (torch.compile, ["_orig_mod."]),
+    "both": (compiled_in_processes, ["module.", "_orig_mod."]),
+}
+
+
+@pytest.fixture(params=WRAPPED)
+def wrapped(request):
+    "A network, its weights as they are saved, and the prefixes of their keys."
+    encoder = create(SMALL)
+    wrap, prefixes = WRAPPED[request.param]
+    weights = wrap(encoder.model).state_dict()
+    assert all(key.startswith("".join(prefixes)) for key in weights)
+    return encoder, weights, prefixes
+
+
+def said_of(path, prefixes, count):
+    return [f"note: {path}: {prefix} is removed from its {count} keys" for prefix in prefixes]
+
+
+def test_a_wrapped_network_is_converted(wrapped, tmp_path, capsys):
+    encoder, weights, prefixes = wrapped
+    torch.save(dict(state_dict=weights, epoch=3), tmp_path / "r.pth")
+    to_cmid(tmp_path / "r.pth", tmp_path / "b", SMALL)
+    assert capsys.readouterr().err.splitlines() == said_of(tmp_path / "r.pth", prefixes, len(weights))
+    loaded, _ = load_backbone(tmp_path / "b")
+    assert all(torch.equal(value, encoder.state_dict()[key]) for key, value in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize("branch", ["student", "teacher"])
+def test_a_wrapped_backbone_is_loaded(wrapped, branch, tmp_path, capsys):
+    encoder, weights, prefixes = wrapped
+    folder = export_backbone(encoder, tmp_path / "b", FACTS | dict(provenance={}), teacher=encoder)
+    file = folder / ("model.safetensors" if branch == "student" else "teacher.safetensors")
+    save_file({key: value.clone() for key, value in weights.items()}, file)
+    loaded, _ = load_backbone(folder, branch=branch)
+    assert capsys.readouterr().err.splitlines() == said_of(file, prefixes, len(weights))
+    assert all(torch.equal(value, encoder.state_dict()[key]) for key, value in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
+def test_keys_of_two_networks_are_refused(prefix, tmp_path):
+    encoder = create(SMALL)
+    folder = export_backbone(encoder, tmp_path / "b", FACTS | dict(provenance={}))
+    weights = load_file(folder / "model.safetensors")
+    key = sorted(weights)[0]
+    weights[prefix + key] = weights[key].clone()
+    save_file(weights, folder / "model.safetensors")
+    torch.save(weights, tmp_path / "r.pth")
+    for load_weights in (
+        lambda: load_backbone(folder),
+        lambda: to_cmid(tmp_path / "r.pth", tmp_path / "c", SMALL),
+    ):
+        with pytest.raises(CmidError) as e:
+            load_weights()
+        assert f"1 keys begin with {prefix} ({prefix}{key}) and {len(weights) - 1} do not" in str(e.value)
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_file_without_names_is_no_state_dict(tmp_path):
+    torch.save({0: torch.ones(1)}, tmp_path / "r.pth")
+    with pytest.raises(CmidError, match="r.pth: holds no state dict"):
+        to_cmid(tmp_path / "r.pth", tmp_path / "b", SMALL)
