@@ -100,3 +100,12 @@ def test_where_an_image_came_from_is_found_without_a_copy_of_the_table(images):
         assert tracemalloc.get_traced_memory()[1] < 2.5e6
     finally:
         tracemalloc.stop()
+
+
+def test_a_byte_of_the_table_that_csv_does_not_read(images):
+    images.pictures(2, size=(32, 32))
+    prepared = images.prepare()
+    table = prepared.folder / "items.csv"
+    table.write_bytes(table.read_bytes().replace(b".png", b"\rpng"))
+    with pytest.raises(CmidError, match="items.csv: damaged at line 2: remove"):
+        prepared.source(0)
