@@ -141,12 +141,12 @@ def _transparent_values(picture):
     return [] if value is None else [value]
 
 
-def _declared_beside(path):
+def _declared_beside(picture, path):
     "Value of a PNG that a file beside it declares as nodata"
-    if not mask_files(path):
+    if picture.format != "PNG" or not mask_files(path):
         return []
-    with rasterio.open(path) as source:
-        return [] if source.nodata is None else [source.nodata]
+    with rasterio.open(path, driver="PNG") as source:
+        return [] if source.nodata is None or np.isnan(source.nodata) else [source.nodata]
 
 
 def _picture_values(picture, path):
@@ -167,7 +167,7 @@ def _picture_numbers(image):
     pixels, palette = _picture_values(image.file, image.path)
     upright = turn_upright(pixels if pixels.ndim == 2 else pixels.transpose(2, 0, 1), image.orientation)
     pixels = upright if upright.ndim == 2 else upright.transpose(1, 2, 0)
-    nodata = _transparent_values(image.file) + _declared_beside(image.path)
+    nodata = _transparent_values(image.file) + _declared_beside(image.file, image.path)
     by_number = f"{image.path}.msk" not in mask_files(image.path)
     return _Numbers(pixels, None if invalid is None else invalid.all(0), nodata, palette, by_number)
 
@@ -186,7 +186,9 @@ def _raster_nodata(raster):
         return []
     if raster.white is not None:
         values = [raster.white - values[0]]
-    return [values[0] if len(values) == 1 else _colour_number(values)]
+    if len(values) == 1:
+        return values
+    return [_colour_number(values)] if all(0 <= value <= 255 for value in values) else []
 
 
 def _raster_numbers(raster):

@@ -177,6 +177,11 @@ def test_transparent_pixels_of_a_mask_are_ignored(tmp_path):
     check_hole(tmp_path / "grey.png")
 
 
+BESIDE = (
+    '<PAMDataset><PAMRasterBand band="1"><NoDataValue>0</NoDataValue></PAMRasterBand></PAMDataset>'  # as GDAL writes it
+)
+
+
 def nodata_zero(folder, kind):
     "A mask of the values 1, 2 and 0, of which 0 is declared as nodata."
     x = np.array([[1, 2, 0]], np.uint8)
@@ -187,13 +192,17 @@ def nodata_zero(folder, kind):
     if kind == "colours":
         return save_tiff(folder / "m.tif", np.stack([x] * 3), nodata=0)
     picture = Image.fromarray(x)
+    if kind == "beside":
+        picture.save(folder / "m.png")
+        (folder / "m.png.aux.xml").write_text(BESIDE)
+        return folder / "m.png"
     if kind == "palette":
         picture.putpalette(list(range(30)))
     picture.save(folder / "m.png", transparency=0)
     return folder / "m.png"
 
 
-@pytest.mark.parametrize("kind", ["tiff", "white", "colours", "grey", "palette"])
+@pytest.mark.parametrize("kind", ["tiff", "white", "colours", "grey", "palette", "beside"])
 def test_nodata_value_that_is_a_class(tmp_path, kind):
     "Many programs declare 0 in every file: where a class has this value, its pixels are this class."
     path = nodata_zero(tmp_path, kind)
