@@ -81,20 +81,16 @@ def _check_folders(folder, out):
 # %% ../../nbs/2_data/16_prepare.ipynb #d1497d41
 def _fingerprints(request, names, links, lists):
     "Mark of an interrupted run, fingerprint of a finished folder, and the time of the newest change in ns"
-    pixels = hashlib.sha256(json.dumps(_pixel_parameters(request)).encode())
-    resumable, newest = pixels.copy(), 0
+    pixels, newest = hashlib.sha256(json.dumps(_pixel_parameters(request)).encode()), 0
     for name in names:
         for key, size, modified, changed in _states(request.folder, name):
             newest = max(newest, modified, changed)
-            pixels.update(b"%s\0%d\n" % (key, size))
-            resumable.update(b"%s\0%d %d\n" % (key, size, modified))
+            pixels.update(b"%s\0%d %d\n" % (key, size, modified))
     for name in [""] * os.path.islink(request.folder) + links:  # another folder may hold files of the same names
-        target = os.fsencode(os.path.realpath(os.path.join(request.folder, name)))
-        pixels.update(target)
-        resumable.update(target)
+        pixels.update(os.fsencode(os.path.realpath(os.path.join(request.folder, name))))
     finished = hashlib.sha256(pixels.digest() + json.dumps(request.labelled).encode())
     _add_lists(finished, lists)
-    return resumable.hexdigest(), finished.hexdigest(), newest
+    return pixels.hexdigest(), finished.hexdigest(), newest
 
 
 def _pixel_parameters(request):
