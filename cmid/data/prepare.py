@@ -433,7 +433,7 @@ def prepare(
     stretch=(2.0, 98.0),  # percentiles that become 0 and 255, for all but 8-bit files
     workers: int = 0,  # processes; 0: all cores
     shard_mb: float = 1000,  # size of a shard in MB
-    labelled: str = None,  # 'folders', 'lists', 'none'; None: lists with labels, else class folders of all images
+    labelled: str = None,  # 'folders', 'lists', 'none'; None: lists with labels, else class folders of most images
     on_error: str = "skip",  # a file that cannot be used: 'skip' it and list it in skipped.csv, or 'raise'
     nodata=None,  # value that means "no measurement" beside what the files say, or one for each band of a file
     accept=(),  # kinds of findings that are not warned of, such as 'undeclared-fill'
