@@ -25,6 +25,7 @@ from tests.tools import rasters, reference
 SIDE = 32
 OPTIONS = {  # of `prepare`, by kind
     "chosen-bands": dict(bands=[2, 0]),
+    "chosen-bands-of-other-order": dict(bands=[2, 0]),
     "declared-nodata": dict(nodata=7),
     "declared-nodata-of-pictures": dict(nodata=7),
     "large-as-a-whole": dict(tile=0),
@@ -273,5 +274,6 @@ def verdict_of_skipped(path, reason, options):
 
 
 def truth_of(path, options):
-    truth, bands = reference.read(path, options.get("nodata")), options.get("bands")
+    bands = options.get("bands")
+    truth = reference.read(path, options.get("nodata"), in_order=bands is None)
     return truth if bands is None else replace(truth, pixels=truth.pixels[bands], valid=truth.valid[bands])

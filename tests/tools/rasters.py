@@ -411,6 +411,17 @@ def chosen_bands(shared, own, path):
 
 
 @kind
+def chosen_bands_of_other_order(shared, own, path):
+    "Bands 2 and 0 of the file are asked for, and these are red and blue."
+    order = [ColorInterp.blue, ColorInterp.green, ColorInterp.red]
+    pixels = values(own, pick(shared, "uint8", "uint16"), 3, *size(own))
+    gap = hole(own, *pixels.shape[1:])
+    pixels[:, gap] = 5
+    pixels[1, gap] = pick(own, 5, 6)  # where green has a value, the colour has one
+    tiff(path, pixels, photometric="MINISBLACK", colours=order, nodata=5)
+
+
+@kind
 def large_as_a_whole(shared, own, path):
     "See `agreement.OPTIONS`: whole images are resized."
     pixels = values(own, pick(shared, "uint8", "uint16", "float32"), pick(shared, 1, 3, 4), *own.integers(20, 200, 2))

@@ -40,8 +40,8 @@ class Reference:
     tolerance: int = 0  # in levels of 8 bits: two programs make other colours of CMYK
 
 
-def read(path, nodata=None):
-    "The bands of a PNG, JPEG or TIFF, and where they have a value; `nodata` is a value that has none."
+def read(path, nodata=None, in_order=True):
+    "The bands of an image, and where they have a value; `nodata` has none; `in_order`: red, green, blue."
     path = Path(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -49,7 +49,7 @@ def read(path, nodata=None):
         if head[:4] == b"\x89PNG" and head[24] == 16:
             return _turned(_of_rasterio(path, nodata), _picture_orientation(path))
         if head[:2] in (b"II", b"MM"):
-            return _of_tiff(path, nodata)
+            return _of_tiff(path, nodata, in_order)
         return _of_pillow(path, nodata)
 
 
@@ -83,12 +83,12 @@ def _picture_orientation(path):
 # --- rasterio
 
 
-def _of_tiff(path, nodata):
+def _of_tiff(path, nodata, in_order):
     tags = tiff_tags(path)
     orientation = tags.get(274, 1)
     if tags.get(262) == 5:
         return _cmyk(path)
-    return _turned(_of_rasterio(path, nodata, min_is_white=tags.get(262) == 0), orientation)
+    return _turned(_of_rasterio(path, nodata, tags.get(262) == 0, in_order), orientation)
 
 
 def _cmyk(path):
@@ -97,7 +97,7 @@ def _cmyk(path):
     return Reference(pixels, np.ones(pixels.shape, bool), tolerance=4)
 
 
-def _of_rasterio(path, nodata, min_is_white=False):
+def _of_rasterio(path, nodata, min_is_white=False, in_order=True):
     with rasterio.open(path) as source:
         dtype, pixels, valid = source.dtypes[0], source.read(), source.read_masks() > 0
         valid = valid | (MaskFlags.alpha in source.mask_flag_enums[0])  # see `_without_alpha`
@@ -113,7 +113,7 @@ def _of_rasterio(path, nodata, min_is_white=False):
         pixels = np.rint(pixels * (255 / (2**bits - 1))).astype(np.uint8)
     if min_is_white:
         pixels = np.iinfo(pixels.dtype).max - pixels
-    pixels, scales, valid = _colours_in_order(pixels, scales, valid, kinds)
+    pixels, scales, valid = _colours_in_order(pixels, scales, valid, kinds, in_order)
     if pixels.dtype != np.uint8 and (scales != [[1], [0]]).any():
         pixels = pixels * scales[0][:, None, None] + scales[1][:, None, None]
     return Reference(pixels, valid & np.isfinite(pixels), dtype)
@@ -142,13 +142,13 @@ def _without_alpha(pixels, valid, kinds, always):
     return pixels, valid, kinds
 
 
-def _colours_in_order(pixels, scales, valid, kinds):
+def _colours_in_order(pixels, scales, valid, kinds, in_order):
     "Red, green and blue first where these are the first three; in a picture one mask for all bands"
     if not set(COLOURS) <= set(kinds):
         return pixels, scales, valid
     valid = np.broadcast_to(valid.any(0), valid.shape)
     order = [kinds.index(colour) for colour in COLOURS]
-    if sorted(order) != [0, 1, 2]:
+    if not in_order or sorted(order) != [0, 1, 2]:
         return pixels, scales, valid
     order += range(3, len(pixels))
     return pixels[order], scales[:, order], valid
