@@ -218,9 +218,11 @@ def pair_files(
 ) -> list:  # for each name a dict by role: file relative to `root`, or None where there is none
     "Find the files that belong to images. Raises `CmidError` for an image elsewhere, and for two candidates or twins."
     files = FolderFiles(root)
-    items = []
+    items, folders_of = [], {}
     for name in names:
-        folders = _layout_folders(files, name, layouts)
+        at = name.rpartition("/")[0]
+        folders = folders_of[at] if at in folders_of else _layout_folders(files, name, layouts)
+        folders_of[at] = folders
         stem = re.sub(tails[0], "", Path(name).stem)
         item = {roles[0]: name}
         for role, folder in list(zip(roles, folders))[1:]:

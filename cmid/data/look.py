@@ -118,8 +118,13 @@ def audit_table(
     if manifest["splits"]:
         lines.append(f"splits   {', '.join(f'{split} {count:,}' for split, count in manifest['splits'].items())}")
     findings = sorted(manifest["audit"], key=lambda found: _LEVELS.index(found["level"]))
-    numbers = [f"{sum(o['level'] == level for o in findings)} {level}s" for level in ("warning", "note")]
-    return "\n".join([*lines, f"audit    {', '.join(numbers)}", *map(finding_line, findings)])
+    return "\n".join([*lines, f"audit    {_finding_counts(findings)}", *map(finding_line, findings)])
+
+
+def _finding_counts(findings):
+    counts = {level: sum(found["level"] == level for found in findings) for level in _LEVELS}
+    texts = [f"{count} {level}{'s' * (count != 1 and level != 'accepted')}" for level, count in counts.items() if count]
+    return ", ".join(texts) or "nothing was noticed"
 
 # %% ../../nbs/2_data/15_look.ipynb #e4826eb8
 def as_stored(
@@ -156,12 +161,16 @@ def draw_sheet(
         ax.axis("off")
     for k, (title, *pictures) in enumerate(items):
         row, column = divmod(k, columns)
-        for ax, picture in zip(axes[versions * row :, column], pictures[2 - versions :]):
-            if picture is not None:
-                shown = picture[list(bands)].transpose(1, 2, 0) if max(bands) < len(picture) else picture[0]
-                ax.imshow(shown, cmap="gray", vmin=0, vmax=255)
         axes[versions * row, column].set_title(title, fontsize=7)
+        for ax, picture in zip(axes[versions * row :, column], pictures[2 - versions :]):
+            _draw_item(ax, picture, bands)
     return fig
+
+
+def _draw_item(ax, picture, bands):
+    if picture is not None:
+        shown = picture[list(bands)].transpose(1, 2, 0) if max(bands) < len(picture) else picture[0]
+        ax.imshow(shown, cmap="gray", vmin=0, vmax=255)
 
 # %% ../../nbs/2_data/15_look.ipynb #53b32bcc
 def _name_and_window(source):

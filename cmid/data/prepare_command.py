@@ -37,11 +37,14 @@ _SHOWN = 16  # of them, which are drawn
 class Check:
     "What a look at a folder found."
 
+    files: int  # whose headers and values were read
     manifest: dict  # as of a prepared folder
     items: list = field(default_factory=list)  # of `draw_sheet`
 
     def __str__(self):
-        return audit_table(self.manifest)
+        total = self.manifest["counts"]["files"]
+        looked = f"looked at {self.files:,} of {total:,} files; not at exact copies and damaged pixels"
+        return f"{audit_table(self.manifest)}\n{looked}"
 
 
 def _chosen(names):
@@ -107,12 +110,11 @@ def check_images(
     found, left_out = find_images(request.folder)
     if not found:
         raise CmidError(f"{request.folder}: holds no PNG, JPEG or TIFF")
-    names = PackedNames(found)
-    listed = read_lists(names, lists)
+    listed = read_lists(found, lists)
     with tempfile.TemporaryDirectory() as folder:
         plan = first_pass(request, PackedNames(_chosen(found)), Path(folder), map)
     items, valid = _preview(plan)
-    return Check(_manifest(plan, left_out, names, listed, valid), items)
+    return Check(len(plan.names), _manifest(plan, left_out, found, listed, valid), items)
 
 # %% ../../nbs/2_data/18_prepare_command.ipynb #411455ed
 def _advised_nodata(findings):
