@@ -284,22 +284,27 @@ def read_lists(
     lists: dict,  # split name -> text file
 ) -> Lists:
     "Read all lists. Raises `CmidError` naming a list without any image, or a label that is missing or contradictory."
-    find, unlabelled = _Finder(names), None
-    found = Lists({}, np.full(len(names), -1, "i4"), {}, {})
-    for split, path in lists.items():
-        files = array("q")
-        for line in list_lines(path):
-            file, word = find(line)
-            if file < 0:
-                tally(found.notes, f"missing|{split}", find.with_hint(line))
-                continue
-            files.append(file)
-            if word is not None:
-                _set_label(found, file, word, f"{path}: {names[file]}")
-            unlabelled = unlabelled or (f"{path}: {line}" if word is None else None)
-        found.files[split] = _once(files, split, path, find, found.notes)
-    _check_all_labelled(found.words, unlabelled)
+    find, found = _Finder(names), Lists({}, np.full(len(names), -1, "i4"), {}, {})
+    unlabelled = [_read_list(split, path, find, found) for split, path in lists.items()]
+    _check_all_labelled(found.words, next(filter(None, unlabelled), None))
     return found
+
+
+def _read_list(split, path, find, found):
+    "Read one list into `found`; its first line without a label, or None"
+    files, unlabelled = array("q"), None
+    for line in list_lines(path):
+        file, word = find(line)
+        if file < 0:
+            tally(found.notes, f"missing|{split}", find.with_hint(line))
+            continue
+        files.append(file)
+        if word is None:
+            unlabelled = unlabelled or f"{path}: {line}"
+        else:
+            _set_label(found, file, word, f"{path}: {find.names[file]}")
+    found.files[split] = _once(files, split, path, find, found.notes)
+    return unlabelled
 
 
 def _check_all_labelled(words, unlabelled):
