@@ -412,20 +412,20 @@ def name_findings(
         yield finding("hidden", "note", len(left_out.hidden), text, left_out.hidden)
     if left_out.broken:
         yield finding("broken-link", "warning", len(left_out.broken), "links to nothing", left_out.broken)
-    folders = {name.rpartition("/")[0] + "/" for name in names if "/" in name}
-    together = [*names, *sorted(folders)]
-    forms = _Index(together, _composed).repeated()
-    if forms:
-        yield _same_names("unicode", "names that look the same, in two forms of Unicode", forms, together)
-    cases = _Index(together, _without_case).repeated()
-    cases = {key: o for key, o in cases.items() if len({_composed(together[i]) for i in o}) > 1}
-    if cases:
-        yield _same_names("case", "names that differ in case only: one file on some machines", cases, together)
+    folders = sorted({name.rpartition("/")[0] + "/" for name in names if "/" in name})
+    yield from _same_names("unicode", "names that look the same, in two forms of Unicode", _composed, names, folders)
+    text = "names that differ in case only: one file on some machines"
+    yield from _same_names("case", text, _without_case, names, folders)
 
 
-def _same_names(kind, text, groups, names):
-    examples = (" = ".join(names[i] for i in numbers) for numbers in groups.values())
-    return finding(kind, "warning", sum(len(numbers) - 1 for numbers in groups.values()), text, examples)
+def _same_names(kind, text, key, *sequences):
+    "The finding about names of one sequence that have the same key, where there are any; in any form for 'unicode'"
+    groups = []
+    for names in sequences:
+        found = ([names[i] for i in numbers] for numbers in _Index(names, key).repeated().values())
+        groups += (group for group in found if kind == "unicode" or len(set(map(_composed, group))) > 1)
+    if groups:
+        yield finding(kind, "warning", sum(len(o) - 1 for o in groups), text, (" = ".join(o) for o in groups))
 
 
 def folder_findings(

@@ -159,6 +159,8 @@ def draw_sheet(
     axes = fig.subplots(rows, columns, squeeze=False)
     for ax in axes.ravel():
         ax.axis("off")
+    if versions == 2:
+        fig.suptitle("above: from the least to the greatest value of the file; below: as training gets it", fontsize=7)
     for k, (title, *pictures) in enumerate(items):
         row, column = divmod(k, columns)
         axes[versions * row, column].set_title(title, fontsize=7)

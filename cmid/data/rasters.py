@@ -283,9 +283,10 @@ class RasterioImage:
         self.plan = plan_bands(self.source, driver)
         self.bands, self.dtype, self.grey = len(self.plan.index), self.source.dtypes[0], False
         self.notes, self.reordered = self.plan.notes, self.plan.order != sorted(self.plan.order)
-        self.nodata = nodata_of_bands(nodata, self.bands)
         self._find_orientation(path, driver, tags)
         self._find_meaning()
+        self.declared = nodata_of_bands(nodata, self.bands)  # of the colours, where there is a palette
+        self.nodata = [None] if self.palette is not None else self.declared
         self._find_masks()
 
     def _find_orientation(self, path, driver, tags):
@@ -376,8 +377,11 @@ class RasterioImage:
     def _read_palette(self, window, bands):
         numbers, invalid = self.read_numbers(window, [0])
         pixels = self.palette[numbers[0]].transpose(2, 0, 1)
+        invalid = np.zeros(numbers.shape, bool) if invalid is None else invalid
+        if any(value is not None for value in self.declared):
+            invalid = invalid | equals_nodata(pixels, self.declared).all(0)
         pixels = pixels if bands is None else pixels[bands]
-        return pixels, invalid if invalid is None else np.broadcast_to(invalid, pixels.shape)
+        return pixels, np.broadcast_to(invalid, pixels.shape) if invalid.any() else None
 
     def close(self):
         self.source.close()

@@ -281,3 +281,13 @@ def test_no_period_of_the_image_meets_the_sample(images):
         prepared = images.prepare(f"out{period}", stretch=(0, 100 * 0.9 / period), workers=1)
         images.path = images.path.parent
         assert prepared.manifest["stretch"]["high"][0] < 1010
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+def test_declared_nodata_of_a_palette_is_a_colour(images, name):
+    indices = Image.fromarray(np.arange(32, dtype="uint8")[None].repeat(32, 0) % 2).convert("P")
+    indices.putpalette([90, 60, 30, 0, 0, 0])
+    indices.save(images.path / name)
+    prepared = images.prepare(nodata=0)
+    assert prepared.manifest["look"]["valid"] == 0.5
+    assert prepared[0][:, 0, 0].tolist() == [90, 60, 30]
