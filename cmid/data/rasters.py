@@ -81,6 +81,16 @@ def _masked_by_gdal(path, driver):
         return (source.read_masks() == 0).all(0)
 
 
+def _transparent(picture, path):
+    "bool (h, w): alpha is 0. Of a grey PNG of 2 or 4 bits Pillow scales the values, but not the transparent one"
+    value = picture.info.get("transparency")
+    if picture.mode != "L" or not isinstance(value, int):
+        return np.asarray(picture.convert("LA" if picture.mode in ("1", "LA") else "RGBA"))[..., -1] == 0
+    with open(path, "rb") as file:
+        bits = file.read(25)[24]
+    return np.asarray(picture) == value * 255 // (2**bits - 1)
+
+
 class PillowImage:
     "8-bit PNG or JPEG, read by Pillow and decoded once."
 
@@ -129,7 +139,7 @@ class PillowImage:
         self.pixels = pixels.transpose(2, 0, 1)
         invalid = np.zeros((self.height, self.width), bool)
         if self.transparent:
-            invalid |= np.asarray(upright.convert("LA" if self.mode == "L" else "RGBA"))[..., -1] == 0
+            invalid |= _transparent(upright, self.path)
         if self.nodata is not None:
             invalid |= equals_nodata(self.pixels, nodata_of_bands(self.nodata, self.bands)).all(0)
         if _has_hidden_mask(self.path, self.file):

@@ -1,5 +1,8 @@
 "Which pixels have a value, whoever says so, and what does that change: stretch, statistics, resizing, refusals."
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 import rasterio
@@ -291,3 +294,19 @@ def test_declared_nodata_of_a_palette_is_a_colour(images, name):
     prepared = images.prepare(nodata=0)
     assert prepared.manifest["look"]["valid"] == 0.5
     assert prepared[0][:, 0, 0].tolist() == [90, 60, 30]
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_a_transparent_grey_of_few_bits(images, bits):
+    "Pillow writes no such file, so it is put together here: 32 x 32 pixels that count up; 1 is transparent."
+    values = np.arange(32) % 2**bits
+    row = b"\0" + int("".join(format(value, f"0{bits}b") for value in values), 2).to_bytes(4 * bits, "big")
+    header = struct.pack(">IIBBBBB", 32, 32, bits, 0, 0, 0, 0)
+    parts = {b"IHDR": header, b"tRNS": struct.pack(">H", 1), b"IDAT": zlib.compress(row * 32), b"IEND": b""}
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, data in parts.items():
+        content += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    (images.path / "a.png").write_bytes(content)
+    prepared = images.prepare()
+    assert (prepared[0][0] == np.where(values == 1, 0, values * 255 // (2**bits - 1))).all()
+    assert prepared.manifest["look"]["valid"] == (values != 1).mean()

@@ -1477,7 +1477,7 @@ def test_an_untidy_list_is_read_and_said(tmp_path):
 
 DROPPED = """
 import os, sys
-from cmid.data.prepare import cmid_prepare
+from cmid.data.prepare_command import cmid_prepare
 if os.geteuid() == 0: os.setgroups([]); os.setgid(65534); os.setuid(65534)
 sys.exit(cmid_prepare())"""
 
