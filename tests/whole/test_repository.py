@@ -358,6 +358,17 @@ def test_command_answers_help(name, tmp_path):
     assert name in got.stdout
 
 
+def test_style_refuses_what_the_oldest_python_does_not_parse():
+    oldest = INI["min_python"]
+    assert f'target-version = "py{oldest.replace(".", "")}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert re.search(r"^style:.*\n(\t.*\n)*\t@ruff check ", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.M)
+    newer = "names = {'a': 1}\nprint(f'{names['a']}')\n"
+    command = [sys.executable, "-m", "ruff", "check", "--no-cache", "--stdin-filename", "tests/newer.py", "-"]
+    done = subprocess.run(command, cwd=ROOT, input=newer, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"on Python {oldest}" in done.stdout
+
+
 def test_lock_pins_every_requirement():
     pins = {}
     for line in (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines():
