@@ -11,7 +11,7 @@ import argparse
 from ..base.errors import CmidError, cli
 from ..base.files import root, write_json
 from ..base.params import Params, check_all
-from ..base.runtime import code_folder, device
+from ..base.runtime import code_folder, device, follow_experiment
 from ..data.listing import check_tracked
 from .code import digest
 
@@ -58,6 +58,7 @@ def cmid_digest():
     parser.add_argument("--folders", metavar="FILE", help="only check that DVC sees all images, and write this file")
     args = parser.parse_args()
     project = root()
+    follow_experiment(project)
     if args.folders:
         check_folders(project)
         write_json(project / args.folders, dict(links=0))

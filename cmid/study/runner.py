@@ -24,7 +24,7 @@ import psutil
 
 from ..base.errors import CmidError, cli, near, plain_name, writing
 from ..base.files import root
-from ..base.runtime import KEEP, code_folder
+from ..base.runtime import KEEP, code_folder, follow_experiment
 
 # %% ../../nbs/7_study/04_runner.ipynb #c1524af2
 def known_parameters(
@@ -275,6 +275,7 @@ def cmid_stage():
     "Run one stage of the pipeline through papermill."
     args = _parser().parse_args()
     os.chdir(root())
+    follow_experiment(Path.cwd())
     code_folder(Path.cwd())
     os.environ.update(KEEP | os.environ)
     identity = _identity(args.stage, args.given)

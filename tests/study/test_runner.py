@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,8 +25,8 @@ DOZEN = 12
 
 
 def write_notebook(path, *cells):
-    "A stage; its first cell holds its parameter."
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(o) for o in ("number = 0", *cells)])
+    "A stage; its first cell holds its parameters."
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(o) for o in ("number = 0\nsmoke = False", *cells)])
     nb.cells[0].metadata["tags"] = ["parameters"]
     nb.metadata["kernelspec"] = dict(name="python3", language="python", display_name="python3")
     nbformat.write(nb, path)
@@ -202,3 +204,22 @@ def test_a_study_without_code_and_a_link_to_the_code_are_accepted(other, tmp_pat
     assert code_folder(tmp_path / "study") == Path(cmid.__file__).parent
     os.symlink(ROOT, tmp_path / "link")
     assert code_folder(tmp_path / "link") == Path(cmid.__file__).parent
+
+
+def test_an_experiment_inside_of_the_checkout_runs_its_own_code(tmp_path):
+    "DVC runs a queued experiment in such a folder, by the commands of the installed checkout."
+    checkout, names = tmp_path / "checkout", shutil.ignore_patterns("__pycache__")
+    experiment = checkout / ".dvc/tmp/exps/tmp1"
+    for folder in (checkout, experiment):
+        shutil.copytree(ROOT / "cmid", folder / "cmid", ignore=names)
+        shutil.copy(ROOT / "params.yaml", folder)
+    (experiment / "nbs/pipeline").mkdir(parents=True)
+    write_notebook(experiment / "nbs/pipeline/say.ipynb", "import cmid; print('code', cmid.__file__)")
+    script = tmp_path / "command"
+    script.write_text("from cmid.study.runner import cmid_stage\ncmid_stage()\n")
+    command = [sys.executable, "-W", "ignore", str(script), "say", "-p", "number", "1"]
+    env = os.environ | dict(PYTHONPATH=str(checkout))
+    env.pop("CMID_ROOT", None)
+    done = subprocess.run(command, cwd=experiment, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"code {experiment / 'cmid/__init__.py'}\n"
