@@ -10,6 +10,7 @@ import pytest
 from cmid.base.errors import CmidError
 from cmid.data.listing import band_files
 from cmid.data.look import class_figure, contact_sheet
+from cmid.settings.dataset import Dataset
 
 
 def findings(prepared):
@@ -100,6 +101,24 @@ def test_unicode_forms(images):
     assert [len(prepared.splits[split]) for split in ("train", "test")] == [2, 1]
     assert prepared.labels[prepared.splits["train"]].tolist() == [0, 0]
     assert [normalize("NFC", o) for o in findings(prepared)["unicode"]] == ["São/ = São/"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="one form is one file elsewhere")
+def test_two_files_that_look_the_same(images):
+    "A line means the file of its own form; one that is in neither form means none of them."
+    names = [normalize(form, "ã/ã.png") for form in ("NFC", "NFD")]
+    for i, name in enumerate(names):
+        images.picture(name, i)
+    text = f"{names[0]}\n{normalize('NFC', 'ã')}/{normalize('NFD', 'ã.png')}\n"
+    prepared = images.prepare(lists=images.lists(train=text, test=names[1]))
+    assert [prepared.source(prepared.splits[split][0]) for split in ("train", "test")] == names
+    assert len(findings(prepared)["missing"]) == 1
+    assert [len(o.split(" = ")) for o in findings(prepared)["unicode"]] == [2, 2]  # the files, and their folders
+
+
+def test_hidden_lists_are_no_splits(images):
+    images.lists(train="a.png", **{"._train": "\0"})
+    assert [*Dataset(folder="in", lists=".").splits(images.root)] == ["train"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="one form is one file elsewhere")
