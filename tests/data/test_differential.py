@@ -63,7 +63,7 @@ def wrong_pixel(truth):
 def test_one_wrong_pixel_is_a_difference(change, tmp_path, monkeypatch):
     "And it is told how to write this raster again."
     read = reference.read
-    monkeypatch.setattr(reference, "read", lambda *arguments: change(read(*arguments)))
+    monkeypatch.setattr(reference, "read", lambda *values, **options: change(read(*values, **options)))
     found = unlike(agreement.check("png-rgb", 0, 2, tmp_path))
     assert len(found) == 2
     assert "rasters.write('png-rgb', 0, 1, folder): wrong: " in found[1]

@@ -28,6 +28,7 @@ OPTIONS = {  # of `prepare`, by kind
     "chosen-bands-of-other-order": dict(bands=[2, 0]),
     "declared-nodata": dict(nodata=7),
     "declared-nodata-of-pictures": dict(nodata=7),
+    "declared-nodata-of-palettes": dict(nodata=7),
     "large-as-a-whole": dict(tile=0),
     "large-as-a-whole-nodata": dict(tile=0),
 }

@@ -16,7 +16,6 @@ REFUSED = {  # kind -> words of the message, for kinds that are always refused
     "pair-of-two-sizes": "a pair must show the same place at the same size",
 }
 OPTIONS = {"declared-nodata": dict(nodata=7)}  # of the section labels, by kind
-NODATA_IS_CLASS = "mask-with-class-as-nodata"
 IMAGES = ".tif", ".png", ".jpg"
 BY_COLOUR = "colours", "palette-by-colour", "transparent-mask"
 
@@ -69,15 +68,13 @@ def class_of(pixels):
 
 def expected_mask(kind, path, dates):
     "(H, W) classes: ignored where the mask or one of the images has no value."
-    pixels, valid = reference.read_numbers(path)
+    pixels, valid = reference.read_numbers(path, classes=(1, 2, 3, 7))
     if kind in labelled_rasters.PAIRS:
         mask = (pixels == 255).astype(int)
     elif kind in ("palette-by-colour",):
         mask = class_of(reference.palette_colours(path)[pixels])
     else:
         mask = class_of(pixels)
-    if kind == NODATA_IS_CLASS:
-        valid = np.ones(mask.shape, bool)
     for date in dates:
         valid = valid & date.valid.any(0)
     return np.where(valid, mask, IGNORE)

@@ -295,6 +295,25 @@ def turned_apart(shared, own, image, mask):
     set_tag(path if alone else other, ORIENTATION, orientation)
 
 
+@masks
+def anything(shared, own, image, mask):
+    "Holes of all kinds in image and mask, both turned alike."
+    shape, orientation = size(own), pick(own, 1, own.integers(2, 9))
+    pixels = values(own, pick(shared, "uint8", "uint16", "float32"), pick(shared, 1, 2, 3, 5), *shape)
+    pixels[:, hole(own, *shape)] = 5
+    inside = ~hole(own, *shape) if own.random() < 0.4 else None
+    path = tiff(image, pixels, inside, own.random() < 0.5, nodata=pick(own, None, 5), **layout(own, pixels))
+    set_tag(path, ORIENTATION, orientation)
+    labels = numbers(own, *shape, pick(own, "uint8", "uint16", "int16"))[None]
+    nodata = pick(own, None, 0, 3, 99)
+    if nodata == 99:
+        labels[0][hole(own, *shape)] = 99
+    inside = ~hole(own, *shape) if own.random() < 0.4 and nodata != 99 else None
+    options = layout(own, labels) | dict(endianness="little")  # GDAL 3.10 writes big-endian strips of nodata wrongly
+    path = tiff(mask, labels, inside, own.random() < 0.5, nodata=nodata, **options)
+    set_tag(path, ORIENTATION, orientation)
+
+
 # --- two dates
 
 

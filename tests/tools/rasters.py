@@ -746,6 +746,18 @@ def declared_nodata_of_pictures(shared, own, path):
     png(path, picture, 0 if picture.shape[2] == 1 else 2)
 
 
+@kind
+def declared_nodata_of_palettes(shared, own, path):
+    "It is a colour: 7, 7, 7."
+    numbers = own.integers(0, 16, (*size(own), 1), np.uint8)
+    table = colour_table(own, 16) | {3: (7, 7, 7, 255), 7: (90, 7, 7, 255), 9: (7, 7, 7, 255)}
+    if own.random() < 0.5:
+        colours = np.array([table[i][:3] for i in range(16)], np.uint8)
+        png(path, numbers, 3, pick(own, 4, 8), PLTE=colours.tobytes())
+    else:
+        tiff(path, numbers.transpose(2, 0, 1), palette=table, photometric="PALETTE")
+
+
 # --- turned
 
 
@@ -790,6 +802,32 @@ def turned_cmyk(shared, own, path):
 def turned_min_is_white(shared, own, path):
     pixels = values(own, "uint8", 1, *size(own))
     set_tag(tiff(path, pixels, photometric="MINISWHITE"), ORIENTATION, own.integers(1, 9))
+
+
+@kind
+def anything(shared, own, path):
+    "All of this at once: alpha, a mask inside or beside, nodata, scales, an orientation, white as zero."
+    dtype, bands, alpha = pick(shared, *TYPES), pick(shared, *BANDS), shared.random() < 0.4
+    alpha = alpha and dtype in ("uint8", "uint16")
+    pixels = values(own, dtype, bands + alpha, *size(own))
+    gap = hole(own, *pixels.shape[1:])
+    pixels[:, gap] = 5
+    meaning = [ColorInterp.undefined] * bands
+    if bands >= 3 and shared.random() < 0.5:
+        meaning[:3] = [ColorInterp.red, ColorInterp.green, ColorInterp.blue]
+    if alpha:
+        meaning.append(ColorInterp.alpha)
+        pixels[-1] = np.iinfo(dtype).max * ~hole(own, *pixels.shape[1:])
+        pixels[-1, 0, 0] = np.iinfo(dtype).max
+    white = bands == 1 and dtype in ("uint8", "uint16") and not alpha and shared.random() < 0.5
+    options = dict(photometric="MINISWHITE") if white else dict(photometric="MINISBLACK", colours=meaning)
+    mask = ~hole(own, *pixels.shape[1:]) if own.random() < 0.3 else None
+    path = tiff(path, pixels, mask, own.random() < 0.5, nodata=pick(own, None, 5), **options, **layout(own, pixels))
+    if own.random() < 0.3:
+        with rasterio.Env(GDAL_PAM_ENABLED="NO"), rasterio.open(path, "r+") as file:
+            file.scales, file.offsets = [0.5] * file.count, [2] * file.count
+    if own.random() < 0.6:
+        set_tag(path, ORIENTATION, own.integers(1, 9))
 
 
 # --- refused
@@ -906,11 +944,12 @@ def png_palette_transparent(shared, own, path):
 @kind
 def png_transparent_colour(shared, own, path):
     "One grey value or colour is transparent."
-    channels = pick(shared, 1, 3)
-    picture = samples(own, channels)
-    colour = own.integers(0, 256, channels)
+    channels = pick(shared, 1, 1, 3)
+    depth = pick(own, 1, 2, 4, 8) if channels == 1 else 8
+    picture = samples(own, channels, depth)
+    colour = own.integers(0, 2**depth, channels)
     picture[hole(own, *picture.shape[:2])] = colour
-    png(path, picture, 0 if channels == 1 else 2, tRNS=colour.astype(">u2").tobytes())
+    png(path, picture, 0 if channels == 1 else 2, depth, own.random() < 0.5, tRNS=colour.astype(">u2").tobytes())
 
 
 @kind

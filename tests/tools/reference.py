@@ -101,14 +101,15 @@ def _of_rasterio(path, nodata, min_is_white=False, in_order=True):
     with rasterio.open(path) as source:
         dtype, pixels, valid = source.dtypes[0], source.read(), source.read_masks() > 0
         valid = valid | (MaskFlags.alpha in source.mask_flag_enums[0])  # see `_without_alpha`
-        valid = valid if nodata is None else valid & (pixels != nodata)
         kinds, space = list(source.colorinterp), source.tags(ns="IMAGE_STRUCTURE").get("SOURCE_COLOR_SPACE")
         bits = int(source.tags(1, ns="IMAGE_STRUCTURE").get("NBITS", 8))
         colours = source.colormap(1) if kinds[0] == ColorInterp.palette else None
         scales = np.array([source.scales, source.offsets])
     if colours:
-        return _of_palette(pixels[0], valid[0], colours)
-    pixels, valid, kinds = _without_alpha(pixels, valid, kinds, path.suffix == ".png" or space == "CIELAB")
+        return _of_palette(pixels[0], valid[0], colours, nodata)
+    valid = valid if nodata is None else valid & (pixels != nodata)
+    always = path.suffix == ".png" or space == "CIELAB"
+    pixels, valid, scales, kinds = _without_alpha(pixels, valid, scales, kinds, always)
     if pixels.dtype == np.uint8 and bits < 8:
         pixels = np.rint(pixels * (255 / (2**bits - 1))).astype(np.uint8)
     if min_is_white:
@@ -119,27 +120,29 @@ def _of_rasterio(path, nodata, min_is_white=False, in_order=True):
     return Reference(pixels, valid & np.isfinite(pixels), dtype)
 
 
-def _of_palette(numbers, valid, colours):
+def _of_palette(numbers, valid, colours, nodata):
     table = np.zeros((max(colours) + 1, 3), np.uint8)
     for number, colour in colours.items():
         table[number] = colour[:3]
     if (table == table[:, :1]).all():
         table = table[:, :1]
     pixels = table[numbers].transpose(2, 0, 1)
+    valid = valid if nodata is None else valid & (pixels != nodata).any(0)
     return Reference(pixels, np.broadcast_to(valid, pixels.shape))
 
 
-def _without_alpha(pixels, valid, kinds, always):
-    "Pixels, their validity and the meaning of each band; alpha is left out where it is a mask"
+def _without_alpha(pixels, valid, scales, kinds, always):
+    "The same without the band alpha where it is a mask"
     if ColorInterp.alpha not in kinds:
-        return pixels, valid, kinds
+        return pixels, valid, scales, kinds
     band = kinds.index(ColorInterp.alpha)
     top = np.iinfo(pixels.dtype).max
     ends = np.isin(pixels[band], (0, top)).mean()
-    if always or (ends > 0.9 and (pixels[band] == top).any()):
-        others = [i for i in range(len(pixels)) if i != band]
-        return pixels[others], valid[others] & (pixels[band] > 0), [kinds[i] for i in others]
-    return pixels, valid, kinds
+    if not always and (ends < 0.9 or not (pixels[band] == top).any()):
+        return pixels, valid, scales, kinds
+    others = [i for i in range(len(pixels)) if i != band]
+    valid = valid[others] & (pixels[band] > 0)
+    return pixels[others], valid, scales[:, others], [kinds[i] for i in others]
 
 
 def _colours_in_order(pixels, scales, valid, kinds, in_order):
@@ -157,8 +160,11 @@ def _colours_in_order(pixels, scales, valid, kinds, in_order):
 # --- masks of classes
 
 
-def read_numbers(path):
-    "A mask's (h, w) indices or (h, w, 3) colours as in the file, and bool (h, w), where it has a value; upright."
+def read_numbers(path, classes=()):
+    """A mask's (h, w) indices or (h, w, 3) colours as in the file, and bool (h, w), where it has a value; upright.
+
+    A number of `classes` that the file declares as nodata is a class.
+    """
     path = Path(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -166,7 +172,7 @@ def read_numbers(path):
             pixels, valid = _png_numbers(path)
             turn = UPRIGHT[_picture_orientation(path)]
         else:
-            pixels, valid = _tiff_numbers(path)
+            pixels, valid = _tiff_numbers(path, classes)
             if tiff_tags(path).get(262) == 0:
                 pixels = np.iinfo(pixels.dtype).max - pixels
             turn = UPRIGHT[tiff_tags(path).get(274, 1)]
@@ -174,9 +180,11 @@ def read_numbers(path):
     return (pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)), valid
 
 
-def _tiff_numbers(path):
+def _tiff_numbers(path, classes):
     with rasterio.open(path) as source:
         pixels, valid = source.read(), source.read_masks() > 0
+        is_class = source.nodata in classes and MaskFlags.nodata in source.mask_flag_enums[0]
+    valid |= is_class
     valid = valid & np.isfinite(pixels)
     return pixels, valid.any(0)
 
