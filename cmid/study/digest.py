@@ -50,13 +50,17 @@ def check_folders(
                 check_tracked(params.root, folder, f"params.yaml: {group}.{name}.folder")
 
 # %% ../../nbs/7_study/01_digest.ipynb #154e495c
-@cli
-def cmid_digest():
-    "Hash the code that each stage reaches, one file a stage; refuse parameters that are misspelt or out of range."
+def _parser():
     parser = argparse.ArgumentParser(prog="cmid_digest", description=cmid_digest.__doc__)
     parser.add_argument("out", nargs="?", default="digests", help="folder to write (digests)")
     parser.add_argument("--folders", metavar="FILE", help="only check that DVC sees all images, and write this file")
-    args = parser.parse_args()
+    return parser
+
+
+@cli
+def cmid_digest():
+    "Hash the code that each stage reaches, one file a stage; refuse parameters that are misspelt or out of range."
+    args = _parser().parse_args()
     project = root()
     follow_experiment(project)
     if args.folders:
