@@ -27,6 +27,11 @@ from ..base.files import root
 from ..base.runtime import KEEP, code_folder, follow_experiment
 
 # %% ../../nbs/7_study/04_runner.ipynb #c1524af2
+def _literal(path):
+    "A path as papermill takes it, which puts parameters into its braces"
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
 def known_parameters(
     notebook,  # a stage's path
 ) -> list:  # names in its parameters cell
@@ -35,7 +40,7 @@ def known_parameters(
 
     path = Path(notebook)
     try:
-        found = list(papermill.inspect_notebook(str(path)))
+        found = list(papermill.inspect_notebook(_literal(path)))
     except OSError:
         stages = [o.stem for o in path.parent.glob("*.ipynb")]
         raise CmidError(f"{notebook}: no such stage{near(path.stem, stages)}") from None
@@ -143,7 +148,7 @@ def _execute(notebook, out, parameters, options):
     logging.getLogger("papermill").setLevel(logging.CRITICAL)  # its errors are reported below, once
     name = Path(notebook).stem
     try:
-        papermill.execute_notebook(str(notebook), str(out), parameters, **options)
+        papermill.execute_notebook(_literal(notebook), _literal(out), parameters, **options)
     except papermill.PapermillExecutionError as e:
         _raise_one_line(e, name)
     except DeadKernelError:

@@ -144,6 +144,14 @@ def test_a_home_folder_is_not_needed(tmp_path, monkeypatch):
     assert not Path(place).exists(), "it is removed with the kernel"
 
 
+def test_any_characters_in_the_path(tmp_path, monkeypatch):
+    folder = tmp_path / "bü cher {number} {} 100%"
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    assert told(folder, "found = number") == 0
+    assert sorted(o.name for o in folder.iterdir()) == ["a.ipynb", "out", "x"]
+
+
 def test_a_long_temporary_folder(tmp_path, monkeypatch):
     deep = tmp_path / ("deep" * 30)
     deep.mkdir()
