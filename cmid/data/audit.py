@@ -145,13 +145,14 @@ def overlap_findings(
 # %% ../../nbs/2_data/07_audit.ipynb #751ef88c
 def duplicate_findings(
     item_file,  # (N,) number of each item's file, ascending
-    item_sha,  # (N,) first 64 bits of that file's SHA-256
+    item_hash,  # (N,) 64 bits of the hash of its pixels
     names,  # of all files
     splits: dict,  # split name -> numbers of its files
 ):  # yields findings
-    "Files of equal bytes, within the folder and across any two splits that are not meant to share files."
+    "Files of equal pixels, within the folder and across any two splits that are not meant to share files."
     files, first = np.unique(item_file, return_index=True)
-    _, start, group, size = np.unique(item_sha[first], return_index=True, return_inverse=True, return_counts=True)
+    hashes = np.bitwise_xor.reduceat(_placed(item_hash, first), first) if len(files) else item_hash
+    _, start, group, size = np.unique(hashes, return_index=True, return_inverse=True, return_counts=True)
     if len(size) == len(files):
         return
     examples = [_copies_of(group[k], group, files, names) for k in np.sort(start[size > 1])[:_EXAMPLES]]
@@ -161,6 +162,12 @@ def duplicate_findings(
     for a, b, relation, shared in _pairs(splits):
         if relation != "shared" or not shared:
             yield from _leaks(a, b, held, len(size), names)
+
+
+def _placed(item_hash, first):
+    "Hashes of items that depend on their places in their files too"
+    places = np.arange(len(item_hash)) - np.repeat(first, np.diff(np.append(first, len(item_hash))))
+    return item_hash.astype("u8") * (2 * places + 1).astype("u8")
 
 
 def _copies_of(number, group, files, names):

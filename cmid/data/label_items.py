@@ -152,7 +152,24 @@ def choose_pixels(
     low = high = None
     if dtype != "uint8":
         low, high = band_limits(sample, channels, source.stretch, f"{source.folder}: labels.stretch")
-    return PixelFormat(source.bands, channels, low, high, source.nodata, list(sample_findings(sample, channels, files)))
+    others = [i for i, o in enumerate(files) if o not in training]
+    rest = draw_sample(source.folder, files, others, dtype, source.bands, channels, source.nodata)
+    found = [*sample_findings(sample, channels, files)]
+    found += _of_other_splits(sample_findings(rest, channels, files), found)
+    return PixelFormat(source.bands, channels, low, high, source.nodata, found)
+
+
+def _of_other_splits(findings, known):
+    "Findings about fill values of images that are not trained on, but those that training images have too"
+    known = {_fill_of(found) for found in known}
+    for found in findings:
+        if found["kind"] == "undeclared-fill" and _fill_of(found) not in known:
+            yield found | dict(text=f"{found['text']} (images that are not trained on)")
+
+
+def _fill_of(found):
+    "The words of a finding that name the value"
+    return found["text"].partition(" in ")[0]
 
 # %% ../../nbs/2_data/26_label_items.ipynb #211ddb14
 def _as_bytes(x, invalid, low, high):

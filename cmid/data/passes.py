@@ -129,7 +129,7 @@ def journal_rows(
             yield from json.loads(line)
 
 # %% ../../nbs/2_data/12_passes.ipynb #6b045943
-_RESULTS = "manifest.json", "items.csv", "skipped.csv", "labels.npy", "split-*.npy"  # written at the end of each run
+_RESULTS = "manifest.json", "items.csv", "skipped.csv", "labels.npy", "split-*.npy", "sheet.png"  # written at the end
 _IMAGES = ("images-*",)  # shards, whole or in the making
 _PROGRESS = "state.json", "survey.jsonl", "items.jsonl"  # what a second run resumes from
 _LOCK = ("lock",)

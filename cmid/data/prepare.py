@@ -11,7 +11,7 @@ import json
 import os
 from contextlib import closing, contextmanager
 from itertools import islice, pairwise
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from stat import S_ISLNK
 
 import numpy as np
@@ -81,16 +81,28 @@ def _check_folders(folder, out):
 # %% ../../nbs/2_data/16_prepare.ipynb #d1497d41
 def _fingerprints(request, names, links, lists):
     "Mark of an interrupted run, fingerprint of a finished folder, and the time of the newest change in ns"
-    pixels, newest = hashlib.sha256(json.dumps(_pixel_parameters(request)).encode()), 0
+    pixels = hashlib.sha256(json.dumps(_pixel_parameters(request)).encode())
+    resumable, newest = pixels.copy(), _newest_move(request.folder, names)
     for name in names:
         for key, size, modified, changed in _states(request.folder, name):
             newest = max(newest, modified, changed)
-            pixels.update(b"%s\0%d %d\n" % (key, size, modified))
+            pixels.update(b"%s\0%d\n" % (key, size))  # without times: the same images are the same on every machine
+            resumable.update(b"%s\0%d %d\n" % (key, size, modified))
     for name in [""] * os.path.islink(request.folder) + links:  # another folder may hold files of the same names
-        pixels.update(os.fsencode(os.path.realpath(os.path.join(request.folder, name))))
+        target = os.fsencode(os.path.realpath(os.path.join(request.folder, name)))
+        pixels.update(target)
+        resumable.update(target)
     finished = hashlib.sha256(pixels.digest() + json.dumps(request.labelled).encode())
     _add_lists(finished, lists)
-    return pixels.hexdigest(), finished.hexdigest(), newest
+    return resumable.hexdigest(), finished.hexdigest(), newest
+
+
+def _newest_move(folder, names):
+    "When a folder was last renamed, in ns: that changes its own times, and not those of its content"
+    folders = {os.path.dirname(name) for name in names}
+    folders |= {parent.as_posix() for name in folders for parent in PurePosixPath(name).parents}
+    times = (_size_and_times(os.path.join(folder, name))[1:] for name in folders)
+    return max(changed if changed != modified else 0 for modified, changed in times)
 
 
 def _pixel_parameters(request):
@@ -292,7 +304,7 @@ def _audit(plan, gathered, listed, left_out, how, classes, labels, splits):
     return [
         *image_findings(plan, left_out, notes, plan.names),
         *folder_findings(plan.request.labelled, how, plan.names, np.unique(gathered.file)),
-        *duplicate_findings(gathered.file, gathered.sha, plan.names, listed.files),
+        *duplicate_findings(gathered.file, gathered.hashes, plan.names, listed.files),
         *overlap_findings(listed.files, plan.names),
         *label_findings(classes, labels, splits),
     ]

@@ -238,4 +238,4 @@ def cmid_prepare(
         accept=accept,
     )
     print(audit_table(prepared.manifest))
-    _save_sheet(contact_sheet(prepared, 24, folder), Path(f"{out}.png"))
+    _save_sheet(contact_sheet(prepared, 24, folder), Path(out) / "sheet.png")

@@ -111,6 +111,7 @@ class PillowImage:
         self.reordered = False
         self.notes = self._changes_made()
         self.pixels = self.invalid = None
+        self.declared_pixels = 0  # that were seen to have the declared nodata
 
     def _check(self):
         width, height = self.file.size
@@ -141,7 +142,9 @@ class PillowImage:
         if self.transparent:
             invalid |= _transparent(upright, self.path)
         if self.nodata is not None:
-            invalid |= equals_nodata(self.pixels, nodata_of_bands(self.nodata, self.bands)).all(0)
+            declared = equals_nodata(self.pixels, nodata_of_bands(self.nodata, self.bands)).all(0)
+            self.declared_pixels += int(declared.sum())
+            invalid |= declared
         if _has_hidden_mask(self.path, self.file):
             driver = "PNG" if self.file.format == "PNG" else "JPEG"
             invalid |= turn_upright(_masked_by_gdal(self.path, driver), self.orientation)
@@ -165,7 +168,8 @@ class PillowImage:
 # %% ../../nbs/2_data/10_rasters.ipynb #1b1e54a7
 MAX_READ_BYTES = 2**28  # most bytes of pixels that are read at once
 _WINDOW = 256  # side in pixels of the windows that are sampled
-_MASK_SHARE = 0.95  # of the values of a mask are 0 or the maximum
+_MASK_SHARE = 0.95  # of the values of a mask are 0 or its greatest
+_FULL = 1, 255, 65535  # the greatest value of a mask
 
 
 def grid_windows(
@@ -179,13 +183,12 @@ def grid_windows(
 
 def _is_mask(source, band):
     "Do the values of a band, in 16 windows at random, look like those of a mask?"
-    maximum = np.iinfo(source.dtypes[0]).max if np.dtype(source.dtypes[0]).kind in "iu" else 1
     windows = grid_windows(source.height, source.width)
     chosen = np.random.default_rng(0).permutation(len(windows))[:16]
     values = [source.read(band, window=Window(left, top, w, h)) for top, left, h, w in (windows[k] for k in chosen)]
     values = np.concatenate([value.ravel() for value in values])
-    full = values == maximum
-    return bool(full.any() and (full | (values == 0)).mean() >= _MASK_SHARE)
+    full = values == values.max()
+    return values.max() in _FULL and bool((full | (values == 0)).mean() >= _MASK_SHARE)
 
 # %% ../../nbs/2_data/10_rasters.ipynb #791e519b
 @dataclass
@@ -295,6 +298,7 @@ class RasterioImage:
         self.notes, self.reordered = self.plan.notes, self.plan.order != sorted(self.plan.order)
         self._find_orientation(path, driver, tags)
         self._find_meaning()
+        self.declared_pixels = 0  # that were seen to have the declared nodata
         self.declared = nodata_of_bands(nodata, self.bands)  # of the colours, where there is a palette
         self.nodata = [None] if self.palette is not None else self.declared
         self._find_masks()
@@ -321,7 +325,8 @@ class RasterioImage:
         if self.source.colorinterp[0] == ColorInterp.palette:
             self.palette = _palette(self.source.colormap(1))
             self.bands, self.dtype, self.grey = self.palette.shape[1], "uint8", self.palette.shape[1] == 1
-        pairs = zip(self.source.scales, self.source.offsets)
+        self.scales = [scale or 1.0 for scale in self.source.scales]  # some programs write 0 where they have no scale
+        pairs = zip(self.scales, self.source.offsets)
         self.scaled = self.dtype != "uint8" and any(pair != (1.0, 0.0) for pair in pairs)
         changes = {
             "palette": self.palette is not None and not self.grey,
@@ -343,7 +348,9 @@ class RasterioImage:
         positions = [self.plan.index.index(band) for band in index]
         if any(self.nodata[position] is not None for position in positions):
             numbers = self.source.read(index, window=window)
-            invalid = invalid | equals_nodata(numbers, [self.nodata[position] for position in positions])
+            declared = equals_nodata(numbers, [self.nodata[position] for position in positions])
+            self.declared_pixels += int(declared.any(0).sum())
+            invalid = invalid | declared
         return invalid
 
     def _invalid(self, numbers, index, window):
@@ -380,7 +387,7 @@ class RasterioImage:
             numbers = np.rint(numbers * (255 / (2**self.bits - 1))).astype(np.uint8)
         if self.scaled:
             index = [self.plan.index[position] - 1 for position in (self.plan.order if bands is None else bands)]
-            scale, offset = np.array(self.source.scales)[index], np.array(self.source.offsets)[index]
+            scale, offset = np.array(self.scales)[index], np.array(self.source.offsets)[index]
             numbers = numbers * scale[:, None, None] + offset[:, None, None]
         return numbers, invalid
 
@@ -389,7 +396,9 @@ class RasterioImage:
         pixels = self.palette[numbers[0]].transpose(2, 0, 1)
         invalid = np.zeros(numbers.shape, bool) if invalid is None else invalid
         if any(value is not None for value in self.declared):
-            invalid = invalid | equals_nodata(pixels, self.declared).all(0)
+            declared = equals_nodata(pixels, self.declared).all(0)
+            self.declared_pixels += int(declared.sum())
+            invalid = invalid | declared
         pixels = pixels if bands is None else pixels[bands]
         return pixels, np.broadcast_to(invalid, pixels.shape) if invalid.any() else None
 

@@ -253,7 +253,7 @@ class Gathered:
 
     keep: np.ndarray  # (all items,) True: it has pixels
     file: np.ndarray  # (N,) number of the file of each kept item
-    sha: np.ndarray  # (N,) first 64 bits of that file's SHA-256
+    hashes: np.ndarray  # (N,) 64 bits of the hash of its pixels
     sums: list  # per band, exact
     squares: list  # per band, exact
     valid: list  # per band, number of valid pixels
@@ -271,7 +271,7 @@ class Gathered:
 
     def add(self, i, file, name, row):
         "Enter the row of item `i`."
-        self.keep[i], self.file[self.n], self.sha[self.n] = True, file, int(row["sha"][:16], 16)
+        self.keep[i], self.file[self.n], self.hashes[self.n] = True, file, int(row["array"][:16], 16)
         self.n += 1
         self.sums = [a + b for a, b in zip(self.sums, row["sum"])]
         self.squares = [a + b for a, b in zip(self.squares, row["square"])]
@@ -313,7 +313,7 @@ def gather(
         rows = _gather_rows(found, plan, journal_rows(partial_folder / "items.jsonl"), write_item, write_skipped)
     if rows != total:
         raise CmidError(f"{partial_folder}: its journal does not fit the images: remove the folder and run again")
-    found.file, found.sha = found.file[: found.n], found.sha[: found.n]
+    found.file, found.hashes = found.file[: found.n], found.hashes[: found.n]
     return found
 
 

@@ -1,6 +1,7 @@
 "The same result, whatever happens: several workers, interruptions, other parameters, files of others."
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -12,9 +13,10 @@ import pytest
 from PIL import Image
 
 from cmid.base.errors import CmidError
-from cmid.data import prepare as preparing
+from cmid.data import audit, listing, prepare as preparing, statistics
 from cmid.data.dataset import Prepared
 from cmid.data.prepare import prepare
+from cmid.settings.prepare import PREPARE_WARNINGS
 
 
 def contents(folder):
@@ -221,7 +223,7 @@ def test_command(images, command):
     assert done.returncode == 0, done.stderr
     assert "images   9 of 2 x 32 x 32" in done.stdout
     assert "splits   train 1, test 1" in done.stdout
-    assert (images.root / "out.png").is_file()
+    assert (images.root / "out/sheet.png").is_file()
     assert Prepared(out).bands == 2
 
 
@@ -253,3 +255,10 @@ def test_aid(tmp_path):
     expected = np.asarray(Image.open(tmp_path / "aid" / prepared.source(i)).convert("RGB")).transpose(2, 0, 1)
     assert (prepared[i] == expected).all()
     assert prepared.manifest["counts"]["skipped"] == 0
+
+
+def test_every_warning_can_be_accepted():
+    "The kinds of warnings in the sources are those of the settings."
+    text = "".join(Path(module.__file__).read_text() for module in (audit, listing, statistics))
+    kinds = {*re.findall(r'"([a-z-]+)",\s+"warning"', text)} | {*re.findall(r"    ([a-z]+)=\"(?:lines|files) of", text)}
+    assert kinds | {"unicode", "case", "skipped", "overlap"} == {*PREPARE_WARNINGS}

@@ -310,3 +310,97 @@ def test_a_transparent_grey_of_few_bits(images, bits):
     prepared = images.prepare()
     assert (prepared[0][0] == np.where(values == 1, 0, values * 255 // (2**bits - 1))).all()
     assert prepared.manifest["look"]["valid"] == (values != 1).mean()
+
+
+def found(prepared, kind):
+    return [finding for finding in prepared.audit if finding["kind"] == kind]
+
+
+@pytest.mark.parametrize(
+    "dtype, value", [("uint32", 2**32 - 1), ("int32", -(2**31)), ("uint16", 65535), ("float32", -3.4028235e38)]
+)
+def test_the_advice_of_a_fill_value_is_the_value(images, dtype, value):
+    "What the warning says to declare is what must be declared, digit by digit."
+    for i in range(3):
+        pixels = ground(i, 1, 64, 64, dtype=dtype)
+        pixels[:, :8] = value
+        images.tiff(f"{i}.tif", pixels)
+    (warning,) = found(images.prepare(), "undeclared-fill")
+    advised = float(warning["text"].rpartition("nodata: ")[2])
+    prepared = images.prepare("again", nodata=advised)
+    assert not found(prepared, "undeclared-fill") + found(prepared, "unused-nodata")
+    assert prepared.manifest["look"]["valid"] == pytest.approx(0.875)
+
+
+def test_two_fill_values_are_two_findings(images):
+    for i in range(3):
+        pixels = ground(i, 3, 64, 64)
+        pixels[0, :, :8] = 65535
+        pixels[2, :, 50:] = 0
+        images.tiff(f"{i}.tif", pixels)
+    texts = [finding["text"] for finding in found(images.prepare(), "undeclared-fill")]
+    assert len(texts) == 2
+    assert "value 65535 in 12.5% of the sampled pixels of band 0" in texts[0]
+    assert "value 0 in 21.9% of the sampled pixels of band 2" in texts[1]
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_black_corners_of_a_picture_are_named(images, suffix):
+    corner = np.add.outer(np.arange(64), np.arange(64)) < 24
+    for i in range(3):
+        pixels = np.clip(np.random.default_rng(i).normal(120, 20, (64, 64, 3)), 0, 255).astype("uint8")
+        pixels[corner] = 0
+        Image.fromarray(pixels).save(images.path / f"{i}.{suffix}")
+    (warning,) = found(images.prepare(), "undeclared-fill")
+    assert "the value 0" in warning["text"]
+    assert ("save them with a mask" in warning["text"]) == (suffix == "jpg")
+
+
+def test_dark_scenes_have_no_fill_value(images):
+    for i in range(3):
+        night = np.random.default_rng(i).exponential(4, (64, 64, 3)).clip(0, 255).astype("uint8")
+        Image.fromarray(night).save(images.path / f"{i}.png")
+    assert not kinds(images.prepare())
+
+
+def test_alpha_of_16_bits_may_be_255(images):
+    pixels = ground(0, 4, 64, 64)
+    pixels[3] = np.where(np.arange(64) < 16, 0, 255)
+    images.tiff("a.tif", pixels, photometric="RGB", alpha="yes")
+    prepared = images.prepare()
+    assert prepared.bands == 3
+    assert prepared.manifest["look"]["valid"] == 0.75
+
+
+def test_a_scale_of_0_is_no_scale(images):
+    values = ground(0, 1, 32, 32, dtype="int16")
+    path = images.tiff("a.tif", values)
+    expected = images.prepare()[0]
+    with rasterio.open(path, "r+") as file:
+        file.scales = [0.0]
+    assert (images.prepare()[0] == expected).all()
+
+
+def test_a_declared_nodata_that_is_nowhere_is_noted(images):
+    images.tiff("a.tif", ground(0, 1, 32, 32))
+    (note,) = found(images.prepare(nodata=-9998), "unused-nodata")
+    assert note["level"] == "note"
+    with pytest.raises(CmidError, match="nodata must be a number"):
+        images.prepare(nodata=float("nan"))
+
+
+def test_copies_in_another_format_are_leaks(images):
+    for i in range(6):
+        images.picture(f"{i}.png", i)
+    Image.open(images.path / "0.png").save(images.path / "copy.tif")
+    lists = images.lists(learn="0.png\n1.png\n2.png\n", check="copy.tif\n3.png\n")
+    (leak,) = found(images.prepare(lists=lists), "leak")
+    assert leak["examples"] == ["0.png = copy.tif"]
+
+
+def test_tiles_that_are_alike_do_not_make_files_copies(images):
+    for i in range(2):
+        pixels = np.zeros((1, 64, 64), "uint8")
+        pixels[:, 32 * i :, 32:] = ground(i, 1, 64 - 32 * i, 32, low=0, high=255, dtype="uint8")
+        images.tiff(f"{i}.tif", pixels)
+    assert not found(images.prepare(tile=32), "duplicate")

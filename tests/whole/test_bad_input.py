@@ -527,7 +527,7 @@ PREPARE = [
         "/in: bands [0, 7] were asked for, but no image has more than 3: choose from 0 to 2",
     ),
     images_case("a band twice", good, ["--bands", "1,1"], "bands must be different numbers from 0, got [1, 1]"),
-    images_case("a band by name", good, ["--bands", "red"], "--bands and --stretch take numbers", "'red'"),
+    images_case("a band by name", good, ["--bands", "red"], "--bands: must be numbers separated by commas", "'red'"),
     images_case("tile below 0", good, ["--tile", "-1"], "tile must be 0 or a number of pixels, got -1"),
     images_case(
         "stretch that falls",
@@ -684,7 +684,7 @@ FILES = {  # id: how it is made beside three good PNGs, its name, its reason
     "a folder named like an image": (lambda d: (d / "in/bad.png").mkdir(), "bad.png", "a folder named like an image"),
     "a link to itself": (lambda d: (d / "in/bad.png").symlink_to(d / "in/bad.png"), "bad.png", "symbolic links"),
     "a link to nowhere": (lambda d: (d / "in/bad.tif").symlink_to(d / "in/no.tif"), "bad.tif", "No such file"),
-    "a pipe": (lambda d: os.mkfifo(d / "in/bad.png"), "bad.png", "no regular file"),
+    "a pipe": (lambda d: os.mkfifo(d / "in/bad.png"), "bad.png", "not a regular file"),
     "another band count": (
         lambda d: write_tiff(d / "in/bad.tif", np.ones((5, 40, 40), "uint8")),
         "bad.tif",
@@ -1340,7 +1340,7 @@ def test_every_case_has_a_name_of_its_own():
 @pytest.mark.parametrize(
     "name, args, says",
     [
-        ("cmid_prepare", [], "the following arguments are required: folder, out"),
+        ("cmid_prepare", [], "the following arguments are required: folder"),
         ("cmid_prepare", ["a", "b", "--side", "x"], "argument --side: invalid int value: 'x'"),
         ("cmid_prepare", ["a", "b", "--bnads", "1"], "unrecognized arguments: --bnads 1"),
         ("cmid_sample", ["a", "--seed", "x"], "argument --seed: invalid int value: 'x'"),
@@ -1418,21 +1418,25 @@ ODD = {  # id: how it is made beside three good PNGs, its name, what the audit s
     "a palette": (
         lambda d: Image.open(d / "in/0.png").convert("P").save(d / "in/odd.png"),
         "odd.png",
-        "palette made RGB: 1",
+        "palette: files with a palette, made RGB: 1",
     ),
     "transparency": (
         lambda d: Image.open(d / "in/0.png").convert("RGBA").save(d / "in/odd.png"),
         "odd.png",
-        "transparency dropped: 1",
+        "transparency: files with transparency, which is used as a mask: 1",
     ),
-    "grey": (lambda d: Image.open(d / "in/0.png").convert("L").save(d / "in/odd.png"), "odd.png", "grey made RGB: 1"),
+    "grey": (
+        lambda d: Image.open(d / "in/0.png").convert("L").save(d / "in/odd.png"),
+        "odd.png",
+        "grey: grey files, made RGB: 1",
+    ),
     "CMYK": (
         lambda d: Image.open(d / "in/0.png").convert("CMYK").save(d / "in/odd.jpg"),
         "odd.jpg",
-        "CMYK made RGB: 1",
+        "converted-colours: files of CMYK, CIELab or other colours, made RGB: 1",
     ),
-    "turned by EXIF": (turned, "odd.png", "turned as EXIF says: 1"),
-    "NaN in places": (holes, "odd.tif", "with pixels that have no value (0 here): 1"),
+    "turned by EXIF": (turned, "odd.png", "turned: files that are turned as their orientation tags say: 1"),
+    "NaN in places": (holes, "odd.tif", "invalid-pixels: images with pixels that have no value (0 here): 1"),
     "a name in other letters": (
         lambda d: shutil.copy(d / "in/0.png", d / 'in/ä 影 [1], "x".PNG'),
         'ä 影 [1], "x".PNG',
@@ -1441,7 +1445,7 @@ ODD = {  # id: how it is made beside three good PNGs, its name, what the audit s
     "a folder linked into itself": (
         lambda d: (d / "in/me").symlink_to(d / "in", target_is_directory=True),
         "0.png",
-        "3 images",
+        "images   3 of",
     ),
 }
 
@@ -1470,13 +1474,14 @@ def test_an_untidy_list_is_read_and_said(tmp_path):
         and p.labels[p.splits["train"]].tolist() == [0, 1]
     )
     assert [o for o in out.splitlines() if o.startswith("warning")] == [
-        "warning lines of train that name no file of the folder: 1 (no such.png 1)",
-        "warning lines of train that name a file again: 1 (birch/birch_0.png)",
+        "warning  missing: lines of train that name no file of the folder: 1 (no such.png 1)",
+        "warning  repeated: lines of train that name a file again: 1 (birch/birch_0.png)",
     ]
 
 
 DROPPED = """
 import os, sys
+import matplotlib.backends.backend_agg, matplotlib.figure  # now, because the user below may not read this Python
 from cmid.data.prepare_command import cmid_prepare
 if os.geteuid() == 0: os.setgroups([]); os.setgid(65534); os.setuid(65534)
 sys.exit(cmid_prepare())"""
