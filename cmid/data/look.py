@@ -156,9 +156,7 @@ def draw_sheet(
     versions = 2 if any(before is not None for _, before, _ in items) else 1
     rows = -(-len(items) // columns) * versions
     fig = Figure(figsize=(columns, 1.15 * rows), dpi=72, layout="constrained")
-    axes = fig.subplots(rows, columns, squeeze=False)
-    for ax in axes.ravel():
-        ax.axis("off")
+    axes = fig.subplots(rows, columns, squeeze=False, subplot_kw=dict(frame_on=False, xticks=[], yticks=[]))
     if versions == 2:
         fig.suptitle("above: from the least to the greatest value of the file; below: as training gets it", fontsize=7)
     for k, (title, *pictures) in enumerate(items):
