@@ -83,10 +83,9 @@ def _class_line(manifest):
     images = manifest["histogram"]["all"]
     fewest, most = int(np.argmin(images)), int(np.argmax(images))
     names = manifest["classes"]
-    return (
-        f"classes  {len(names)} by {manifest['labelled']}: {images[fewest]:,} ({names[fewest]}) "
-        f"to {images[most]:,} ({names[most]}) images each"
-    )
+    span = f"{images[fewest]:,} ({names[fewest]}) to {images[most]:,} ({names[most]})"
+    each = span if images[fewest] < images[most] else f"{images[most]:,}"
+    return f"classes  {len(names)} by {manifest['labelled']}: {each} images each"
 
 
 def finding_line(
@@ -110,7 +109,7 @@ def audit_table(
         f"{counts['skipped']:,} skipped",
         f"files    {', '.join(f'{n:,} {dtype}' for dtype, n in look['types'].items())}; "
         f"{_size_text(look['sizes'])} pixels (height x width)",
-        f"valid    {look['valid']:.1%} of the pixels",
+        f"valid    {look['valid']:.1%} of the pixels" + (f" of {look['looked']} images" if "looked" in look else ""),
         *_band_lines(manifest),
     ]
     if manifest["classes"]:

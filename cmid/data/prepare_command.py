@@ -70,7 +70,7 @@ def _preview(plan):
     return items, float(np.mean(shares))
 
 
-def _manifest(plan, left_out, names, listed, valid):
+def _manifest(plan, left_out, names, listed, valid, images):
     "What a manifest would hold, as far as a sample tells"
     request, channels = plan.request, plan.conversion.channels
     how, classes, labels = label_files(request.labelled, names, range(len(names)), listed)
@@ -85,7 +85,7 @@ def _manifest(plan, left_out, names, listed, valid):
         side=request.side,
         bands=channels,
         stretch=stretch_record(plan),
-        look=look_record(plan.headers, plan.samples, channels, valid),
+        look=look_record(plan.headers, plan.samples, channels, valid) | dict(looked=images),
         labelled=how,
         classes=classes,
         histogram=class_counts(classes, labels, listed.files),
@@ -114,7 +114,7 @@ def check_images(
     with tempfile.TemporaryDirectory() as folder:
         plan = first_pass(request, PackedNames(_chosen(found)), Path(folder), map)
     items, valid = _preview(plan)
-    return Check(len(plan.names), _manifest(plan, left_out, found, listed, valid), items)
+    return Check(len(plan.names), _manifest(plan, left_out, found, listed, valid, len(items)), items)
 
 # %% ../../nbs/2_data/18_prepare_command.ipynb #411455ed
 def _advised_nodata(findings):

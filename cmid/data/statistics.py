@@ -213,7 +213,9 @@ _OTHER_SCALE, _FAR_SCALE = 12.0, 50.0  # a file's values are so many times large
 
 def _number_text(value):
     "A number with all its digits"
-    return str(value) if isinstance(value, int) else f"{value:.0f}" if value == round(value) else f"{value:.9g}"
+    if isinstance(value, int):
+        return str(value)
+    return f"{value:.0f}" if value == round(value) and abs(value) < 1e16 else repr(value)
 
 
 def _fill_finding(sample, names, value, bands, share, within):
