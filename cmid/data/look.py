@@ -13,6 +13,7 @@ from contextlib import closing
 import numpy as np
 
 from ..base.errors import CmidError
+from .audit import MOST_EXAMPLES
 from .dataset import Prepared
 from .formats import quiet_decoders
 from .rasters import Conversion, open_image, read_item
@@ -95,7 +96,7 @@ def finding_line(
     line = f"{found['level']:8} {found['kind']}: {found['text']}: {found['count']:,}"
     if not found["examples"]:
         return line
-    more = "; ..." if found["count"] > len(found["examples"]) else ""
+    more = "; ..." if found["count"] > len(found["examples"]) == MOST_EXAMPLES else ""
     return f"{line} ({'; '.join(found['examples'])}{more})"
 
 
