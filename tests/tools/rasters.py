@@ -1056,7 +1056,8 @@ def traits(path):
         yield "a side of 1" if 1 in source.shape else "larger"
         yield "a side of 256" if 256 in source.shape else "another size"
         yield from (flag.name for flag in source.mask_flag_enums[0])
-        yield f"{source.tags(1, ns='IMAGE_STRUCTURE').get('NBITS', '8 or more')} bits"
+        half = source.dtypes[0] == "float16"  # since GDAL 3.11; before, a float32 of 16 bits
+        yield f"{'16' if half else source.tags(1, ns='IMAGE_STRUCTURE').get('NBITS', '8 or more')} bits"
         if path.suffix == ".tif":
             yield from tiff_traits(path, source)
 
