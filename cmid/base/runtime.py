@@ -143,9 +143,13 @@ def _note_complaint(complaint, folder):
     _note_once(f"note: {folder}: Git does not describe this code, so the run records null ({reason})")
 
 
+_GIT_KEPT = "GIT_TEST_ASSUME_DIFFERENT_OWNER", "GIT_CEILING_DIRECTORIES"  # others may name another repository
+
+
 def _git(*args, cwd):
     "Output of one git command, or None where Git does not answer"
-    english = os.environ | dict(LC_ALL="C")
+    own = {key: value for key, value in os.environ.items() if not key.startswith("GIT_") or key in _GIT_KEPT}
+    english = own | dict(LC_ALL="C")
     options = dict(capture_output=True, text=True, errors="replace", timeout=60)
     try:
         done = subprocess.run(["git", *args], cwd=cwd, env=english, **options)
@@ -192,7 +196,7 @@ def provenance(
     "Describe a run (commit, versions, device) by values that JSON can hold. Raises `CmidError` as `code_folder`."
     at = _study_folder(folder)
     code_folder(at)
-    status = _git("status", "--porcelain", "--", *_CODE, cwd=at)
+    status = _git("status", "--porcelain", "--untracked-files=normal", "--", *_CODE, cwd=at)
     versions = {o: _version(o) for o in _LIBRARIES} | dict(cmid=cmid.__version__)
     record = dict(
         commit=_git("rev-parse", "HEAD", cwd=at),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ORIENTATION_TAG', 'MASK_SUFFIXES', 'reader_of', 'is_turned', 'turn_upright', 'stored_window', 'tiff_tags',
-           'tiff_orientation', 'mask_files', 'quiet_decoders', 'read_failure']
+           'tiff_orientation', 'mask_files', 'check_mask_size', 'quiet_decoders', 'read_failure']
 
 # %% ../../nbs/2_data/09_formats.ipynb #65933848
 import logging
@@ -134,7 +134,8 @@ def tiff_orientation(
     return orientation if orientation in _FLIPS else 1
 
 # %% ../../nbs/2_data/09_formats.ipynb #e545146c
-MASK_SUFFIXES = ".msk", ".aux.xml"  # of files beside an image that can say which of its pixels are valid
+_WIDTH_TAG, _HEIGHT_TAG = 256, 257  # of TIFF
+MASK_SUFFIXES = ".msk", ".MSK", ".aux.xml"  # of files beside an image that can say which of its pixels are valid
 
 
 def mask_files(
@@ -142,19 +143,47 @@ def mask_files(
 ) -> list[str]:  # paths of those that exist
     "Files beside an image that can say which pixels are valid. Raises `ValueError` if a mask file is not a TIFF."
     found = [f"{path}{suffix}" for suffix in MASK_SUFFIXES if os.path.isfile(f"{path}{suffix}")]
-    if found and found[0].endswith(".msk") and _first_bytes(found[0])[:4] not in _TIFF_SIGNATURES:
-        raise ValueError(f"its mask file {os.path.basename(found[0])} is not a TIFF: replace or remove it")
+    for mask in found:
+        if mask.lower().endswith(".msk") and _first_bytes(mask)[:4] not in _TIFF_SIGNATURES:
+            raise ValueError(f"its mask file {os.path.basename(mask)} is not a TIFF: replace or remove it")
     return found
 
+
+def check_mask_size(
+    path,  # of an image
+    width: int,  # as stored, in pixels
+    height: int,  # as stored, in pixels
+):
+    "Raise `ValueError` if the mask file beside an image is of another size: GDAL would ignore it."
+    for mask in mask_files(path):
+        if mask.lower().endswith(".msk"):
+            tags = tiff_tags(mask)
+            size = tags.get(_WIDTH_TAG), tags.get(_HEIGHT_TAG)
+            if size != (width, height):
+                name = os.path.basename(mask)
+                raise ValueError(f"its mask file {name} has {size[0]} x {size[1]} pixels: replace or remove it")
+
 # %% ../../nbs/2_data/09_formats.ipynb #7d823da8
+_GDAL_SETTINGS = dict(  # whatever the user's environment says
+    GDAL_CACHEMAX=64,  # MB
+    GDAL_DISABLE_READDIR_ON_OPEN="TRUE",  # folders are not listed
+    GDAL_PAM_ENABLED="YES",  # nodata in a file beside the image counts
+    GTIFF_IGNORE_READ_ERRORS="NO",  # a truncated file is not zeros
+    GDAL_NUM_THREADS="1",
+    CPL_DEBUG="OFF",
+    GDAL_HTTP_PROXY="http://127.0.0.1:9",  # the discard port: no file makes GDAL reach an address
+    GDAL_HTTP_MAX_RETRY="0",
+)
+
+
 @contextmanager
 def quiet_decoders():
-    "Inside this block decoders print nothing, keep little in memory, and list no folder."
+    "Inside this block decoders print nothing, keep little in memory, list no folder and reach no network."
     log = logging.getLogger("rasterio")
     level = log.level
     with (
         warnings.catch_warnings(),
-        rasterio.Env(GDAL_CACHEMAX=64, GDAL_DISABLE_READDIR_ON_OPEN="TRUE"),  # TRUE: folders are not listed
+        rasterio.Env(**_GDAL_SETTINGS),
     ):
         warnings.simplefilter("ignore")
         log.setLevel(logging.CRITICAL + 1)

@@ -138,7 +138,9 @@ def as_stored(
     with quiet_decoders(), closing(open_image(os.path.join(folder, name), nodata)) as image:
         if image.dtype == "uint8":
             return None
-        pixels, _ = sample_pixels((folder, name, conversion.bands, nodata, 2**12))
+        pixels, _ = sample_pixels((folder, name, conversion.bands, nodata, 2**12)) or (np.zeros((1, 0)), 0)
+        if not np.isfinite(pixels).any(1).all():
+            return None  # too few valid pixels to be met
         low, high = np.nanmin(pixels, 1), np.nanmax(pixels, 1)
         own = {image.dtype: (low, np.where(high > low, high, low + 1))}
         item = read_item(image, window, Conversion(conversion.side, conversion.bands, conversion.channels, own))

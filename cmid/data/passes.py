@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STORE_FILES', 'ordered_results', 'worker_processes', 'journalled', 'journal_rows', 'is_prepared', 'remove_files',
-           'require_room', 'begin_or_resume', 'publish']
+           'require_room', 'lock_folder', 'begin_or_resume', 'publish']
 
 # %% ../../nbs/2_data/12_passes.ipynb #eb63dc7b
 import json
@@ -167,8 +167,10 @@ def require_room(
         raise CmidError(f"{folder}: the disk is full ({needed}); make room and run again")
 
 # %% ../../nbs/2_data/12_passes.ipynb #4e37ceb7
-def _lock(partial_folder):
-    "An open file that keeps other processes out while it is open"
+def lock_folder(
+    partial_folder,  # a Path
+):  # an open file, which keeps other processes out until it is closed
+    "Lock a folder that is being written. Raises `CmidError` if another process works there."
     file = open(partial_folder / "lock", "a")
     try:
         if fcntl:
@@ -176,7 +178,16 @@ def _lock(partial_folder):
     except OSError:
         file.close()
         raise CmidError(f"{partial_folder}: another prepare is writing here; wait until it has ended") from None
+    if not fcntl:
+        file.close()  # Windows does not rename a folder that holds an open file
     return file
+
+
+def _refuse_strange(partial_folder):
+    "Raise `CmidError` where a folder is not empty and `prepare` did not begin it"
+    found = {path.name for path in partial_folder.iterdir()} if partial_folder.is_dir() else set()
+    if found - {"lock"} and "state.json" not in found and not is_prepared(partial_folder):
+        raise CmidError(f"{partial_folder}: exists and was not written by prepare: move it away")
 
 
 def _known_mark(partial_folder):
@@ -191,8 +202,9 @@ def begin_or_resume(
     mark: str,  # hash of the images and parameters
 ):  # an open file: the lock, to be closed at the end
     "Keep what was made with the same mark, remove what was not. Raises `CmidError` if another process works there."
+    _refuse_strange(partial_folder)
     partial_folder.mkdir(parents=True, exist_ok=True)
-    lock = _lock(partial_folder)
+    lock = lock_folder(partial_folder)
     known = _known_mark(partial_folder)
     if known not in (None, mark):
         print(f"{partial_folder.name}: was begun with other images or parameters; starting again", file=sys.stderr)
@@ -209,8 +221,8 @@ def publish(
     partial_folder,  # a Path: finished
     out,  # a Path: an earlier result, an empty folder, or nothing
 ):
-    "Move a finished folder to its place. Raises `CmidError` if the earlier one holds files of others."
-    remove_files(partial_folder, _PROGRESS + _LOCK)
+    "Move a finished folder, which is locked, to its place. Raises `CmidError` if the earlier one holds others' files."
+    remove_files(partial_folder, _PROGRESS)
     old = out.with_name(f".{out.name}.replaced")
     if out.exists() and not is_prepared(out):
         out.rmdir()  # empty, as `prepare` has checked
@@ -218,6 +230,7 @@ def publish(
         _retire(old)
         out.rename(old)
     partial_folder.rename(out)
+    remove_files(out, _LOCK)  # with the folder, so that no other process could lock a new one in between
     _retire(old)
 
 

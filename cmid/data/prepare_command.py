@@ -121,7 +121,8 @@ def _advised_nodata(findings):
     "The value of a finding about an undeclared fill value, or None"
     for found in findings:
         if found["kind"] == "undeclared-fill":
-            return found["text"].rpartition("nodata: ")[2]
+            _, said, value = found["text"].rpartition("write nodata: ")
+            return value if said else None
     return None
 
 
@@ -188,8 +189,11 @@ def _look_only(request, lists, accept, out):
     check.manifest["audit"] = accepted(check.manifest["audit"], accept)
     print(check)
     print(advice(check, request))
-    sheet = out or f"{Path(request.folder).resolve().name}-check"
-    _save_sheet(draw_sheet(check.items), Path(f"{sheet}.png"))
+    folder = Path(request.folder).resolve()
+    sheet = Path(f"{out or folder.name + '-check'}.png").resolve()
+    if sheet.is_relative_to(folder):
+        sheet = Path(tempfile.gettempdir()) / sheet.name  # or the next run would take it for an image
+    _save_sheet(draw_sheet(check.items), sheet)
 
 # %% ../../nbs/2_data/18_prepare_command.ipynb #4096346f
 @call_parse

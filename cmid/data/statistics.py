@@ -92,6 +92,12 @@ class PixelSample:
         return values[np.isfinite(values)] if values.dtype.kind == "f" else values
 
 
+def _pixel_counts(weights):
+    "Pixels that are drawn from each of some files: as many for each item"
+    each = min(_FILE_PIXELS, _SAMPLED_PIXELS / sum(weights))
+    return [max(1.0, each * float(weight)) for weight in weights]
+
+
 def draw_sample(
     folder,  # of the files
     names,  # names relative to `folder`, by number
@@ -101,15 +107,17 @@ def draw_sample(
     channels: int,  # bands of an item
     nodata=None,  # value that means "no measurement", or one for each band of the file
     run=map,  # applies a function to jobs, in order
+    weights=None,  # (F,) items of each file; None: one of each
 ) -> PixelSample:
-    "Sample files at random. More than usual are read only while a band has no valid pixel."
+    "Sample files at random, each by its items. More than usual are read only while a band has no valid pixel."
     sample = PixelSample(dtype, len(numbers))
     step = _SAMPLED_PICTURES if dtype == "uint8" else _SAMPLED_FILES
+    weight = dict(zip(numbers, np.ones(len(numbers)) if weights is None else weights))
     order = sorted(numbers, key=lambda i: _hash_of(names[i]))
-    count = min(_FILE_PIXELS, _SAMPLED_PIXELS // min(len(order), step)) if order else 0
     for begin in range(0, len(order), step):
         chosen = order[begin : begin + step]
-        found = run(sample_pixels, [(folder, names[i], bands, nodata, count) for i in chosen])
+        counts = _pixel_counts([weight[i] for i in chosen])
+        found = run(sample_pixels, [(folder, names[i], bands, nodata, n) for i, n in zip(chosen, counts)])
         for i, drawn in zip(chosen, found):
             if drawn:
                 sample.parts[int(i)], seen = drawn
