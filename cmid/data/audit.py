@@ -156,7 +156,7 @@ def duplicate_findings(
     if len(size) == len(files):
         return
     examples = [_copies_of(group[k], group, files, names) for k in np.sort(start[size > 1])[:MOST_EXAMPLES]]
-    yield finding("duplicate", "warning", len(files) - len(size), "exact copies of another file", examples)
+    yield finding("duplicate", "warning", len(files) - len(size), "files with the same pixels as another one", examples)
     copied = size[group] > 1
     held = {split: _held(numbers, files[copied], group[copied]) for split, numbers in splits.items()}
     for a, b, relation, shared in _pairs(splits):
@@ -225,6 +225,7 @@ FILE_NOTES = {  # kind of a note -> what was noticed about some files
     "inverted": "files in which white is zero, inverted",
     "few-bits": "files of fewer than 8 bits a value, scaled to 8",
     "scaled": "files whose scale and offset are applied",
+    "scale-kept": "8-bit files that have a scale or offset, which is not applied",
     "first-picture": "files of several pictures, of which the first is read",
     "invalid-pixels": "images with pixels that have no value (0 here)",
 }

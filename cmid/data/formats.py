@@ -142,8 +142,10 @@ def mask_files(
     path,  # of an image
 ) -> list[str]:  # paths of those that exist
     "Files beside an image that can say which pixels are valid. Raises `ValueError` if a mask file is not a TIFF."
-    found = [f"{path}{suffix}" for suffix in MASK_SUFFIXES if os.path.isfile(f"{path}{suffix}")]
+    found = [f"{path}{suffix}" for suffix in MASK_SUFFIXES if os.path.lexists(f"{path}{suffix}")]
     for mask in found:
+        if not os.path.isfile(mask):
+            raise ValueError(f"{os.path.basename(mask)} beside it is not a regular file: remove it")
         if mask.lower().endswith(".msk") and _first_bytes(mask)[:4] not in _TIFF_SIGNATURES:
             raise ValueError(f"its mask file {os.path.basename(mask)} is not a TIFF: replace or remove it")
     return found

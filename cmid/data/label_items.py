@@ -164,7 +164,7 @@ def _of_other_splits(findings, known):
     known = {_fill_of(found) for found in known}
     for found in findings:
         if found["kind"] == "undeclared-fill" and _fill_of(found) not in known:
-            yield found | dict(text=f"{found['text']} (images that are not trained on)")
+            yield found | dict(text=f"{found['text']} [in images that are not trained on]")
 
 
 def _fill_of(found):

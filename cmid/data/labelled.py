@@ -166,7 +166,7 @@ _MOST_EXAMPLES = 5  # that a finding keeps
 def _finding_line(finding):
     more = finding["count"] > len(finding["examples"]) >= _MOST_EXAMPLES
     examples = "; ".join(finding["examples"]) + ("; ..." if more else "")
-    line = f"{finding['level']:9}{finding['text']}: {finding['count']:,}"
+    line = f"{finding['level']:8} {finding['kind']}: {finding['count']:,} {finding['text']}"
     return line + (f" ({examples})" if finding["examples"] else "")
 
 

@@ -326,7 +326,8 @@ def _once(files, split, path, find, notes):
     if not files:
         line = next((find.with_hint(o) for o in list_lines(path)), "it is empty")
         raise CmidError(
-            f"{path}: none of its lines names an image of the folder (first: {line}); write paths inside it"
+            f"{path}: none of its lines names an image of the folder (first: {line}); write paths inside it, "
+            "or keep text files that are not lists elsewhere"
         )
     _, first = np.unique(files, return_index=True)
     for k in np.setdiff1d(np.arange(len(files)), first):
@@ -428,6 +429,17 @@ def _same_names(kind, text, key, *sequences):
         yield finding(kind, "warning", sum(len(o) - 1 for o in groups), text, (" = ".join(o) for o in groups))
 
 
+def _label_folders(names, files):
+    "The finding about images that are labels by their folders' names"
+    beside = [file for file in files if _LABEL_FOLDERS & {*names[file].lower().split("/")[:-1]}]
+    if beside:
+        text = "images in folders called masks, labels and the like; name the folder of the images alone"
+        yield finding("label-folder", "warning", len(beside), text, (names[file] for file in beside[:5]))
+
+
+_LABEL_FOLDERS = {"mask", "masks", "label", "labels", "labeltxt", "ann_dir", "annotations", "gt", "gts", "groundtruth"}
+
+
 def folder_findings(
     labelled,  # as asked for; findings only where it is None
     how: str,  # where labels come from, as `label_files` gives it
@@ -435,6 +447,7 @@ def folder_findings(
     files,  # numbers of the files that count
 ):  # yields findings
     "Images that are in no class folder, where others are, and folders that look like classes but are none."
+    yield from _label_folders(names, files)
     if labelled is not None:
         return
     if how == "folders":

@@ -25,6 +25,7 @@ _BINS = 16  # of the histogram of a band
 
 def _band_record(values):
     "Range and histogram of sampled values, from the thousandth to the last thousandth; what lies beyond is at the ends"
+    values = np.clip(values.astype(float), -1e300, 1e300)  # so that their range is finite
     if not len(values):
         return dict(least=None, most=None, counts=[0] * _BINS)
     low, high = (float(limit) for limit in np.percentile(values, (0.1, 99.9)))
@@ -65,12 +66,12 @@ def blocks(
 def _band_lines(manifest):
     "Histogram and stretch of each band of each type, at most a few of a type"
     limits = (manifest["stretch"] or {}).get("types", {})
-    for dtype, bands in manifest["look"]["values"].items():
+    for dtype, bands in manifest["look"]["values"].items():  # min and max of a sample; limits of the stretch
         for band, found in enumerate(bands[:_MOST_BANDS]):
             low, high = (limits[dtype][end][band] for end in ("low", "high")) if dtype in limits else (0, 255)
-            span = "as they are" if dtype not in limits else f"{low:.6g} to {high:.6g} -> 0 to 255"
+            span = "as they are" if dtype not in limits else f"stretch {low:.6g} to {high:.6g}"
             least, most = ("-" if found[end] is None else f"{found[end]:.6g}" for end in ("least", "most"))
-            yield f"{dtype:8} band {band:<3}|{blocks(found['counts'])}|  {least} to {most}; {span}"
+            yield f"{dtype:8} band {band:<3}|{blocks(found['counts'])}|  values {least} to {most}; {span}"
         if len(bands) > _MOST_BANDS:
             yield f"{dtype:8} and {len(bands) - _MOST_BANDS} bands more"
 
@@ -92,8 +93,8 @@ def _class_line(manifest):
 def finding_line(
     found: dict,  # of `audit.finding`
 ) -> str:
-    "A finding as a line: its level, kind, text, count and examples."
-    line = f"{found['level']:8} {found['kind']}: {found['text']}: {found['count']:,}"
+    "A finding as a line: its level, kind, count, text and examples."
+    line = f"{found['level']:8} {found['kind']}: {found['count']:,} {found['text']}"
     if not found["examples"]:
         return line
     more = "; ..." if found["count"] > len(found["examples"]) == MOST_EXAMPLES else ""
@@ -138,7 +139,7 @@ def as_stored(
     with quiet_decoders(), closing(open_image(os.path.join(folder, name), nodata)) as image:
         if image.dtype == "uint8":
             return None
-        pixels, _ = sample_pixels((folder, name, conversion.bands, nodata, 2**12)) or (np.zeros((1, 0)), 0)
+        pixels = (sample_pixels((folder, name, conversion.bands, nodata, 2**12)) or [np.zeros((1, 0))])[0]
         if not np.isfinite(pixels).any(1).all():
             return None  # too few valid pixels to be met
         low, high = np.nanmin(pixels, 1), np.nanmax(pixels, 1)
@@ -160,7 +161,7 @@ def draw_sheet(
     fig = Figure(figsize=(columns, 1.15 * rows), dpi=72, layout="constrained")
     axes = fig.subplots(rows, columns, squeeze=False, subplot_kw=dict(frame_on=False, xticks=[], yticks=[]))
     if versions == 2:
-        fig.suptitle("above: from the least to the greatest value of the file; below: as training gets it", fontsize=7)
+        fig.suptitle("above: each file between its own minimum and maximum; below: as training gets it", fontsize=7)
     for k, (title, *pictures) in enumerate(items):
         row, column = divmod(k, columns)
         axes[versions * row, column].set_title(title, fontsize=7)

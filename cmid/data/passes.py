@@ -184,9 +184,9 @@ def lock_folder(
 
 
 def _refuse_strange(partial_folder):
-    "Raise `CmidError` where a folder is not empty and `prepare` did not begin it"
-    found = {path.name for path in partial_folder.iterdir()} if partial_folder.is_dir() else set()
-    if found - {"lock"} and "state.json" not in found and not is_prepared(partial_folder):
+    "Raise `CmidError` where a folder that `prepare` did not begin holds files that it would remove"
+    ours = (partial_folder / "state.json").exists() or is_prepared(partial_folder)
+    if not ours and any(any(partial_folder.glob(pattern)) for pattern in _RESULTS + _IMAGES):
         raise CmidError(f"{partial_folder}: exists and was not written by prepare: move it away")
 
 

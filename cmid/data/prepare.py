@@ -12,7 +12,7 @@ import os
 import time
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import islice, pairwise, takewhile
 from pathlib import Path, PurePosixPath
 from stat import S_ISLNK
 
@@ -95,7 +95,7 @@ def _check_folders(folder, out):
 # %% ../../nbs/2_data/16_prepare.ipynb #d1497d41
 @dataclass
 class _State:
-    "What the images, lists and parameters of a run are known by."
+    "What the images, lists and parameters of a run are known by; the fingerprint is the same on every machine."
 
     begun: int  # time in ns at which their state was read
     mark: str  # of an interrupted run
@@ -103,19 +103,18 @@ class _State:
     newest: int  # time in ns of the newest change
 
 
-def _state_of(request, names, links, lists):
+def _state_of(request, names, left_out, lists):
     begun = time.time_ns()
+    suffixes = MASK_SUFFIXES if {".msk", ".xml"} & {*left_out.suffixes} else ()
     pixels = hashlib.sha256(json.dumps(_pixel_parameters(request)).encode())
     resumable, newest = pixels.copy(), _newest_move(request.folder, names)
     for name in names:
-        for key, size, modified, changed in _states(request.folder, name):
+        for key, size, modified, changed in _states(request.folder, name, suffixes):
             newest = max(newest, modified, changed)
             pixels.update(b"%s\0%d\n" % (key, size))  # without times: the same images are the same on every machine
             resumable.update(b"%s\0%d %d\n" % (key, size, modified))
-    for name in [""] * os.path.islink(request.folder) + links:  # another folder may hold files of the same names
-        target = os.fsencode(os.path.realpath(os.path.join(request.folder, name)))
-        pixels.update(target)
-        resumable.update(target)
+    for name in ["", *left_out.links]:  # another folder may hold files of the same names and times
+        resumable.update(os.fsencode(os.path.realpath(os.path.join(request.folder, name))))
     finished = hashlib.sha256(pixels.digest() + json.dumps(request.labelled).encode())
     _add_lists(finished, lists)
     return _State(begun, resumable.hexdigest(), finished.hexdigest(), newest)
@@ -125,14 +124,20 @@ def _newest_move(folder, names):
     "When a folder on the way to an image was last renamed or linked, in ns: its content keeps its own times"
     folders = {os.path.dirname(name) for name in names}
     folders |= {parent.as_posix() for name in folders for parent in PurePosixPath(name).parents}
-    above = Path(os.path.abspath(folder)).parents
-    return max(_moved(path) for path in [*above, *(os.path.join(folder, name) for name in folders)])
+    at = Path(os.path.abspath(folder))
+    above = takewhile(lambda path: not os.path.ismount(path), at.parents)
+    return max(_moved(path) for path in [*above, *(at / name for name in folders)])
 
 
 def _moved(path):
     "When a folder was renamed, or a link made, in ns; 0 where the last change was another one"
-    here = os.lstat(path)
-    return here.st_ctime_ns if S_ISLNK(here.st_mode) or here.st_ctime_ns != here.st_mtime_ns else 0
+    try:
+        here = os.lstat(path)
+        if S_ISLNK(here.st_mode):  # perhaps one of a chain
+            return max(here.st_ctime_ns, _moved(Path(path).parent / os.readlink(path)))
+    except (OSError, RecursionError):
+        return 0
+    return here.st_ctime_ns if here.st_ctime_ns != here.st_mtime_ns else 0
 
 
 READER_VERSION = 2  # of how files become pixels; raised when the same files give other pixels
@@ -151,9 +156,9 @@ def _add_lists(digest, lists):
             digest.update(line.encode() + b"\n")
 
 
-def _states(folder, name):
+def _states(folder, name, suffixes):
     "Name, size and times of the last changes in ns, of a file and of those beside it that can hold its mask"
-    for suffix in ("", *MASK_SUFFIXES):
+    for suffix in ("", *suffixes):
         size, modified, changed = _size_and_times(os.path.join(folder, name + suffix))
         if size >= 0 or not suffix:
             yield (name + suffix).encode("utf-8", "surrogateescape"), size, modified, changed
@@ -515,7 +520,7 @@ def _prepared(request, out, lists, workers):
     if not names:
         raise CmidError(f"{request.folder}: holds no PNG, JPEG or TIFF")
     names = PackedNames(names)
-    state = _state_of(request, names, left_out.links, lists)
+    state = _state_of(request, names, left_out, lists)
     if _is_finished(out, state):
         return Prepared(out)
     if _is_finished(_partial(out), state):  # a run was killed before it was moved to its place

@@ -7,6 +7,7 @@ __all__ = ['Check', 'check_images', 'advice', 'cmid_prepare']
 
 # %% ../../nbs/2_data/18_prepare_command.ipynb #977a34e6
 import io
+import json
 import os
 import tempfile
 from contextlib import closing
@@ -20,7 +21,7 @@ from fastcore.script import Param, call_parse, store_true
 from ..base.errors import CmidError, cli, writing
 from ..base.files import write_whole
 from .audit import accepted, check_accept, label_findings, overlap_findings, tally
-from .formats import quiet_decoders
+from .formats import quiet_decoders, read_failure
 from .listing import PackedNames, find_images, folder_findings, label_files, read_lists
 from .look import as_stored, audit_table, contact_sheet, draw_sheet, look_record
 from .prepare import class_counts, first_pass, image_findings, prepare, stretch_record
@@ -43,7 +44,7 @@ class Check:
 
     def __str__(self):
         total = self.manifest["counts"]["files"]
-        looked = f"looked at {self.files:,} of {total:,} files; not at exact copies and damaged pixels"
+        looked = f"looked at {self.files:,} of {total:,} files; copies and damaged pixels were not looked for"
         return f"{audit_table(self.manifest)}\n{looked}"
 
 
@@ -56,23 +57,30 @@ def _chosen(names):
 
 
 def _preview(plan):
-    "Items of some files, as `draw_sheet` takes them, and the share of their pixels that are valid"
-    request, items, shares = plan.request, [], []
+    "Items of some files, as `draw_sheet` takes them"
+    items = []
     for number in np.unique(np.linspace(0, len(plan.layout) - 1, _SHOWN).astype(int)):
         file, window = plan.layout.item(int(number))
-        name = plan.names[file]
-        with quiet_decoders(), closing(open_image(os.path.join(request.folder, name), request.nodata)) as image:
-            item = read_item(image, window, plan.conversion)
-        shares.append(sum(item.valid) / item.pixels.size if item else 0.0)
+        try:
+            item, before = _read(plan.request, plan.conversion, plan.names[file], window)
+        except Exception as error:  # the decoders raise errors of many kinds
+            plan.headers.reasons[file] = read_failure(error, plan.names[file])
+            continue
         if item:
-            before = as_stored(request.folder, name, window, plan.conversion, request.nodata)
-            items.append((Path(name).stem[:14], before, item.pixels))
-    return items, float(np.mean(shares))
+            items.append((Path(plan.names[file]).stem[:14], before, item.pixels))
+    return items
+
+
+def _read(request, conversion, name, window):
+    "An item, or None without a valid pixel, and the same before the stretch"
+    with quiet_decoders(), closing(open_image(os.path.join(request.folder, name), request.nodata)) as image:
+        item = read_item(image, window, conversion)
+    return item, item and as_stored(request.folder, name, window, conversion, request.nodata)
 
 
 def _manifest(plan, left_out, names, listed, valid, images):
     "What a manifest would hold, as far as a sample tells"
-    request, channels = plan.request, plan.conversion.channels
+    request, channels, skipped = plan.request, plan.conversion.channels, len(plan.headers.reasons)
     how, classes, labels = label_files(request.labelled, names, range(len(names)), listed)
     audit = [
         *image_findings(plan, left_out, {**plan.headers.notes, **_skipped(plan), **listed.notes}, names),
@@ -81,7 +89,7 @@ def _manifest(plan, left_out, names, listed, valid, images):
         *label_findings(classes, labels, listed.files),
     ]
     return dict(
-        counts=dict(images=len(names), files=len(names), skipped=len(plan.headers.reasons)),
+        counts=dict(images=len(names) - skipped, files=len(names), skipped=skipped),
         side=request.side,
         bands=channels,
         stretch=stretch_record(plan),
@@ -107,20 +115,24 @@ def check_images(
     lists: dict,  # split name -> text file of lines `path` or `path label`
 ) -> Check:
     "Look at a folder of images without preparing it. Raises `CmidError` where `prepare` would."
+    if not os.path.isdir(request.folder):
+        raise CmidError(f"{request.folder}: no such folder")
     found, left_out = find_images(request.folder)
     if not found:
         raise CmidError(f"{request.folder}: holds no PNG, JPEG or TIFF")
     listed = read_lists(found, lists)
     with tempfile.TemporaryDirectory() as folder:
         plan = first_pass(request, PackedNames(_chosen(found)), Path(folder), map)
-    items, valid = _preview(plan)
-    return Check(len(plan.names), _manifest(plan, left_out, found, listed, valid, len(items)), items)
+    items = _preview(plan)
+    shares = [share for sample in plan.samples.values() for share in sample.valid.values()]
+    valid = float(np.mean(shares or [0.0]))
+    return Check(len(plan.names), _manifest(plan, left_out, found, listed, valid, len(shares)), items)
 
 # %% ../../nbs/2_data/18_prepare_command.ipynb #411455ed
 def _advised_nodata(findings):
     "The value of a finding about an undeclared fill value, or None"
     for found in findings:
-        if found["kind"] == "undeclared-fill":
+        if found["kind"] == "undeclared-fill" and found["level"] == "warning":
             _, said, value = found["text"].rpartition("write nodata: ")
             return value if said else None
     return None
@@ -134,21 +146,24 @@ def advice(
     manifest = check.manifest
     height, width = manifest["look"]["sizes"][-1]
     tile = request.tile or (2 * request.side if max(height, width) > 8 * request.side else 0)
-    nodata = "null" if request.nodata is None else request.nodata
-    nodata = _advised_nodata(manifest["audit"]) or nodata
-    warnings = dict.fromkeys(found["kind"] for found in manifest["audit"] if found["level"] == "warning")
-    left = [kind for kind in warnings if kind != "undeclared-fill"]
+    kinds = {level: _kinds(manifest, level) for level in ("accepted", "warning")}
+    advised = None if "label-folder" in kinds["warning"] else _advised_nodata(manifest["audit"])
+    nodata = advised or ("null" if request.nodata is None else json.dumps(request.nodata))
+    left = [kind for kind in kinds["warning"] if not (advised and kind == "undeclared-fill")]
     lines = [
-        "params.yaml, section prepare:",
-        f"  side: {request.side}",
+        "params.yaml, section prepare (what profiles.<profile>.prepare names replaces it):",
         f"  tile: {tile}" + ("  # the largest file is much larger than an item" if tile != request.tile else ""),
         f"  bands: {request.bands or 'null'}",
-        f"  stretch: {request.stretch}",
-        f"  nodata: {nodata}",
+        f"  nodata: {nodata}" + ('  # if it means "no measurement"; else accept undeclared-fill' if advised else ""),
+        f"  accept: [{', '.join(kinds['accepted'])}]",
     ]
     if left:
-        lines.append(f"  accept: []  # to be mended, or accepted if they are right: [{', '.join(left)}]")
+        lines[-1] += f"  # to be corrected, or accepted if they are right: {', '.join(left)}"
     return "\n".join(lines)
+
+
+def _kinds(manifest, level):
+    return list(dict.fromkeys(found["kind"] for found in manifest["audit"] if found["level"] == level))
 
 # %% ../../nbs/2_data/18_prepare_command.ipynb #df3ef779
 def _named_lists(text):
@@ -166,10 +181,14 @@ def _named_lists(text):
     return named
 
 
+def _number_or_none(text):
+    return None if text == "null" else float(text)
+
+
 def _numbers(text, key, kind=float):
     "Numbers separated by commas"
     try:
-        return [kind(number) for number in text.split(",") if number]
+        return [kind(number) for number in text.split(",")] if text else []
     except ValueError:
         raise CmidError(f"--{key}: must be numbers separated by commas, got {text!r}") from None
 
@@ -218,7 +237,7 @@ def cmid_prepare(
     named = _named_lists(lists)
     accept = [kind for kind in accept.split(",") if kind]
     check_accept(accept, PREPARE_WARNINGS, "--accept")
-    values = _numbers(nodata, "nodata")
+    values = _numbers(nodata, "nodata", _number_or_none)
     values = values[0] if len(values) == 1 else values or None
     numbers, percentiles = _numbers(bands, "bands", int) or None, _numbers(stretch, "stretch")
     if check:

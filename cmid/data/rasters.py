@@ -114,6 +114,7 @@ class PillowImage:
         self.notes = self._changes_made()
         self.pixels = self.invalid = None
         self.declared_pixels = 0  # that were seen to have the declared nodata
+        self.as_stored = True  # `read` gives the numbers of the file
 
     def _check(self):
         width, height = self.file.size
@@ -336,14 +337,17 @@ class RasterioImage:
             self.bands, self.dtype, self.grey = self.palette.shape[1], "uint8", self.palette.shape[1] == 1
         self.scales = [scale or 1.0 for scale in self.source.scales]  # some programs write 0 where they have no scale
         pairs = zip(self.scales, self.source.offsets)
-        self.scaled = self.dtype != "uint8" and any(pair != (1.0, 0.0) for pair in pairs)
+        has_scale = any(pair != (1.0, 0.0) for pair in pairs)
+        self.scaled = self.dtype != "uint8" and has_scale
         changes = {
             "palette": self.palette is not None and not self.grey,
             "inverted": self.white is not None,
             "few-bits": self.palette is None and self.bits < 8,
             "scaled": self.scaled,
+            "scale-kept": has_scale and not self.scaled,
         }
         self.notes += [kind for kind, changed in changes.items() if changed]
+        self.as_stored = not (self.scaled or self.white is not None or self.bits < 8)
 
     def _find_masks(self):
         "Does GDAL know a mask, other than transparency; are the bands the colours of one picture?"

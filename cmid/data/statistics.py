@@ -20,7 +20,7 @@ from .formats import quiet_decoders
 from .rasters import grid_windows, open_image
 
 # %% ../../nbs/2_data/11_statistics.ipynb #9ac7cf70
-_FEW_WINDOWS, _MANY_WINDOWS = 16, 64  # windows that are read of a full raster, and at most of one with few valid pixels
+_FEW_WINDOWS, _MORE_WINDOWS = 16, 48  # windows that are read of a raster, at least, and more if few pixels are valid
 
 
 def _hash_of(name):
@@ -41,28 +41,31 @@ def _draw(pixels, invalid, probability, rng):
 
 
 def _draw_windows(image, bands, count, rng):
-    "Samples of windows in random order, until there are about `count` pixels or no more windows"
+    "Samples of windows in random order, until there are about `count` pixels or no more, and the share of valid pixels"
     windows = grid_windows(image.height, image.width)
-    few = min(_FEW_WINDOWS, len(windows))
+    few = min(max(_FEW_WINDOWS, int(count) >> 8), len(windows))  # a sample of few windows misses what is rare
     probability = count / (image.height * image.width) * len(windows) / few
-    found, samples = 0, []
+    found, samples, shares = 0, [], []
     for k, number in enumerate(rng.permutation(len(windows))):
-        enough = found >= count or (k >= _MANY_WINDOWS and found > 0)
+        enough = found >= count or (k >= few + _MORE_WINDOWS and found > 0)
         if k >= few and enough:
             break
-        samples.append(_draw(*image.read(windows[number], bands), probability, rng))
+        pixels, invalid = image.read(windows[number], bands)
+        shares.append(1.0 if invalid is None else 1 - invalid.mean())
+        samples.append(_draw(pixels, invalid, probability, rng))
         found += samples[-1].shape[1]
-    return np.concatenate(samples, 1)
+    return np.concatenate(samples, 1), float(np.mean(shares))
 
 
 def sample_pixels(
     job,  # (folder, name of the file, band numbers or None, nodata or None, about how many pixels)
-):  # (C, about that many), NaN: this band is invalid; and the number of pixels with the nodata. None: cannot be read
+):  # (C, about that many), NaN: this band is invalid; pixels with nodata; as stored? valid share. None: unreadable
     "A random sample of the valid pixels of a file."
     folder, name, bands, nodata, count = job
     try:
         with quiet_decoders(), closing(open_image(os.path.join(folder, name), nodata)) as image:
-            return _draw_windows(image, bands, count, np.random.default_rng(_hash_of(name))), image.declared_pixels
+            pixels, share = _draw_windows(image, bands, count, np.random.default_rng(_hash_of(name)))
+            return pixels, image.declared_pixels, image.as_stored, share
     except Exception:
         return None  # the second pass opens this file again and names it
 
@@ -81,6 +84,16 @@ class PixelSample:
     files: int  # files of this type in the data set
     parts: dict = field(default_factory=dict)  # number of a file -> (C, n) its sampled pixels
     declared: int | None = None  # pixels that were seen to have the declared nodata; None: none is declared
+    valid: dict = field(default_factory=dict)  # number of a file -> about the share of its pixels that are valid
+    all_bands: bool = True  # False: bands were chosen by their numbers
+    as_stored: bool = True  # False: some were scaled or inverted when they were read
+
+    def add(self, i, pixels, declared, as_stored, valid):
+        "Enter what was sampled of file `i`."
+        self.parts[i], self.valid[i] = pixels, valid
+        self.as_stored = self.as_stored and as_stored
+        if self.declared is not None:
+            self.declared += declared
 
     def values(
         self,
@@ -110,7 +123,7 @@ def draw_sample(
     weights=None,  # (F,) items of each file; None: one of each
 ) -> PixelSample:
     "Sample files at random, each by its items. More than usual are read only while a band has no valid pixel."
-    sample = PixelSample(dtype, len(numbers))
+    sample = PixelSample(dtype, len(numbers), declared=None if nodata is None else 0, all_bands=bands is None)
     step = _SAMPLED_PICTURES if dtype == "uint8" else _SAMPLED_FILES
     weight = dict(zip(numbers, np.ones(len(numbers)) if weights is None else weights))
     order = sorted(numbers, key=lambda i: _hash_of(names[i]))
@@ -120,8 +133,7 @@ def draw_sample(
         found = run(sample_pixels, [(folder, names[i], bands, nodata, n) for i, n in zip(chosen, counts)])
         for i, drawn in zip(chosen, found):
             if drawn:
-                sample.parts[int(i)], seen = drawn
-                sample.declared = None if nodata is None else (sample.declared or 0) + seen
+                sample.add(int(i), *drawn)
         if all(len(sample.values(band)) for band in range(channels)):
             break
     return sample
@@ -204,10 +216,11 @@ def fill_value(
 
 def picture_fill(
     pixels,  # (3, n) sampled pixels of 8-bit pictures
+    spread: int = _JPEG_SPREAD,  # grey levels over which their files spread it
 ):  # 0 or 255, the share of the pixels that have it, and how far they may be from it; None: there is none
     "A black or white that looks like a fill value."
     for value, distance in ((0, pixels.max(0)), (255, 255 - pixels.min(0))):
-        for within in (_JPEG_SPREAD, 0):
+        for within in dict.fromkeys((spread, 0)):
             found = distance <= within
             if within and 1.01 * (distance == 0).sum() > found.sum():
                 continue  # nothing is spread
@@ -226,7 +239,14 @@ def _number_text(value):
     return f"{value:.0f}" if value == round(value) and abs(value) < 1e16 else repr(value)
 
 
-def _fill_finding(sample, names, value, bands, share, within):
+def _declaration(sample, value, bands, channels):
+    "The value as it is declared: for all bands, or for some of them"
+    if len(bands) == channels or not sample.all_bands:
+        return _number_text(value)
+    return f"[{', '.join(_number_text(value) if band in bands else 'null' for band in range(channels))}]"
+
+
+def _fill_finding(sample, names, value, bands, share, within, declaration):
     text = (
         f"files with the value {_number_text(value)} in {share:.1%} of the sampled pixels of {bands}, apart from all "
     )
@@ -234,22 +254,35 @@ def _fill_finding(sample, names, value, bands, share, within):
         text += (
             f'others (or within {within} of it, as JPEG makes it); if it means "no measurement", save them with a mask'
         )
+    elif not sample.as_stored:
+        text += (
+            'others; if it means "no measurement", declare as nodata what the files store (before scale or inversion)'
+        )
     else:
-        text += f'others; if it means "no measurement", write nodata: {_number_text(value)}'
+        text += f'others; if it means "no measurement", write nodata: {declaration}'
     shares = {
-        i: float((np.abs(part - float(value)) <= within).any(0).mean()) for i, part in sample.parts.items() if part.size
+        i: float((np.abs(part.astype(float) - float(value)) <= within).any(0).mean())
+        for i, part in sample.parts.items()
+        if part.size
     }
     files = sorted((i for i, of_file in shares.items() if of_file), key=lambda i: -shares[i])
     return finding("undeclared-fill", "warning", len(files), text, (names[i] for i in files))
 
 
+def _picture_findings(sample, names):
+    "The finding about black or white that looks like a fill value"
+    parts = [part[:, np.isfinite(part).all(0)] for part in sample.parts.values()]
+    pixels = np.concatenate([np.broadcast_to(part, (3, part.shape[1])) for part in parts], 1)
+    jpegs = any(_is_jpeg(names[i]) for i in sample.parts)
+    found = picture_fill(pixels, _JPEG_SPREAD if jpegs else 0)
+    if found:
+        yield _fill_finding(sample, names, found[0], "all bands", *found[1:], _number_text(found[0]))
+
+
 def _fill_findings(sample, channels, names):
     "A finding about each fill value that no file declares"
     if channels == 3 and sample.dtype == "uint8":
-        parts = [part[:, np.isfinite(part).all(0)] for part in sample.parts.values()]
-        found = picture_fill(np.concatenate([np.broadcast_to(part, (3, part.shape[1])) for part in parts], 1))
-        if found:
-            yield _fill_finding(sample, names, found[0], "all bands", *found[1:])
+        yield from _picture_findings(sample, names)
         return
     bands = {}
     for band in range(channels):
@@ -258,7 +291,8 @@ def _fill_findings(sample, channels, names):
     for value, shares in bands.items():
         if value is not None:
             numbers = ("bands " if len(shares) > 1 else "band ") + ", ".join(map(str, shares))
-            yield _fill_finding(sample, names, value, numbers, max(shares.values()), 0)
+            declaration = _declaration(sample, value, shares, channels)
+            yield _fill_finding(sample, names, value, numbers, max(shares.values()), 0, declaration)
 
 
 def _scale_of(part):
@@ -298,9 +332,22 @@ def sample_findings(
         yield finding("flat-band", "warning", len(flat), f"bands of {sample.dtype} with one value in all files", flat)
     if sample.dtype != "uint8":
         yield from _scale_finding(sample, names)
+    yield from _declared_findings(sample, names)
+
+
+def _declared_findings(sample, names):
+    "Findings about the declared nodata: it is nowhere, or JPEG has changed the pixels beside it"
     if sample.declared == 0:
         text = f"{sample.dtype} files sampled, in none of which a pixel has the declared nodata"
         yield finding("unused-nodata", "note", len(sample.parts), text)
+    jpegs = [names[i] for i in sample.parts if _is_jpeg(names[i])]
+    if sample.declared and jpegs:
+        text = "JPEG files with a declared nodata: pixels beside it that JPEG has changed a little count as data"
+        yield finding("jpeg-nodata", "note", len(jpegs), text, jpegs)
+
+
+def _is_jpeg(name):
+    return name.lower().endswith((".jpg", ".jpeg"))
 
 # %% ../../nbs/2_data/11_statistics.ipynb #3046c5fe
 def exact_sums(

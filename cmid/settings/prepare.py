@@ -21,6 +21,7 @@ PREPARE_WARNINGS = (  # kinds of the warnings of the stage, each of which can be
     "flat-band",
     "skipped",
     "stray",
+    "label-folder",
     "broken-link",
     "unicode",
     "case",

@@ -1418,29 +1418,29 @@ ODD = {  # id: how it is made beside three good PNGs, its name, what the audit s
     "a palette": (
         lambda d: Image.open(d / "in/0.png").convert("P").save(d / "in/odd.png"),
         "odd.png",
-        "palette: files with a palette, made RGB: 1",
+        "palette: 1 files with a palette, made RGB",
     ),
     "transparency": (
         lambda d: Image.open(d / "in/0.png").convert("RGBA").save(d / "in/odd.png"),
         "odd.png",
-        "transparency: files with transparency, which is used as a mask: 1",
+        "transparency: 1 files with transparency, which is used as a mask",
     ),
     "grey": (
         lambda d: Image.open(d / "in/0.png").convert("L").save(d / "in/odd.png"),
         "odd.png",
-        "grey: grey files, made RGB: 1",
+        "grey: 1 grey files, made RGB",
     ),
     "CMYK": (
         lambda d: Image.open(d / "in/0.png").convert("CMYK").save(d / "in/odd.jpg"),
         "odd.jpg",
-        "converted-colours: files of CMYK, CIELab or other colours, made RGB: 1",
+        "converted-colours: 1 files of CMYK, CIELab or other colours, made RGB",
     ),
-    "turned by EXIF": (turned, "odd.png", "turned: files that are turned as their orientation tags say: 1"),
-    "NaN in places": (holes, "odd.tif", "invalid-pixels: images with pixels that have no value (0 here): 1"),
+    "turned by EXIF": (turned, "odd.png", "turned: 1 files that are turned as their orientation tags say"),
+    "NaN in places": (holes, "odd.tif", "invalid-pixels: 1 images with pixels that have no value (0 here)"),
     "a name in other letters": (
         lambda d: shutil.copy(d / "in/0.png", d / 'in/ä 影 [1], "x".PNG'),
         'ä 影 [1], "x".PNG',
-        "exact copies of another file: 1",
+        "duplicate: 1 files with the same pixels as another one",
     ),
     "a folder linked into itself": (
         lambda d: (d / "in/me").symlink_to(d / "in", target_is_directory=True),
@@ -1474,8 +1474,8 @@ def test_an_untidy_list_is_read_and_said(tmp_path):
         and p.labels[p.splits["train"]].tolist() == [0, 1]
     )
     assert [o for o in out.splitlines() if o.startswith("warning")] == [
-        "warning  missing: lines of train that name no file of the folder: 1 (no such.png 1)",
-        "warning  repeated: lines of train that name a file again: 1 (birch/birch_0.png)",
+        "warning  missing: 1 lines of train that name no file of the folder (no such.png 1)",
+        "warning  repeated: 1 lines of train that name a file again (birch/birch_0.png)",
     ]
 
 
