@@ -173,7 +173,7 @@ _GDAL_SETTINGS = dict(  # whatever the user's environment says
     GTIFF_IGNORE_READ_ERRORS="NO",  # a truncated file is not zeros
     GDAL_NUM_THREADS="1",
     CPL_DEBUG="OFF",
-    GDAL_HTTP_PROXY="http://127.0.0.1:9",  # the discard port: no file makes GDAL reach an address
+    GDAL_HTTP_PROXY="localhost:9",  # the discard port: no file makes GDAL reach an address
     GDAL_HTTP_MAX_RETRY="0",
 )
 

@@ -127,7 +127,8 @@ def test_no_file_makes_the_reader_reach_an_address(images):
     server = http.server.HTTPServer(("127.0.0.1", 0), Listening)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     path = images.tiff("a.tif", np.full((1, 32, 32), 9, "uint8"))
-    address = f"/vsicurl/http://127.0.0.1:{server.server_port}/evil.tif"
+    host, port = server.server_address
+    address = f"/vsicurl/http://{host}:{port}/evil.tif"
     item = f'<Item name="OVERVIEW_FILE">{address}</Item>'
     domain = f'<PAMDataset><Metadata domain="OVERVIEWS">{item}</Metadata></PAMDataset>'
     (images.path / "a.tif.aux.xml").write_text(domain)
