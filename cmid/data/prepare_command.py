@@ -208,6 +208,8 @@ def _look_only(request, lists, accept, out):
     check.manifest["audit"] = accepted(check.manifest["audit"], accept)
     print(check)
     print(advice(check, request))
+    if not check.items:
+        return
     folder = Path(request.folder).resolve()
     sheet = Path(f"{out or folder.name + '-check'}.png").resolve()
     if sheet.is_relative_to(folder):
