@@ -10,7 +10,6 @@ import io
 import json
 import os
 import tempfile
-from contextlib import closing
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -23,9 +22,8 @@ from ..base.files import write_whole
 from .audit import accepted, check_accept, label_findings, overlap_findings, tally
 from .formats import quiet_decoders, read_failure
 from .listing import PackedNames, find_images, folder_findings, label_files, read_lists
-from .look import as_stored, audit_table, contact_sheet, draw_sheet, look_record
+from .look import audit_table, contact_sheet, draw_sheet, look_record, view_item
 from .prepare import class_counts, first_pass, image_findings, prepare, stretch_record
-from .rasters import open_image, read_item
 from .survey import Request
 from ..settings.prepare import PREPARE_WARNINGS
 
@@ -40,7 +38,7 @@ class Check:
 
     files: int  # whose headers and values were read
     manifest: dict  # as of a prepared folder
-    items: list = field(default_factory=list)  # of `draw_sheet`
+    views: list = field(default_factory=list)  # of `look.View`
 
     def __str__(self):
         total = self.manifest["counts"]["files"]
@@ -57,25 +55,19 @@ def _chosen(names):
 
 
 def _preview(plan):
-    "Items of some files, as `draw_sheet` takes them"
-    items = []
+    "Some items, to be drawn"
+    views = []
     for number in np.unique(np.linspace(0, len(plan.layout) - 1, _SHOWN).astype(int)):
         file, window = plan.layout.item(int(number))
         try:
-            item, before = _read(plan.request, plan.conversion, plan.names[file], window)
+            views.append(_view(plan, plan.names[file], window))
         except Exception as error:  # the decoders raise errors of many kinds
             plan.headers.reasons[file] = read_failure(error, plan.names[file])
-            continue
-        if item:
-            items.append((Path(plan.names[file]).stem[:14], before, item.pixels))
-    return items
+    return [view for view in views if view]
 
 
-def _read(request, conversion, name, window):
-    "An item, or None without a valid pixel, and the same before the stretch"
-    with quiet_decoders(), closing(open_image(os.path.join(request.folder, name), request.nodata)) as image:
-        item = read_item(image, window, conversion)
-    return item, item and as_stored(request.folder, name, window, conversion, request.nodata)
+def _view(plan, name, window):
+    return view_item(Path(name).stem[:14], plan.request.folder, name, window, plan.conversion, plan.request.nodata)
 
 
 def _manifest(plan, left_out, names, listed, valid, images):
@@ -123,10 +115,10 @@ def check_images(
     listed = read_lists(found, lists)
     with tempfile.TemporaryDirectory() as folder:
         plan = first_pass(request, PackedNames(_chosen(found)), Path(folder), map)
-    items = _preview(plan)
+    views = _preview(plan)
     shares = [share for sample in plan.samples.values() for share in sample.valid.values()]
     valid = float(np.mean(shares or [0.0]))
-    return Check(len(plan.names), _manifest(plan, left_out, found, listed, valid, len(shares)), items)
+    return Check(len(plan.names), _manifest(plan, left_out, found, listed, valid, len(shares)), views)
 
 # %% ../../nbs/2_data/18_prepare_command.ipynb #411455ed
 def _advised_nodata(findings):
@@ -208,13 +200,13 @@ def _look_only(request, lists, accept, out):
     check.manifest["audit"] = accepted(check.manifest["audit"], accept)
     print(check)
     print(advice(check, request))
-    if not check.items:
+    if not check.views:
         return
     folder = Path(request.folder).resolve()
     sheet = Path(f"{out or folder.name + '-check'}.png").resolve()
     if sheet.is_relative_to(folder):
         sheet = Path(tempfile.gettempdir()) / sheet.name  # or the next run would take it for an image
-    _save_sheet(draw_sheet(check.items), sheet)
+    _save_sheet(draw_sheet(check.views), sheet)
 
 # %% ../../nbs/2_data/18_prepare_command.ipynb #4096346f
 @call_parse

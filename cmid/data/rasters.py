@@ -502,6 +502,7 @@ class Item:
     pixels: np.ndarray  # uint8 (C, S, S), 0 where it is invalid
     valid: list  # (C,) number of valid pixels of each band
     holes: int  # pixels of the file in which a band has no value
+    hole: np.ndarray | None = None  # bool (S, S): no band has a value; None: nowhere
 
 
 def read_item(
@@ -522,7 +523,8 @@ def read_item(
     pixels, invalid = resized(grey, conversion.side, invalid)
     valid = np.full(len(pixels), conversion.side**2) if invalid is None else (~invalid).sum((1, 2))
     repeats = conversion.channels // len(pixels)
-    return Item(np.repeat(pixels, repeats, 0), valid.tolist() * repeats, holes)
+    hole = None if invalid is None else invalid.all(0)
+    return Item(np.repeat(pixels, repeats, 0), valid.tolist() * repeats, holes, hole)
 
 
 def _read_grey(image, window, conversion):
