@@ -169,7 +169,7 @@ def _as_stored(image, folder, name, window, conversion, nodata):
 
 
 def draw_sheet(
-    views: list,  # of `View`
+    views: list,  # of `ItemView`
     bands=(0, 1, 2),  # shown as red, green, blue if there are that many, else the first as grey
 ):  # matplotlib Figure
     "Images with their titles; above each the same before the stretch, if any image is stretched."

@@ -38,7 +38,7 @@ class Check:
 
     files: int  # whose headers and values were read
     manifest: dict  # as of a prepared folder
-    views: list = field(default_factory=list)  # of `look.View`
+    views: list = field(default_factory=list)  # of `look.ItemView`
 
     def __str__(self):
         total = self.manifest["counts"]["files"]
