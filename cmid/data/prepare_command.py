@@ -174,7 +174,10 @@ def _named_lists(text):
 
 
 def _number_or_none(text):
-    return None if text == "null" else float(text)
+    if text == "null":
+        return None
+    number = float(text)
+    return int(number) if number.is_integer() else number
 
 
 def _numbers(text, key, kind=float):
@@ -223,7 +226,7 @@ def cmid_prepare(
     accept: str = "",  # kinds of warnings that are accepted, as undeclared-fill,stray
     workers: int = 0,  # processes; 0: all cores
     shard_mb: float = 1000.0,  # size of a shard in MB
-    labelled: str = "",  # folders, lists or none; empty: lists if they have labels, else class folders of all images
+    labelled: str = "",  # folders, lists or none; empty: lists if they have labels, else class folders of most images
     on_error: str = "skip",  # skip or raise
     check: store_true = False,  # only look at a sample of the folder: seconds, whatever its size
 ):
