@@ -17,7 +17,7 @@ from statistics import median
 
 ROOT = Path(__file__).parents[2]
 EXPORT = re.compile(r"^#\|\s*export(s|i)?\b", re.M)
-LAYERS = "base", "settings", "data", "method", "train", "tasks", "viz", "study", "bench"
+LAYERS = "base", "settings", "data", "method", "train", "tasks", "viz", "apply", "study", "bench"
 
 
 def code_cells(notebook):
