@@ -4,8 +4,10 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'PLAIN', 'Finite', 'FILES', 'WRAPPERS', 'BRANCHES', 'tensor_bytes', 'checkpoints', 'save', 'Damaged',
-           'read_tensors_only', 'differences', 'load', 'latest', 'Card', 'read_card', 'export_backbone', 'unwrapped',
-           'fill_weights', 'set_mask_token', 'load_extras', 'load_backbone']
+           'read_tensors_only', 'differences', 'load', 'latest', 'Card', 'checked_card', 'read_card_json', 'read_card',
+           'whole_folder', 'existing_folder', 'save_tensors', 'readme_row', 'readme_table', 'check_replaceable',
+           'card_text', 'export_backbone', 'unwrapped', 'read_safetensors', 'fill_weights', 'set_mask_token',
+           'load_extras', 'load_backbone']
 
 # %% ../../nbs/4_train/04_checkpoint.ipynb #e2036ce4
 import json
@@ -236,10 +238,15 @@ def _check_architecture(card, where):
         raise CmidError(f"{where}: architecture: {error}") from None
 
 
-def _checked_card(held, where):
+def checked_card(
+    held,  # what `json.loads` gave
+    where,  # file that it comes from, for the error
+) -> Card:
     "The card that a JSON object describes. Raises `CmidError` naming the key that is wrong."
     if not isinstance(held, dict):
         raise CmidError(f"{where}: must hold a JSON object")
+    if "task" in held:
+        raise CmidError(f"{where}: is the card of a fine-tuned network, not of a backbone; open it with load_task")
     version = held.get("format")
     if isinstance(version, int) and version > FORMAT:
         raise CmidError(f"{where}: was written by a newer cmid (format {version}); upgrade cmid")
@@ -253,18 +260,24 @@ def _checked_card(held, where):
     return card
 
 # %% ../../nbs/4_train/04_checkpoint.ipynb #f771b67f
+def read_card_json(
+    path: Path,  # card.json of a backbone or of a fine-tuned network
+):  # what it holds, not checked
+    "The content of a card. Raises `CmidError` where it is not JSON."
+    try:
+        return json.loads(path.read_text("utf8"))
+    except (ValueError, RecursionError):
+        raise CmidError(f"{path}: is not JSON") from None
+
+
 def read_card(
     folder,  # that `export_backbone` wrote
 ) -> Card:
     "The card of a backbone. Raises `FileNotFoundError`, or `CmidError` naming file and key."
-    path = _existing(folder) / "card.json"
+    path = existing_folder(folder) / "card.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no backbone here")
-    try:
-        held = json.loads(path.read_text("utf8"))
-    except (ValueError, RecursionError):
-        raise CmidError(f"{path}: is not JSON") from None
-    return _checked_card(held, path)
+    return checked_card(read_card_json(path), path)
 
 # %% ../../nbs/4_train/04_checkpoint.ipynb #c94c34ce
 FILES = ("README.md", "card.json", "extras.safetensors", "model.safetensors", "teacher.safetensors")
@@ -291,8 +304,11 @@ def _tidy(folder, part, old):
 
 
 @contextmanager
-def _whole_folder(folder, need):
-    "Gives an empty folder to fill, and then puts it in the place of `folder`; it will take `need` bytes."
+def whole_folder(
+    folder,  # to write; what is there is replaced
+    need: int,  # bytes that it will take
+):  # an empty folder to fill
+    "Writes a folder, completely or not at all. Raises `CmidError` if the disk is full."
     part, old = _part_and_old(folder)
     with writing(folder, need):
         _tidy(folder, part, old)
@@ -307,25 +323,35 @@ def _whole_folder(folder, need):
             _tidy(folder, part, old)
 
 # %% ../../nbs/4_train/04_checkpoint.ipynb #8761169a
-def _existing(folder):
+def existing_folder(
+    folder,  # that `whole_folder` wrote
+) -> Path:
     "`folder`, or the old one where a run was killed between the two renames."
     folder = Path(folder)
     old = _part_and_old(folder.absolute())[1]
     return old if old.exists() and not folder.exists() else folder
 
 # %% ../../nbs/4_train/04_checkpoint.ipynb #7e5ad8fa
-def _save_tensors(tensors, path):
+def save_tensors(
+    tensors: dict,  # by name
+    path,  # to write
+):
     "Writes a safetensors file; with one metadata key only, so that equal tensors give equal bytes."
     plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     save_file(plain, path, metadata={"format": "pt"})
 
 # %% ../../nbs/4_train/04_checkpoint.ipynb #4ec30e63
-def _row(*columns):
+def readme_row(
+    *columns,  # of any type
+) -> str:
     "A row of a Markdown table."
     return f"| {' | '.join(map(str, columns))} |"
 
 
-def _table(header, rows):
+def readme_table(
+    header: str,  # its first row
+    rows,  # the others
+) -> list:
     "Lines of a Markdown table with an empty line after it."
     return [header, "| " + " | ".join(["---"] * (header.count("|") - 1)) + " |", *rows, ""]
 
@@ -335,8 +361,8 @@ def _stretch_lines(card):
     if not card.stretch:
         return []
     values = zip(card.bands, card.stretch["low"], card.stretch["high"])
-    rows = [_row(band, f"{low:g}", f"{high:g}") for band, low, high in values]
-    return ["Raw values that become 0 and 1:", "", *_table("| band | 0 | 1 |", rows)]
+    rows = [readme_row(band, f"{low:g}", f"{high:g}") for band, low, high in values]
+    return ["Raw values that become 0 and 1:", "", *readme_table("| band | 0 | 1 |", rows)]
 
 
 def _fact_rows(card):
@@ -344,15 +370,15 @@ def _fact_rows(card):
     rows = []
     for key in ("method", "architecture", "img_size", "data_hash", "data_licence"):
         value = getattr(card, key)
-        rows.append(_row(key.replace("_", " "), "unknown" if value is None else value))
-    return [*rows, _row("commit", card.provenance.get("commit", "unknown"))]
+        rows.append(readme_row(key.replace("_", " "), "unknown" if value is None else value))
+    return [*rows, readme_row("commit", card.provenance.get("commit", "unknown"))]
 
 
 def _readme(card):
     "The text of README.md."
     size = "" if "resnet" in card.architecture else f"img_size={card.img_size}, "
-    bands = [_row(band, f"{m:.5f}", f"{s:.5f}") for band, m, s in zip(card.bands, card.mean, card.std)]
-    health = [_row(key, value) for key, value in sorted(card.health.items())]
+    bands = [readme_row(band, f"{m:.5f}", f"{s:.5f}") for band, m, s in zip(card.bands, card.mean, card.std)]
+    health = [readme_row(key, value) for key, value in sorted(card.health.items())]
     lines = [
         f"# {card.architecture}, {card.method}",
         "",
@@ -367,28 +393,46 @@ def _readme(card):
         "encoder, card = load_backbone('.')",
         "```",
         "",
-        *_table("| | |", _fact_rows(card)),
-        *_table("| band | mean | std |", bands),
+        *readme_table("| | |", _fact_rows(card)),
+        *readme_table("| band | mean | std |", bands),
         *_stretch_lines(card),
-        *(_table("| health | |", health) if health else []),
+        *(readme_table("| health | |", health) if health else []),
     ]
     return "\n".join(lines)
 
 # %% ../../nbs/4_train/04_checkpoint.ipynb #bd228a6f
-def _check_replaceable(folder):
-    "Raises `CmidError` where a folder holds files that are not a backbone's."
+def _is_fine_tuned(path):
+    "Whether this card.json is that of a fine-tuned network; None where it cannot be read."
+    try:
+        return "task" in json.loads(path.read_text("utf8"))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
+
+
+def check_replaceable(
+    folder: Path,  # that will be written
+    files,  # patterns of the files that may be replaced
+    fine_tuned: bool,  # is a fine-tuned network written, or a backbone?
+):
+    "Raises `CmidError` where a folder holds other files, or a backbone where a fine-tuned network is written."
     if folder.is_dir():
-        foreign = [path.name for path in folder.iterdir() if path.name not in FILES]
+        foreign = [path.name for path in folder.iterdir() if not any(map(path.match, files))]
     else:
         foreign = [folder.name] if folder.exists() else []
+    if not foreign and _is_fine_tuned(folder / "card.json") is (not fine_tuned):
+        foreign = ["card.json"]
     if foreign:
+        what = "a fine-tuned network's" if fine_tuned else "a backbone's"
         raise CmidError(
-            f"{folder}: holds files that are not a backbone's ({foreign[0]}) and would be lost; choose another folder"
+            f"{folder}: holds files that are not {what} ({foreign[0]}) and would be lost; choose another folder"
         )
 
 
-def _json_of(card, where):
-    "The text of `card.json`."
+def card_text(
+    card: Section,  # `Card`, or the card of a fine-tuned network
+    where,  # file that it is for, for the error
+) -> str:
+    "The text of `card.json`. Raises `CmidError` where it cannot be written as JSON."
     try:
         return json.dumps(card.model_dump(), indent=1, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -404,17 +448,17 @@ def export_backbone(
 ) -> Path:  # of the folder
     "Writes backbone and card, both or nothing; equal input gives equal bytes. Raises `CmidError` naming the key."
     folder = Path(folder).absolute()
-    _check_replaceable(folder)
+    check_replaceable(folder, FILES, False)
     where = f"{folder.name}/card.json"
     facts = dict(format=FORMAT, architecture=encoder.name, in_chans=encoder.in_chans, img_size=encoder.img_size)
-    checked = _checked_card(facts | card, where)
-    text = _json_of(checked, where)
+    checked = checked_card(facts | card, where)
+    text = card_text(checked, where)
     tensors = dict(model=encoder.model.state_dict(), extras={"mask_token": encoder.mask_token} | (extras or {}))
     if teacher is not None:
         tensors["teacher"] = teacher.model.state_dict()
-    with _whole_folder(folder, tensor_bytes(tensors)) as part:
+    with whole_folder(folder, tensor_bytes(tensors)) as part:
         for name, values in tensors.items():
-            _save_tensors(values, part / f"{name}.safetensors")
+            save_tensors(values, part / f"{name}.safetensors")
         (part / "card.json").write_text(text + "\n", encoding="utf8", newline="\n")
         (part / "README.md").write_text(_readme(checked), encoding="utf8", newline="\n")
     return folder
@@ -458,7 +502,9 @@ def unwrapped(
     return weights
 
 # %% ../../nbs/4_train/04_checkpoint.ipynb #861c1d1e
-def _read_safetensors(path):
+def read_safetensors(
+    path: Path,  # file
+) -> dict:
     "Tensors by name. Raises `FileNotFoundError`; `Damaged`; `CmidError` as `unwrapped`."
     if not path.is_file():
         raise FileNotFoundError(f"{path}: is missing")
@@ -511,7 +557,7 @@ def load_extras(
     folder,  # that `export_backbone` wrote
 ) -> dict:  # tensors by name
     "Tensors beside the backbone: `mask_token`, and what was given as `extras`. Raises `FileNotFoundError`; `Damaged`."
-    return _read_safetensors(_existing(folder) / "extras.safetensors")
+    return read_safetensors(existing_folder(folder) / "extras.safetensors")
 
 # %% ../../nbs/4_train/04_checkpoint.ipynb #f8a59943
 BRANCHES = "student", "teacher"
@@ -523,7 +569,7 @@ def load_backbone(
     branch: str = "student",  # student | teacher, where the backbone has one
 ) -> tuple:  # encoder in evaluation mode; `Card`
     "A backbone. Never runs code from its files. Raises `FileNotFoundError`, or `CmidError` naming file and key."
-    folder = _existing(path)
+    folder = existing_folder(path)
     card = read_card(folder)
     if branch not in BRANCHES:
         raise CmidError(f"branch: {branch!r} must be student or teacher")
@@ -531,6 +577,6 @@ def load_backbone(
     if branch == "teacher" and not weights.is_file():
         raise CmidError(f"{folder}: has no teacher, its method is {card.method}; use branch: student")
     encoder = create(card.architecture, card.in_chans, card.img_size, drop_path_rate)
-    fill_weights(encoder.model, _read_safetensors(weights), weights)
+    fill_weights(encoder.model, read_safetensors(weights), weights)
     set_mask_token(encoder, load_extras(folder).get("mask_token"), folder / "extras.safetensors")
     return encoder.eval(), card
