@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['IGNORE', 'MAX_CLASSES', 'LABELLED_FORMAT', 'LABELLED_FILES', 'LABEL_TASKS', 'DATED', 'MASKED', 'BOX_ARRAYS',
-           'is_labelled', 'labels_table', 'Labelled', 'splits_of', 'check_masks', 'windows', 'palette', 'as_rgb']
+           'is_labelled', 'labels_table', 'Labelled', 'splits_of', 'check_masks', 'window_starts', 'windows', 'palette',
+           'as_rgb']
 
 # %% ../../nbs/2_data/20_labelled.ipynb #1ce12997
 import json
@@ -371,8 +372,12 @@ def check_masks(
             )
 
 # %% ../../nbs/2_data/20_labelled.ipynb #9402d1b6
-def _tile_starts(length, side, overlap):
-    "Where tiles begin along one axis: at equal steps of at most `side - overlap`, the last tile ends at the edge"
+def window_starts(
+    length: int,  # of the axis, px
+    side: int,  # of a tile, px
+    overlap: int,  # px that neighbours share at least; less than `side`
+) -> np.ndarray:  # int (n,), ascending
+    "Where tiles begin along one axis: at equal steps of at most `side - overlap`, the last tile ends at the edge."
     count = 1 if length <= side else math.ceil((length - side) / (side - overlap)) + 1
     return np.linspace(0, max(length - side, 0), count).round().astype(int)
 
@@ -385,9 +390,9 @@ def windows(
 ) -> np.ndarray:  # int (n, 4): top, left, bottom, right
     "Tiles that cover an image, row by row."
     tiles = []
-    for top in _tile_starts(height, side, overlap):
+    for top in window_starts(height, side, overlap):
         bottom = min(top + side, height)
-        tiles += [(top, left, bottom, min(left + side, width)) for left in _tile_starts(width, side, overlap)]
+        tiles += [(top, left, bottom, min(left + side, width)) for left in window_starts(width, side, overlap)]
     return np.array(tiles)
 
 # %% ../../nbs/2_data/20_labelled.ipynb #ed4258f2
