@@ -4,9 +4,12 @@
 
 # %% auto #0
 __all__ = ['GRASS', 'LEAF', 'PINE', 'SOIL', 'LABELS', 'IMPERVIOUS', 'BUILDING', 'LOW_VEGETATION', 'TREE', 'VEHICLE', 'CLUTTER',
-           'PAINTERS', 'CLEAR', 'colour', 'season_colour', 'shade', 'Land', 'painter', 'triangle_wave']
+           'Ground', 'PAINTERS', 'CLEAR', 'colour', 'season_colour', 'shade', 'random_ground', 'Land', 'painter',
+           'triangle_wave']
 
 # %% ../../nbs/2_data/02_ground.ipynb #d971ca03
+from collections import namedtuple
+
 import numpy as np
 
 from .geometry import Dice, noise
@@ -50,6 +53,22 @@ def _metres(size, gsd):
     return (np.arange(size, dtype=np.float32) + (0.5 - size / 2)) * gsd
 
 
+Ground = namedtuple("Ground", "soil grain patch hill dry")  # (3,), three times (size, size), share of bare soil
+
+
+def random_ground(
+    size: int,  # pixels along a side
+    *key,  # names and integers that seed it
+) -> Ground:
+    "Ground of a window that stands alone."
+    dice = Dice("ground", *key)
+    soil = colour(*dice.pick(SOIL))
+    grain = dice.normal(size, size)
+    patch = (noise(dice, size, 5) + noise(dice, size, 11)) / 2
+    hill = (noise(dice, size, 23) + 2 * noise(dice, size, 57)) / 3
+    return Ground(soil, grain, patch, hill, dice(0.0, 0.6))
+
+
 class Land:
     "Layers of a window, (size, size) each: `rgb`, `label`, `height` and `relief` (m), `free` for trees, `roads` there."
 
@@ -59,16 +78,14 @@ class Land:
         gsd: float,  # metres a pixel
         season: float,  # 0 spring to 3 winter
         *key,  # names and integers that seed the ground
+        ground: Ground | None = None,  # the window's part of a larger ground; None: its own, random
     ):
         self.size, self.gsd, self.season = size, gsd, season
         x = _metres(size, gsd)
         self.x, self.y = x[None], x[:, None]
-        dice = Dice("ground", *key)
-        self.soil = colour(*dice.pick(SOIL))
-        self.grain = dice.normal(size, size)
-        self.patch = (noise(dice, size, 5) + noise(dice, size, 11)) / 2
-        self.hill = (noise(dice, size, 23) + 2 * noise(dice, size, 57)) / 3
-        self.rgb = self._grass(dice(0.0, 0.6))
+        ground = ground or random_ground(size, *key)
+        self.soil, self.grain, self.patch, self.hill, dry = ground
+        self.rgb = self._grass(dry)
         self.label = np.full((size, size), LOW_VEGETATION, np.uint8)
         self.roads = np.zeros((size, size), np.uint8)
         self.free = np.ones((size, size), bool)

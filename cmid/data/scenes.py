@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SOLID', 'BARRED', 'AIR', 'SKY', 'BOXES', 'BUILT', 'ON_GROUND', 'collides', 'tidy', 'plan', 'paint', 'Light',
-           'daylight', 'shifted', 'blurred', 'shadow', 'expose', 'scene', 'outlined', 'pixel_corners', 'in_frame',
-           'boxes_scene', 'gone_with', 'two_dates']
+           'daylight', 'shifted', 'blurred', 'shadow', 'through_lens', 'sensed', 'expose', 'scene', 'outlined',
+           'pixel_corners', 'in_frame', 'boxes_scene', 'gone_with', 'two_dates']
 
 # %% ../../nbs/2_data/04_scenes.ipynb #b22162c9
 from typing import NamedTuple
@@ -90,9 +90,10 @@ def paint(
     season: float,  # 0 spring to 3 winter
     *key,  # names and integers that seed the ground
     hidden=(),  # things of the plan that do not exist at this date
+    ground=None,  # the window's part of a larger `Ground`; None: its own, random
 ) -> Land:
     "Paint a plan into the layers of a landscape."
-    land = Land(size, gsd, season, *key)
+    land = Land(size, gsd, season, *key, ground=ground)
     for thing in things:
         _clear_trees(land, thing)
     for thing in things:
@@ -188,16 +189,32 @@ def _lit(land, light):
     return land.rgb * (sun * (1 - dark) + dark * colour(*SKY)) * colour(*light.tint) * light.gain
 
 
+def through_lens(
+    land,  # painted, with `rgb`, `height`, `relief` and `gsd`
+    light: Light,  # the flight
+) -> np.ndarray:  # (H, W, 3) float32
+    "What reaches the sensor: lit by the sun, seen through haze and lens."
+    image = _lit(land, light)
+    image = image + (colour(*AIR) - image) * light.haze
+    return image + (blurred(image) - image) * light.blur
+
+
+def sensed(
+    image: np.ndarray,  # (H, W, 3) float32, what reaches the sensor
+    light: Light,  # the flight
+    *key,  # integers that seed the noise, besides the flight's key
+) -> np.ndarray:  # (H, W, 3) uint8, even values: the sensor has 128 levels
+    "What the sensor makes of it: noise and levels."
+    noise = Dice("sensor", *light.key, *key).normal(*image.shape) * light.noise
+    return (np.clip(image + noise, 0, 1) * 127 + 0.5).astype(np.uint8) * np.uint8(2)
+
+
 def expose(
     land: Land,  # painted
     light: Light,  # the flight
-) -> np.ndarray:  # (size, size, 3) uint8, even values: the sensor has 128 levels
+) -> np.ndarray:  # (size, size, 3) uint8
     "Photograph a landscape."
-    image = _lit(land, light)
-    image = image + (colour(*AIR) - image) * light.haze
-    noise = Dice("sensor", *light.key).normal(land.size, land.size, 3) * light.noise
-    image = image + (blurred(image) - image) * light.blur + noise
-    return (np.clip(image, 0, 1) * 127 + 0.5).astype(np.uint8) * np.uint8(2)
+    return sensed(through_lens(land, light), light)
 
 # %% ../../nbs/2_data/04_scenes.ipynb #8960dffc
 def scene(
