@@ -17,6 +17,7 @@ from ..base.params import Params, merge
 from ..base.runtime import provenance, seed_everything
 from ..data.dataset import Prepared
 from ..data.prepare import prepare_dataset
+from ..settings.study import FLOORS, is_floor
 
 # %% ../../nbs/8_study/02_smoke.ipynb #4a6d5a92
 def _write_items(folder, items):
@@ -135,6 +136,7 @@ SMOKE_PARAMS = dict(
         methods=["cmid"],
         baselines=["random-resnet18"],
         inits=["cmid-resnet18", "random-resnet18"],
+        floors={stage: list(names) for stage, names in FLOORS.items()},
         probes=["scenes"],
         segment=["land"],
         change=["dates"],
@@ -182,7 +184,7 @@ _kept = []  # temporary folders live as long as the process
 
 def smoke_study(
     prepared=(),  # datasets to prepare: 'pool', 'scenes'
-    models=(),  # initialisations to export, untrained: 'cmid-resnet18', 'random-resnet18'
+    models=(),  # initialisations to export, untrained: 'cmid-resnet18', 'random-resnet18'; floors have no folder
     labelled=(),  # tasks to read and store: 'land', 'dates', 'objects'
 ) -> Path:  # its root; removed when the process ends
     "A temporary study with the `smoke` profile, and what a stage finds upstream."
@@ -192,6 +194,7 @@ def smoke_study(
     _write_params(folder)
     smoke_data(folder)
     params = Params(folder)
+    models = [name for name in models if not is_floor(name)]
     for name in {*prepared} | ({"pool"} if models else set()):
         prepare_dataset(params, name)
     for name in models:

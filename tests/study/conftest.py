@@ -18,6 +18,7 @@ STUDY = dict(
     methods=["cmid"],
     baselines=["random-resnet18", "imagenet-resnet18"],
     inits=INITS,
+    floors=dict(probe=["imagestats", "randomconv"], segment=["unet"], change=["unet"]),
     probes=["scenes"],
     segment=["land"],
     change=["dates"],
