@@ -63,6 +63,7 @@ class Tuning(Section):
     test: str
     epochs: Count
     batch: Count
+    processes: Count
     optimiser: Literal["sgd", "adamw"] | None
     lr: Positive | None
     momentum: BelowOne

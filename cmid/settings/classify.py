@@ -35,6 +35,7 @@ class Classify(Section):
     fractions: Annotated[list[Share], Field(min_length=1)]
     epochs: Count
     batch: Count
+    processes: Count
     lr: Positive
     lr_min: Weight
     warmup_epochs: Natural

@@ -152,6 +152,17 @@ class Stage:
         "A path of the study."
         return self.root.joinpath(*parts)
 
+    def store(self) -> dict:
+        "Where fine-tuning on a dataset from an init keeps checkpoints, and how it starts processes of its own."
+        names = list(self.identity.values())
+        return dict(
+            folder=self.path("checkpoints", "-".join([self.name, *names])),
+            root=self.root,
+            code=self.code,
+            commit=provenance(folder=self.root)["commit"],
+            program=["-c", "from cmid.study.finetune import cmid_finetune; cmid_finetune()", self.name, *names],
+        )
+
     def __repr__(self):
         shown = {"stage": self.name} | self.identity | self.run.model_dump() | self.parameters
         return "\n".join(f"{k:28} {v}" for k, v in shown.items())

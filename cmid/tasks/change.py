@@ -311,6 +311,7 @@ def fine_tune_change(
     seed: int = 0,  # of everything random
     on: torch.device | None = None,  # device; None: the default one
     say=print,  # takes a line
+    store: dict | None = None,  # of `Stage.store`: where checkpoints are kept; None: nowhere
 ) -> tuple:  # (`ChangeNet`, trained; list: a dict an epoch)
     "Fine-tune the backbone of a folder with one head. Raises `CmidError` where bands differ, or as `train_dense`."
     card, on = read_card(folder), on or device()
@@ -330,13 +331,14 @@ def fine_tune_change_heads(
     seed: int = 0,  # of everything random
     on: torch.device | None = None,  # device; None: the default one
     say=print,  # takes a line
+    store: dict | None = None,  # of `Stage.store`: where checkpoints are kept; None: nowhere
 ) -> tuple:  # (head -> `ChangeNet`, head -> list of epochs)
     "Fine-tune with each head of the settings. Raises `CmidError` as `change_splits` and `fine_tune_change`."
     index, _ = change_splits(labelled, settings)
     models, epochs = {}, {}
     for head in settings.heads:
         say(head)
-        models[head], epochs[head] = fine_tune_change(folder, labelled, index, head, settings, seed, on, say)
+        models[head], epochs[head] = fine_tune_change(folder, labelled, index, head, settings, seed, on, say, store)
     return models, epochs
 
 # %% ../../nbs/5_tasks/08_change.ipynb #4b6fa754
@@ -406,9 +408,10 @@ def change(
     seed: int = 0,  # of everything random
     on: torch.device | None = None,  # device; None: the default one
     say=print,  # takes a line
+    store: dict | None = None,  # of `Stage.store`: where checkpoints are kept; None: nowhere
 ) -> tuple:  # (dict as JSON takes it; head -> epochs, for `change_curves_figure`; list of pairs, for `change_figure`)
     "Fine-tune with each head and evaluate. Raises `CmidError` as `fine_tune_change_heads`."
-    models, epochs = fine_tune_change_heads(folder, labelled, settings, seed, on, say)
+    models, epochs = fine_tune_change_heads(folder, labelled, settings, seed, on, say, store)
     metrics, pairs = score_change_heads(models, folder, labelled, settings)
     return metrics, epochs, pairs
 

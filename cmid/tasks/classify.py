@@ -35,7 +35,6 @@ from cmid.tasks.finetune import (
     check_bands,
     class_table,
     fit,
-    is_resnet,
     task_learner,
     temporary_seed,
 )
@@ -71,7 +70,7 @@ def drop_path_rate(
     "The rate of the settings; where it is null, 0.5 for Swin and ViT and 0 for ResNets (section IV)."
     if settings.drop_path is not None:
         return settings.drop_path
-    return 0.0 if is_resnet(architecture) else 0.5
+    return 0.0 if like_resnet(architecture) else 0.5
 
 # %% ../../nbs/5_tasks/06_classify.ipynb #7d71c672
 NOTATION = r"rand(-(t(weights|3aw|3a)|(m|n|inc|mmax)\d+|(p|mstd)\d+(\.\d+)?))*"  # what timm understands
@@ -296,6 +295,8 @@ def fine_tune_classifier(
     seed: int = 0,  # of everything random
     on: torch.device | None = None,  # device; None: the default one
     say=print,  # takes a line
+    store: dict | None = None,  # of `Stage.store`: where checkpoints are kept; None: nowhere
+    fraction: float = 1.0,  # of the labels; names the folder of checkpoints
 ):  # fastai `Learner`, trained; its model has the weights of the epoch that counts
     "Fine-tune a backbone. Raises `CmidError` where bands differ, there is one class, or a loss is not finite."
     seed_everything(seed, torch.are_deterministic_algorithms_enabled())
@@ -320,9 +321,9 @@ def _scores(predicted, truth, names):
     return dict(mean_recall=float(np.mean(recalls)), per_class=table, confusion=confusion.tolist())
 
 
-def _run(folder, prepared, index, test, settings, seed, on, say):
+def _run(folder, prepared, index, test, settings, seed, on, say, store, fraction):
     "Fine-tune on these images and predict the test images: (predicted labels, facts of the run, callback)."
-    learn = fine_tune_classifier(folder, prepared, index, settings, seed, on, say)
+    learn = fine_tune_classifier(folder, prepared, index, settings, seed, on, say, store, fraction)
     callback = learn.classification
     predicted = predict_logits(learn.model, prepared, test, callback.mean, callback.std).argmax(1).numpy()
     facts = dict(train_images=len(index), held_out=len(callback.held_out), epoch=callback.best_epoch or settings.epochs)
@@ -336,6 +337,7 @@ def classify(
     seed: int = 0,  # of everything random
     on: torch.device | None = None,  # device; None: the default one
     say=print,  # takes a line
+    store: dict | None = None,  # of `Stage.store`: where checkpoints are kept; None: nowhere
 ) -> tuple:  # (dict as JSON takes it; epochs of the run with the most labels, for `classification_curves_figure`)
     "Fine-tune on fractions of the labels; test. Raises `CmidError` as `class_splits` and `fine_tune_classifier`."
     train, test = class_splits(prepared, settings.train, settings.test)
@@ -344,7 +346,7 @@ def classify(
     for fraction in sorted(set(settings.fractions)):
         say(f"{100 * fraction:g} % of the labels")
         index = subsample(prepared.labels, train, fraction, seed)
-        predicted, run, callback = _run(folder, prepared, index, test, settings, seed, on, say)
+        predicted, run, callback = _run(folder, prepared, index, test, settings, seed, on, say, store, fraction)
         runs[str(fraction)] = run
     held_out = len(callback.held_out)
     result = dict(

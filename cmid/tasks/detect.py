@@ -542,6 +542,7 @@ def fine_tune_detection(
     seed: int = 0,  # of everything random
     on: torch.device | None = None,  # device
     say=print,  # takes a line
+    store: dict | None = None,  # of `Stage.store`: where checkpoints are kept; None: nowhere
 ) -> tuple:  # (model in eval mode; epochs)
     "Fine-tune a backbone on the tiles of some images. Raises `CmidError`: bands differ, no object, invalid settings."
     _check_steps(settings)
@@ -566,11 +567,12 @@ def detect(
     seed: int = 0,  # of everything random
     on: torch.device | None = None,  # device
     say=print,  # takes a line
+    store: dict | None = None,  # of `Stage.store`: where checkpoints are kept; None: nowhere
 ) -> tuple:  # (dict as JSON takes it; epochs for `training_curves_figure`; detections of each test image)
     "Fine-tune on one split, evaluate on another. Raises `CmidError` as `fine_tune_detection`, or for unknown splits."
     train, test = splits_of(labelled, settings, "detect")
     card = read_card(folder)
-    model, epochs = fine_tune_detection(folder, labelled, train, settings, seed, on, say)
+    model, epochs = fine_tune_detection(folder, labelled, train, settings, seed, on, say, store)
     found = [
         detect_image(model, labelled.image(i), settings, card.mean, card.std)
         for i in tqdm(test, desc="detect", unit=" images")

@@ -357,6 +357,7 @@ def fine_tune_segmentation(
     seed: int = 0,  # of everything random
     on: torch.device | None = None,  # device; None: the default one
     say=print,  # takes a line
+    store: dict | None = None,  # of `Stage.store`: where checkpoints are kept; None: nowhere
 ) -> tuple:  # the trained `Segmenter`; a dict an epoch; a function that takes uint8 (C, H, W), gives uint8 (H, W)
     "Fine-tune a backbone on masks. Raises `CmidError` where bands differ or a loss is not finite."
     card, on = read_card(folder), on or device()
@@ -402,10 +403,11 @@ def segment(
     on: torch.device | None = None,  # device; None: the default one
     say=print,  # takes a line
     keep=(),  # numbers of test images whose predictions are returned
+    store: dict | None = None,  # of `Stage.store`: where checkpoints are kept; None: nowhere
 ) -> tuple:  # scores as a dict for JSON; a dict for each epoch; kept predictions, uint8 (H, W) by number of the image
     "Fine-tune on the train split, evaluate on the test split. Raises as `segment_splits`, `fine_tune_segmentation`."
     train, test = segment_splits(labelled, settings)
-    _, epochs, predict = fine_tune_segmentation(folder, labelled, train, settings, seed, on, say)
+    _, epochs, predict = fine_tune_segmentation(folder, labelled, train, settings, seed, on, say, store)
     per_image, kept = _evaluated(predict, labelled, test, keep)
     total, names = per_image.sum(0), list(labelled.classes)
     counts = dict(images=len(test), classes=names)
