@@ -48,6 +48,13 @@ def _check_matches(wanted, encoder, img_size):
     return wanted or default_matches(cells)
 
 
+def _check_names(variant, backbone):
+    "Raise `CmidError` for an unknown method, or for a network that cannot be pretrained"
+    if variant not in ("cmid", "byol"):
+        raise CmidError(f"method {variant!r} is not known; use cmid or byol")
+    backbones.check_pretrainable(backbone)
+
+
 class CMID(nn.Module):
     "Student, teacher, queue and centre (section III): `model(views) -> losses`."
 
@@ -75,8 +82,7 @@ class CMID(nn.Module):
         fidelity: str = "corrected",  # published: the queue starts as in the release
     ):
         super().__init__()
-        if variant not in ("cmid", "byol"):
-            raise CmidError(f"method {variant!r} is not known; use cmid or byol")
+        _check_names(variant, backbone)
         encoder = backbones.create(backbone, in_chans=in_chans, img_size=img_size)
         dim, self.stride = encoder.feature_channels[-1], encoder.strides[-1]
         self.weights, self.variant, self.temperature = tuple(weights), variant, temperature
