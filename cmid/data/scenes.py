@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SOLID', 'BARRED', 'AIR', 'SKY', 'BOXES', 'BUILT', 'ON_GROUND', 'collides', 'tidy', 'plan', 'paint', 'Light',
            'daylight', 'shifted', 'blurred', 'shadow', 'through_lens', 'sensed', 'expose', 'scene', 'outlined',
-           'pixel_corners', 'in_frame', 'boxes_scene', 'gone_with', 'two_dates']
+           'pixel_corners', 'in_frame', 'difficult', 'boxes_scene', 'gone_with', 'vehicles', 'choose_changes',
+           'two_dates']
 
 # %% ../../nbs/2_data/04_scenes.ipynb #b22162c9
 from typing import NamedTuple
@@ -269,10 +270,12 @@ def in_frame(
     return all(0 <= o <= size for o in pixel_corners(thing, size, gsd))
 
 
-def _difficult(thing, dark, land):
-    "1 for a vehicle or ship in the shadow, else 0"
-    shaded = dark[land.pixel(thing.y), land.pixel(thing.x)] > 0.5
-    return int(BOXES[thing.kind] != "building" and shaded)
+def difficult(
+    thing: Thing,  # of `BOXES`
+    darkness: float,  # of the shadow at its centre, 0 to 1
+) -> int:
+    "1 for a vehicle or ship in the shadow, else 0."
+    return int(BOXES[thing.kind] != "building" and darkness > 0.5)
 
 
 def boxes_scene(
@@ -289,7 +292,8 @@ def boxes_scene(
     boxes = []
     for thing in things:
         if thing.kind in BOXES:
-            boxes.append((pixel_corners(thing, size, gsd), BOXES[thing.kind], _difficult(thing, dark, land)))
+            marked = difficult(thing, dark[land.pixel(thing.y), land.pixel(thing.x)])
+            boxes.append((pixel_corners(thing, size, gsd), BOXES[thing.kind], marked))
     return expose(land, light), boxes
 
 # %% ../../nbs/2_data/04_scenes.ipynb #4e861c49
@@ -308,19 +312,27 @@ def gone_with(
     return {*gone, *on_ground}
 
 
-def _vehicles(things):
+def vehicles(
+    things: list,  # a plan
+) -> list:
+    "The cars and trucks of a plan."
     return [o for o in things if o.kind in ("car", "truck")]
 
 
-def _choose_changes(dice, things, changes, reach):
-    "For each of two dates, the built things (and what is on them) and the vehicles that do not exist there"
+def choose_changes(
+    dice: Dice,
+    things: list,  # the plan
+    changes: int,  # number of things that are built or torn down
+    reach: float,  # side of the ground that is seen (m)
+) -> tuple:  # two lists of two sets: the built things, and the vehicles, that do not exist at each date
+    "Choose what exists at one of two dates only; what stands on a thing disappears with it."
     gone, away = ([], []), ([], [])
     candidates = [o for o in things if o.kind in BUILT and max(abs(o.x), abs(o.y)) < reach * 0.42]
     for _ in range(min(changes, len(candidates))):
         dice.pick(gone).append(candidates.pop(dice.integer(0, len(candidates))))
-    for vehicle in _vehicles(things):
+    for moved in vehicles(things):
         if dice.chance(0.6):
-            dice.pick(away).append(vehicle)
+            dice.pick(away).append(moved)
     return [gone_with(o, things) for o in gone], [set(o) for o in away]
 
 
@@ -333,11 +345,11 @@ def two_dates(
 ) -> tuple:  # two images (size, size, 3) uint8, mask (size, size) uint8 in {0, 255}
     "A random place at two dates, and a mask of the change. Raises `CmidError` for an unknown kind."
     things = plan(kind, *key, reach=size * gsd)
-    gone_at, away_at = _choose_changes(Dice("dates", kind, *key), things, changes, size * gsd)
+    gone_at, away_at = choose_changes(Dice("dates", kind, *key), things, changes, size * gsd)
     images, labels = [], []
     for date, gone, away in zip("AB", gone_at, away_at):
         flight = daylight(kind, *key, date)
         images.append(expose(paint(things, size, gsd, flight.season, *key, hidden=gone | away), flight))
-        without_vehicles = gone | set(_vehicles(things))
+        without_vehicles = gone | set(vehicles(things))
         labels.append(paint(things, size, gsd, 0.0, *key, hidden=without_vehicles).label)
     return *images, (labels[0] != labels[1]).astype(np.uint8) * np.uint8(255)
