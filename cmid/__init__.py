@@ -35,6 +35,7 @@ _MODULES = {
     "rotated_iou": "tasks.boxes",
     "rotated_nms": "tasks.boxes",
     "rotated_roi_align": "tasks.boxes",
+    "load_task": "tasks.load",
 }
 __all__ = list(_MODULES)
 

@@ -6,8 +6,8 @@
 __all__ = ['FORMAT', 'PLAIN', 'Finite', 'FILES', 'WRAPPERS', 'BRANCHES', 'tensor_bytes', 'checkpoints', 'save', 'Damaged',
            'read_tensors_only', 'differences', 'load', 'latest', 'Card', 'checked_card', 'read_card_json', 'read_card',
            'whole_folder', 'existing_folder', 'save_tensors', 'readme_row', 'readme_table', 'check_replaceable',
-           'card_text', 'export_backbone', 'unwrapped', 'read_safetensors', 'fill_weights', 'set_mask_token',
-           'load_extras', 'load_backbone']
+           'card_text', 'export_backbone', 'unwrapped', 'read_safetensors', 'check_weights', 'fill_weights',
+           'set_mask_token', 'load_extras', 'load_backbone']
 
 # %% ../../nbs/4_train/04_checkpoint.ipynb #e2036ce4
 import json
@@ -374,9 +374,9 @@ def _fact_rows(card):
     return [*rows, readme_row("commit", card.provenance.get("commit", "unknown"))]
 
 
-def _readme(card):
+def _readme(card, encoder):
     "The text of README.md."
-    size = "" if "resnet" in card.architecture else f"img_size={card.img_size}, "
+    size = f"img_size={card.img_size}, " if encoder.sized else ""
     bands = [readme_row(band, f"{m:.5f}", f"{s:.5f}") for band, m, s in zip(card.bands, card.mean, card.std)]
     health = [readme_row(key, value) for key, value in sorted(card.health.items())]
     lines = [
@@ -460,7 +460,7 @@ def export_backbone(
         for name, values in tensors.items():
             save_tensors(values, part / f"{name}.safetensors")
         (part / "card.json").write_text(text + "\n", encoding="utf8", newline="\n")
-        (part / "README.md").write_text(_readme(checked), encoding="utf8", newline="\n")
+        (part / "README.md").write_text(_readme(checked, encoder), encoding="utf8", newline="\n")
     return folder
 
 # %% ../../nbs/4_train/04_checkpoint.ipynb #ef5f98e1
@@ -527,17 +527,26 @@ def _misfit(want, tensors, key):
     return None if got == need else f"is {got[0]} {got[1]}, this architecture has {need[0]} {need[1]}"
 
 
-def fill_weights(
-    module,  # network to fill
+def check_weights(
+    module,  # network, which may have no memory (`torch.device("meta")`)
     tensors: dict,  # by key
     where,  # file that they come from, for the error
 ):
-    "Loads weights. Raises `CmidError` naming the first key that does not fit."
+    "Raises `CmidError` naming the first key that does not fit."
     want = module.state_dict()
     for key in sorted(want.keys() | tensors.keys()):
         misfit = _misfit(want, tensors, key)
         if misfit:
             raise CmidError(f"{where}: {key} {misfit}")
+
+
+def fill_weights(
+    module,  # network to fill
+    tensors: dict,  # by key
+    where,  # file that they come from, for the error
+):
+    "Loads weights. Raises `CmidError` as `check_weights`."
+    check_weights(module, tensors, where)
     module.load_state_dict(tensors)
 
 
