@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PROPOSAL_NMS_IOU', 'FINEST_MAP_SIDE', 'NMS_CANDIDATES', 'PUBLISHED_DETECT', 'ProposalHead', 'select_proposals',
            'proposal_losses', 'pool_boxes', 'BoxHead', 'sample_rois', 'head_losses', 'frozen_stages', 'OrientedRCNN',
-           'mirror_tile', 'pad_to_batch', 'TileDataset', 'detect_image', 'score_detections', 'FreezeBatchNorm',
-           'fine_tune_detection', 'detect']
+           'mirror_tile', 'pad_to_batch', 'TileDataset', 'mean_colour', 'detect_image', 'within_window',
+           'score_detections', 'FreezeBatchNorm', 'fine_tune_detection', 'detect']
 
 # %% ../../nbs/5_tasks/12_detect.ipynb #a5b5225f
 import math
@@ -362,7 +362,7 @@ class TileDataset(Dataset):
         seed: int = 0,  # of mirroring
     ):
         self.labelled, self.settings, self.seed = labelled, settings, seed
-        self.fill, self.tiles = _as_colour(mean), []  # tiles: (image number, window, boxes, classes, scale)
+        self.fill, self.tiles = mean_colour(mean), []  # tiles: (image number, window, boxes, classes, scale)
         for i in index:
             objects = labelled.objects(i)
             objects = objects | dict(difficult=np.zeros(len(objects["classes"]), bool))
@@ -407,8 +407,10 @@ def _scaled(boxes, factor):
     return torch.cat([boxes[:, :4] * factor, boxes[:, 4:]], 1)
 
 
-def _as_colour(mean):
-    "Band means in [0, 1] as a uint8 colour"
+def mean_colour(
+    mean,  # per band, of images in [0, 1]
+) -> torch.Tensor:  # (C,) uint8
+    "The colour that pads tiles."
     return torch.as_tensor(mean).mul(255).round().clamp(0, 255).to(torch.uint8)
 
 # %% ../../nbs/5_tasks/12_detect.ipynb #345efce1
@@ -427,15 +429,19 @@ def detect_image(
     for scale, windows in by_scale:
         for k in range(0, len(windows), settings.batch):
             part = windows[k : k + settings.batch]
-            x = pad_to_batch([scaled_tile(image, window, scale) for window in part], _as_colour(mean))
+            x = pad_to_batch([scaled_tile(image, window, scale) for window in part], mean_colour(mean))
             detections = model(normalised(x.to(on), mean, std))
-            found += [_within(o, window, scale) for o, window in zip(detections, part)]
+            found += [within_window(o, window, scale) for o, window in zip(detections, part)]
     all_windows = np.concatenate([windows for _, windows in by_scale])
     return {k: v.cpu() for k, v in merge_tiles(found, all_windows, settings.nms).items()}
 
 
-def _within(found, window, scale):
-    "Detections whose centre lies in the tile and not in its padding, in px of the unscaled image"
+def within_window(
+    found: dict,  # boxes (n, 5) in px of the tile as the network saw it, scores (n,), classes (n,)
+    window,  # top, left, bottom, right of the tile, px of the image
+    scale: float,  # at which the network saw it
+) -> dict:  # boxes in px of the window
+    "Detections whose centre lies in the tile and not in its padding, in px of the unscaled image."
     top, left, bottom, right = window
     boxes = _scaled(found["boxes"], 1 / scale)
     x, y = boxes[:, :2].T

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHOWN_SCORE', 'DIFFICULT_COLOUR', 'MAX_SCORE_TEXTS', 'windows_by_scale', 'scaled_length', 'scaled_tile',
-           'cut_objects', 'merge_tiles', 'server_names', 'write_submission', 'ranked_matches', 'detection_map',
-           'match_detections', 'detections_figure', 'detection_scene_figure']
+           'cut_objects', 'merge_tiles', 'moved_boxes', 'server_names', 'write_submission', 'ranked_matches',
+           'detection_map', 'match_detections', 'detections_figure', 'detection_scene_figure']
 
 # %% ../../nbs/5_tasks/09_dota.ipynb #df665985
 import math
@@ -128,13 +128,16 @@ def merge_tiles(
     if len(detections) != len(tiles):
         raise ValueError(f"{len(detections)} tiles with detections, {len(tiles)} windows")
     every = {k: torch.cat([o[k] for o in detections]) for k in ("scores", "classes")}
-    every = dict(boxes=torch.cat([_moved(o["boxes"], window) for o, window in zip(detections, tiles)])) | every
+    every = dict(boxes=torch.cat([moved_boxes(o["boxes"], window) for o, window in zip(detections, tiles)])) | every
     kept = rotated_nms(every["boxes"], every["scores"], iou, every["classes"])
     return {k: v[kept] for k, v in every.items()}
 
 
-def _moved(boxes, window):
-    "Boxes of a tile, in px of the image"
+def moved_boxes(
+    boxes: torch.Tensor,  # (n, 5) in px of a window
+    window,  # top, left, bottom, right of it, in px of the image
+) -> torch.Tensor:  # (n, 5) in px of the image
+    "Boxes of a window at their place in the image."
     return boxes + boxes.new_tensor([float(window[1]), float(window[0]), 0.0, 0.0, 0.0])
 
 # %% ../../nbs/5_tasks/09_dota.ipynb #a958543a
