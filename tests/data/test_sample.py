@@ -195,3 +195,14 @@ def test_change(data):
         assert (~empty).sum() > 3 * empty.sum()
         for p, q in zip(a, b):
             assert (pixels(p) != pixels(q)).mean() > 0.5  # season and sun change every image
+
+
+def test_landscape(data):
+    root = data / "landscape"
+    for date in ("first", "second"):
+        assert pixels(root / date / "landscape.tif").shape == (1024, 1024, 3)
+        polygons, names, _ = read_boxes(root / "truth" / f"{date}.txt")
+        assert set(names) == set(scenes.BOXES.values())
+        check_rectangles(polygons)
+        assert set(np.unique(pixels(root / "truth" / f"{date}.tif"))) == set(range(7))
+    assert 0.02 < (pixels(root / "truth/change.tif") > 0).mean() < 0.2
