@@ -108,7 +108,11 @@ SECTIONS = (  # of params.yaml; the schema of each is the class of its name in `
 )
 TASK_KINDS = "segment", "change", "detect"  # what the labelled images of an entry of `tasks` are for
 DATASET_KEYS = "dataset", "labelled"  # a section key of this name holds the name of a dataset
-_EXPECTED = dict(datasets="datasets by name", tasks="images with labels by name; {} for none")  # for the errors
+_EXPECTED = dict(  # for the errors
+    datasets="datasets by name",
+    tasks="images with labels by name; {} for none",
+    weight_files="files of weights by name; {} for none",
+)
 
 
 def schema(
@@ -210,14 +214,14 @@ def _check_overlay(overlay, profile):
 
 def _check_names(values, overlay):
     "Refuse a section that does not exist"
-    known = {*SECTIONS, *Run.model_fields, "datasets", "tasks", "profiles"}
+    known = {*SECTIONS, *Run.model_fields, "datasets", "tasks", "weight_files", "profiles"}
     for name in (*values, *overlay):
         if name not in known:
             raise CmidError(f"params.yaml: {name}: unknown section{near(name, known)}")
 
 
 def _group(values, key):
-    "What params.yaml holds under `datasets` or `tasks`; an error if it is not a dictionary"
+    "What params.yaml holds under `datasets`, `tasks` or `weight_files`; an error if it is not a dictionary"
     group = values.get(key)
     if not isinstance(group, dict):
         raise CmidError(f"params.yaml: {key}: must hold {_EXPECTED[key]}")
@@ -225,7 +229,7 @@ def _group(values, key):
 
 
 def _check_member(group, key, name, named_in):
-    "Refuse a name that is not under `datasets` or `tasks`; `named_in` is the key that holds the name, for the error"
+    "Refuse a name that is not in a group; `named_in` is the key that holds the name, for the error"
     if plain_name(name, f"params.yaml: {key}").lower().endswith(".partial"):
         raise CmidError(
             f"params.yaml: {key}: {name!r}: the ending .partial is for folders that are being written; use another name"
@@ -277,6 +281,8 @@ class Params:
                 self.task(task, kind)
         for dataset in study.probes:
             self.dataset(dataset, "study.probes")
+        for init in study.baselines:
+            self.weight_file(init)
 
     def datasets(self) -> dict:  # name -> values
         "Everything under `datasets`, not checked."
@@ -316,6 +322,30 @@ class Params:
             )
         return found
 
+    def weight_files(self) -> dict:  # name -> values
+        "Everything under `weight_files`, not checked; a file without this section has none."
+        return _group(dict(weight_files={}) | self.values, "weight_files")
+
+    def weight_file(
+        self,
+        init: str,  # file-<name>, or another init
+    ) -> Section | None:  # the entry of this name; None for another init
+        "The file of weights behind an init, checked. Raises `CmidError` with similar names if it is not there."
+        kind, _, name = init.partition("-")
+        if kind != "file":
+            return None
+        known = self.weight_files()
+        _check_member(known, "weight_files", name, "study.baselines")
+        return check(schema("external"), known[name], f"weight_files.{name}")
+
+    def architecture(
+        self,
+        init: str,  # <method>-<backbone>, random-<backbone>, imagenet-<backbone> or file-<name>
+    ) -> str:  # timm name
+        "The network behind an init. Raises `CmidError` as `weight_file`."
+        file = self.weight_file(init)
+        return file.architecture if file else init.partition("-")[2]
+
     def path(
         self,
         relative,  # a path; relative ones start at the study's root
@@ -348,6 +378,8 @@ def check_all(
         params.dataset(name)
     for name in params.tasks():
         params.task(name)
+    for name in params.weight_files():
+        params.weight_file(f"file-{name}")
     for kind in TASK_KINDS:
         _check_splits(params, kind)
     return params

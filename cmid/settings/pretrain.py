@@ -47,6 +47,7 @@ class Pretrain(Section):
 
     dataset: str
     split: str | Annotated[dict[str, Positive], Field(min_length=1)] | None
+    start: Annotated[str, Field(min_length=1)] | None
     epochs: Count
     epoch_images: Natural
     batch: Count

@@ -22,8 +22,8 @@ def _check_unique(key, names):
 
 
 def _check_baseline(name):
-    if not re.match("(random|imagenet)-.", name):
-        raise ValueError(f"baselines: {name!r} must be random-<backbone> or imagenet-<backbone>")
+    if not re.match("(random|imagenet|file)-.", name):
+        raise ValueError(f"baselines: {name!r} must be random-<backbone>, imagenet-<backbone> or file-<name>")
 
 
 FLOORS = dict(

@@ -116,6 +116,7 @@ SMOKE_PARAMS = dict(
     pretrain=dict(
         dataset="pool",
         split=None,
+        start=None,
         processes=1,
         accumulate=1,
         sync_batch_norm=False,
@@ -175,7 +176,7 @@ def _store_labelled(params, names):
 def _write_params(folder):
     "The project's params.yaml with the smoke study's laid over"
     values = merge(load_yaml(root() / "params.yaml"), SMOKE_PARAMS)
-    values |= dict(datasets=SMOKE_DATASETS, tasks=SMOKE_TASKS)
+    values |= dict(datasets=SMOKE_DATASETS, tasks=SMOKE_TASKS, weight_files={})
     write_whole(folder / "params.yaml", yaml.safe_dump(values, sort_keys=False))
 
 
