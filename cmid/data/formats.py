@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['ORIENTATION_TAG', 'MASK_SUFFIXES', 'reader_of', 'is_turned', 'turn_upright', 'stored_window', 'tiff_tags',
-           'tiff_orientation', 'mask_files', 'check_mask_size', 'quiet_decoders', 'read_failure']
+           'tiff_orientation', 'mask_files', 'check_mask_size', 'ground_metres', 'quiet_decoders', 'read_failure']
 
 # %% ../../nbs/2_data/09_formats.ipynb #65933848
 import logging
+import math
 import os
 import struct
 import warnings
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import rasterio
+from rasterio.warp import transform as transform_points
 
 # %% ../../nbs/2_data/09_formats.ipynb #9aad2671
 _TIFF_SIGNATURES = b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"
@@ -164,6 +166,29 @@ def check_mask_size(
             if size != (width, height):
                 name = os.path.basename(mask)
                 raise ValueError(f"its mask file {name} has {size[0]} x {size[1]} pixels: replace or remove it")
+
+# %% ../../nbs/2_data/09_formats.ipynb #c8df6bfe
+_EARTH = 6_371_008.8  # mean radius in metres
+
+
+def ground_metres(
+    transform,  # affine transform of a raster, or None
+    crs,  # its coordinate system, or None
+    height: int,  # of the raster, px
+    width: int,  # of the raster, px
+) -> float | None:  # metres a pixel; None where the coordinate system does not tell
+    "The side of a pixel in the middle of a raster; of pixels that are not square, the geometric mean."
+    if transform is None or crs is None or transform.is_identity or not (crs.is_projected or crs.is_geographic):
+        return None
+    corners = [transform * (width / 2 + right, height / 2 + down) for right, down in ((0, 0), (1, 0), (0, 1))]
+    try:
+        longitudes, latitudes = transform_points(crs, "EPSG:4326", *zip(*corners))
+    except Exception:  # a place that the projection does not have: the raster can be read all the same
+        return None
+    x = np.radians(longitudes) * _EARTH * math.cos(math.radians(latitudes[0]))
+    y = np.radians(latitudes) * _EARTH
+    area = abs((x[1] - x[0]) * (y[2] - y[0]) - (x[2] - x[0]) * (y[1] - y[0]))
+    return math.sqrt(area) if math.isfinite(area) and area > 0 else None
 
 # %% ../../nbs/2_data/09_formats.ipynb #7d823da8
 _GDAL_SETTINGS = dict(  # whatever the user's environment says

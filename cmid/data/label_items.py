@@ -17,13 +17,13 @@ import numpy as np
 
 from ..base.errors import CmidError
 from .box_files import covers_mostly, read_dota
-from .formats import read_failure
+from .formats import ground_metres, read_failure
 from .label_source import LabelSource, join_first
 from .labelled import BOX_ARRAYS, IGNORE, MASKED
 from .masks import PIXELS_AT_ONCE, VOID, decode_mask
 from .pairs import find_shift, places_differ
 from .rasters import RasterioImage, open_image, stretched
-from .statistics import band_limits, draw_sample, sample_findings
+from .statistics import band_limits, draw_sample, median_metres, sample_findings, value_range
 
 # %% ../../nbs/2_data/26_label_items.ipynb #1fcf2a47
 @dataclass
@@ -38,6 +38,7 @@ class Header:
     notes: list  # kinds of `audit.FILE_NOTES`
     orientation: int = 1  # as the tag of EXIF or TIFF says; 1: pixels are stored upright
     reordered: bool = False  # red, green and blue are the first three bands, in another order
+    metres: float | None = None  # side of a pixel on the ground
 
 
 def _system(source):
@@ -55,6 +56,12 @@ def _place(image):
     return None if counts_pixels and system is None else (transform, system)
 
 
+def _metres(image):
+    "The side of a pixel of an open image on the ground, or None"
+    source = image.source if isinstance(image, RasterioImage) else None
+    return source and ground_metres(source.transform, source.crs, source.height, source.width)
+
+
 def read_header(
     path,  # PNG, JPEG, TIFF or GeoTIFF
 ):  # Header, or the reason why the file cannot be read
@@ -62,7 +69,7 @@ def read_header(
     try:
         with closing(open_image(path)) as image:
             size = image.height, image.width
-            known = image.notes, image.orientation, image.reordered
+            known = image.notes, image.orientation, image.reordered, _metres(image)
             return Header(size, image.bands, image.dtype, image.grey, _place(image), *known)
     except Exception as e:
         return read_failure(e, path)
@@ -78,6 +85,9 @@ class PixelFormat:
     high: list | None = None  # (channels,) value that becomes 255
     nodata: float | list | None = None  # declared value of pixels without a measurement, or one for each band
     findings: list = field(default_factory=list)  # about the values of the training images
+    dtype: str = "uint8"  # of the files
+    value_range: list | None = None  # (channels, 2) least and greatest sampled value of the training images, as read
+    resolution: float | None = None  # metres a pixel, the median of all images; None: none is georeferenced
 
 
 def _check_headers(source, files, headers):
@@ -156,7 +166,8 @@ def choose_pixels(
     rest = draw_sample(source.folder, files, others, dtype, source.bands, channels, source.nodata)
     found = [*sample_findings(sample, channels, files)]
     found += _of_other_splits(sample_findings(rest, channels, files), found)
-    return PixelFormat(source.bands, channels, low, high, source.nodata, found)
+    facts = dtype, value_range(sample, channels), median_metres([header.metres for header in headers])
+    return PixelFormat(source.bands, channels, low, high, source.nodata, found, *facts)
 
 
 def _of_other_splits(findings, known):

@@ -21,7 +21,7 @@ from ..base.params import Tuning
 # %% ../../nbs/2_data/20_labelled.ipynb #b6e6dce0
 IGNORE = 255  # value of ignored pixels in masks
 MAX_CLASSES = 253  # that a store may have
-LABELLED_FORMAT = 2  # version of the folder's layout; raised when older versions of cmid cannot read it
+LABELLED_FORMAT = 3  # version of the folder's layout; raised when older versions of cmid cannot read it
 LABELLED_FILES = "manifest.json", "images-*.bin", "polygons.npy", "classes.npy", "difficult.npy"  # of a store
 LABEL_TASKS = "segment", "change", "detect"
 DATED = {"change"}  # tasks whose images have a second date
@@ -64,6 +64,10 @@ def _are_names(value):
     return _is_list(value, _is_text) and _are_distinct(value)
 
 
+def _is_number(value):
+    return type(value) in (int, float) and math.isfinite(value)
+
+
 def _is_size(value):
     return _is_list(value, lambda o: _is_count(o, 1, 2**31)) and len(value) == 2
 
@@ -74,6 +78,10 @@ def _is_shard(value):
 
 def _is_gsd(value):
     return value is None or isinstance(value, float)
+
+
+def _is_range(value):
+    return _is_list(value, _is_number) and len(value) == 2
 
 
 def _is_finding(value):
@@ -102,6 +110,19 @@ def _valid_lists(manifest):
     )
 
 
+def _valid_pixels(manifest):
+    "Whether what is told of the pixels of the files is valid, by key"
+    bands, ranges, metres = (manifest[key] for key in ("bands_read", "value_range", "resolution"))
+    return dict(
+        bands_read=bands is None or _is_list(bands, _is_count),
+        dtype=_is_text(manifest["dtype"]),
+        nodata=manifest["nodata"] is None or _is_number(manifest["nodata"]) or isinstance(manifest["nodata"], list),
+        value_range=ranges is None or (_is_list(ranges, _is_range) and len(ranges) == manifest["bands"]),
+        resolution=metres is None or (_is_number(metres) and metres > 0),
+        stretch=manifest["stretch"] is None or isinstance(manifest["stretch"], dict),
+    )
+
+
 def _valid_keys(manifest):
     "Whether the value of each key is valid, by key. Raises `KeyError` or `TypeError` where keys are missing"
     splits = manifest["splits"]
@@ -117,6 +138,7 @@ def _valid_keys(manifest):
     return dict(
         task=_is_text(manifest["task"]) and manifest["task"] in LABEL_TASKS,
         bands=_is_count(manifest["bands"], 1, 2**16),
+        **_valid_pixels(manifest),
         names=_are_names(manifest["names"]),
         classes=_are_names(manifest["classes"]) and classes <= MAX_CLASSES,
         hash=_is_text(manifest["hash"]) and manifest["hash"] != "",

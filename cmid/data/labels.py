@@ -32,6 +32,7 @@ from .labelled import IGNORE, LABELLED_FILES, LABELLED_FORMAT, MASKED, Labelled,
 from .listing import check_tracked
 from .pairs import places_differ
 from .passes import ordered_results, remove_files, require_room
+from .statistics import median_metres
 
 # %% ../../nbs/2_data/28_labels.ipynb #667fe48d
 class _Shards:
@@ -79,15 +80,25 @@ def _write_boxes(folder, records):
     return [len(o["classes"]) for o in rows], digest.hexdigest()
 
 
+_NOT_HASHED = "audit", "shards", "value_range", "resolution"
+
+
 def _content_hash(manifest):
-    "SHA-256 of the manifest without the findings of the audit and the division into shards"
-    content = {key: value for key, value in manifest.items() if key not in ("audit", "shards")}
+    "SHA-256 of what a training reads: all of the manifest but findings, shards, and what is only told of the files"
+    content = {key: value for key, value in manifest.items() if key not in _NOT_HASHED}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _audit(source, pixels, *rest):
     "All findings; those that labels.accept names are accepted"
     return accepted([*pixels.findings, *labelled_findings(source, *rest)], source.accept)
+
+
+def _resolution(pixels, records):
+    "Metres a pixel: as georeferences say, else as the labels of detection do; None where neither does"
+    if pixels.resolution is not None:
+        return pixels.resolution
+    return median_metres([record.objects["gsd"] for record in records if record.objects])
 
 
 def _write_manifest(folder, source, pixels: PixelFormat, items, splits, unlabelled, records, shards):
@@ -108,6 +119,10 @@ def _write_manifest(folder, source, pixels: PixelFormat, items, splits, unlabell
         ignore=source.ignore,
         bands=pixels.channels,
         bands_read=source.bands,
+        dtype=pixels.dtype,
+        nodata=source.nodata,
+        value_range=pixels.value_range,
+        resolution=_resolution(pixels, records),
         stretch=None if pixels.low is None else percentiles,
         splits=splits,
         unlabelled=sorted(unlabelled),

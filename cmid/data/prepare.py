@@ -65,7 +65,7 @@ from cmid.data.shards import (
     shard_layout,
     tile_counts,
 )
-from .statistics import band_limits, draw_sample, moments, sample_findings
+from .statistics import band_limits, draw_sample, median_metres, moments, sample_findings, value_range
 from .survey import Request, Unusable, choose_bands, is_natural, require, survey
 from ..settings.dataset import Dataset
 from ..settings.prepare import PREPARE_WARNINGS, Prepare
@@ -411,6 +411,12 @@ def stretch_record(
     return dict(percentiles=list(plan.request.stretch), **limits[usual], types=limits)
 
 
+def _value_range(plan):
+    "Least and greatest sampled value of each band, as read; None where pixel types differ or a band has no value"
+    samples = list(plan.samples.values())
+    return value_range(samples[0], plan.conversion.channels) if len(samples) == 1 else None
+
+
 def _write(plan, gathered, listed, left_out, state, partial_folder):
     "Finish a folder whose items are made: labels, splits, shards, audit and manifest, which is written last"
     request, used, found = plan.request, np.unique(gathered.file), len(plan.names)
@@ -431,6 +437,9 @@ def _write(plan, gathered, listed, left_out, state, partial_folder):
         dtype="uint8",
         mean=mean,
         std=std,
+        pixel_types={dtype: sample.files for dtype, sample in plan.samples.items()},
+        value_range=_value_range(plan),
+        resolution=median_metres(plan.headers.metres[used]),
         stretch=stretch_record(plan),
         look=look_record(plan.headers, plan.samples, plan.conversion.channels, valid),
         parameters=_parameters(request),

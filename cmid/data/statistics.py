@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['sample_pixels', 'PixelSample', 'draw_sample', 'band_limits', 'fill_value', 'picture_fill', 'sample_findings',
-           'exact_sums', 'moments']
+           'exact_sums', 'moments', 'value_range', 'median_metres']
 
 # %% ../../nbs/2_data/11_statistics.ipynb #88576fca
 import os
@@ -353,3 +353,22 @@ def moments(
     mean = [s / n / 255 for s, n in zip(sums, counts)]
     std = [((n * q - s * s) / (n * n)) ** 0.5 / 255 for s, q, n in zip(sums, squares, counts)]
     return mean, std
+
+# %% ../../nbs/2_data/11_statistics.ipynb #50e6d38c
+def value_range(
+    sample: PixelSample,
+    channels: int,  # bands of an item
+) -> list | None:  # (channels, 2), as Python numbers; None where a band has no value
+    "The least and the greatest sampled value of each band."
+    values = [sample.values(band) for band in range(channels)]
+    if not all(map(len, values)):
+        return None
+    return [[of_band.min().item(), of_band.max().item()] for of_band in values]
+
+
+def median_metres(
+    metres,  # metres a pixel of some files; NaN or None: not known
+) -> float | None:  # None where no file tells
+    "The median side of a pixel."
+    known = [float(side) for side in metres if side is not None and np.isfinite(side) and side > 0]
+    return float(np.median(known)) if known else None

@@ -19,9 +19,9 @@ import numpy as np
 
 from ..base.errors import CmidError
 from .audit import tally
-from .formats import quiet_decoders, read_failure
+from .formats import ground_metres, quiet_decoders, read_failure
 from .passes import journal_rows, journalled
-from .rasters import open_image
+from .rasters import RasterioImage, open_image
 
 # %% ../../nbs/2_data/13_survey.ipynb #e98ba55b
 class Unusable(CmidError):
@@ -137,10 +137,17 @@ def _header(path, name, hashed, nodata):
                 grey=image.grey,
                 reordered=image.reordered,
                 notes=image.notes,
+                metres=_metres(image),
                 sha=file_sha256(path) if hashed else "",
             )
     except Exception as error:
         return dict(reason=read_failure(error, path))
+
+
+def _metres(image):
+    "The side of a pixel of an open image on the ground, or None"
+    source = image.source if isinstance(image, RasterioImage) else None
+    return source and ground_metres(source.transform, source.crs, source.height, source.width)
 
 # %% ../../nbs/2_data/13_survey.ipynb #9a99f7a4
 @dataclass
@@ -154,6 +161,7 @@ class Headers:
     grey: np.ndarray  # (F,) True: a picture of one band, which can become RGB
     reordered: np.ndarray  # (F,) True: red, green and blue are the first three bands, in another order
     sha: np.ndarray  # (F,) SHA-256; (0,) without tiles
+    metres: np.ndarray | None = None  # (F,) side of a pixel on the ground; NaN: not known
     dtypes: list = field(default_factory=list)  # names of the pixel types that occur
     reasons: dict = field(default_factory=dict)  # file -> why it cannot be used
     notes: dict = field(default_factory=dict)  # for the audit: kind -> [count, first names]
@@ -172,6 +180,8 @@ class Headers:
         self.dtype[i] = self.dtypes.index(row["dtype"])
         if len(self.sha):
             self.sha[i] = row["sha"]
+        if self.metres is not None and row.get("metres"):
+            self.metres[i] = row["metres"]
         for kind in row["notes"]:
             tally(self.notes, kind, name)
 
@@ -199,6 +209,7 @@ def survey(
         grey=np.zeros(n, bool),
         reordered=np.zeros(n, bool),
         sha=np.zeros(n if request.tile else 0, "S64"),
+        metres=np.full(n, np.nan),
     )
     for i, row in enumerate(journal_rows(journal)):
         headers.add(i, row, names[i])

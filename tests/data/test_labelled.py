@@ -95,6 +95,7 @@ def test_detection(study):
     assert objects["difficult"].tolist() == [False, True]
     assert labelled.classes == ["ship", "plane"]
     assert labelled.manifest["gsd"].count(0.5) == 3
+    assert labelled.manifest["resolution"] == 0.5
     for absent in (labelled.mask, labelled.second):
         with pytest.raises(CmidError, match="its task is detect"):
             absent(0)
@@ -193,6 +194,15 @@ DAMAGED_VALUES = {
     "audit as text": dict(audit=["all well"]),
     "gsd as text": dict(gsd=[".5"] * 3),
     "negative objects": dict(objects=[-1, 4, 3]),
+    "no pixel type": dict(dtype=None),
+    "ranges of other bands": dict(value_range=[[0, 1]]),
+    "a range of one": dict(value_range=[[0], [0], [0]]),
+    "a range as text": dict(value_range=[["0", "1"]] * 3),
+    "a resolution below 0": dict(resolution=-1.0),
+    "a resolution as text": dict(resolution="1"),
+    "bands read as text": dict(bands_read="012"),
+    "nodata as text": dict(nodata="0"),
+    "a stretch as a list": dict(stretch=[0, 1]),
 }
 
 

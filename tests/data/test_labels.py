@@ -413,6 +413,29 @@ def test_wide_rasters_are_stretched_by_percentiles_of_training_images(study):
     assert [o["count"] for o in labelled.manifest["audit"] if o["kind"] == "invalid-pixels"] == [1]
 
 
+def test_what_a_map_needs_is_told(study):
+    "Pixel type, nodata, the values that training images have, and the size of a pixel."
+    images = wide_rasters(study)
+    manifest = study.read("segment", dict(bands=[3, 1], nodata=0)).manifest
+    assert (manifest["dtype"], manifest["nodata"], manifest["resolution"]) == ("uint16", 0, None)
+    training = np.stack([images[name][[3, 1]] for name in NAMES[:2]])
+    valid = training[:, :, 1:].swapaxes(0, 1).reshape(2, -1)  # without the row of the hole: its values are drawn too
+    assert [low <= of_band.min() for (low, _), of_band in zip(manifest["value_range"], valid)] == [True, True]
+    assert all(100 <= low and high < 4000 for low, high in manifest["value_range"])
+
+
+def test_the_size_of_a_pixel_is_the_median_and_moves_no_hash(study):
+    hashes = []
+    for corners in ([None, None, None], [(5e5, 5e6), (6e5, 5e6), None]):
+        for k, (name, corner) in enumerate(zip(NAMES, corners)):
+            study.put_tiff(f"images/{name}.tif", noise(3, 20, 30, seed=k), corner)
+            study.put(f"masks/{name}.png", noise(20, 30) % 3)
+        labelled = study.read("segment")
+        hashes.append(labelled.hash)
+    assert abs(labelled.manifest["resolution"] - 1) < 1e-3
+    assert hashes[0] == hashes[1]
+
+
 def test_reading_in_blocks_changes_nothing(study, monkeypatch):
     wide_rasters(study)
     study.read("segment")

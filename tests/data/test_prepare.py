@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from rasterio.transform import from_origin
 
 from cmid.base.errors import CmidError
 from cmid.data import audit, listing, prepare as preparing, statistics
@@ -47,6 +48,21 @@ def test_a_folder_that_was_moved(images, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     images.path = images.path.rename(tmp_path / "elsewhere/in")
     assert images.prepare("moved").hash == first
+
+
+def test_what_a_map_needs_is_told(images):
+    "Pixel types, the values that the images have, and the median size of a pixel."
+    pixels = np.random.default_rng(0).integers(100, 4000, (2, 40, 40), dtype="uint16")
+    for k, step in enumerate((0.5, 0.5, 2)):
+        images.tiff(f"{k}.tif", pixels + np.uint16(k), crs="EPSG:32633", transform=from_origin(5e5, 5e6, step, step))
+    manifest = images.prepare(bands=[1, 0]).manifest
+    assert manifest["pixel_types"] == {"uint16": 3}
+    assert manifest["value_range"] == [[int(o.min()), int(o.max()) + 2] for o in pixels[::-1]]
+    assert abs(manifest["resolution"] - 0.5) < 1e-3
+    images.tiff("3.tif", pixels.astype("float32"))
+    manifest = images.prepare("two types").manifest
+    assert manifest["pixel_types"] == {"uint16": 3, "float32": 1}
+    assert manifest["value_range"] is None
 
 
 def test_hash_sees_a_pixel(images):
