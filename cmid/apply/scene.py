@@ -6,7 +6,6 @@
 __all__ = ['ApplyOptions', 'list_scenes', 'Scene', 'open_scene', 'scene_notes']
 
 # %% ../../nbs/7_apply/00_scene.ipynb #f47ff062
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from unicodedata import normalize
@@ -14,10 +13,9 @@ from unicodedata import normalize
 import numpy as np
 import rasterio
 from rasterio.transform import Affine
-from rasterio.warp import transform as transform_points
 
 from ..base.errors import CmidError
-from ..data.formats import quiet_decoders, read_failure, stored_window
+from ..data.formats import ground_metres, quiet_decoders, read_failure, stored_window
 from ..data.listing import find_images
 from ..data.rasters import RasterioImage, grid_windows, open_image, stretched
 
@@ -30,8 +28,11 @@ class ApplyOptions:
     device: str = "auto"  # auto | cpu | cuda | cuda:N | mps
     key: str = ""  # hash of network, scene and options: unfinished work of another key is not resumed
     probabilities: bool = False  # segment, change: also a raster of the probability of each class
-    vector: bool = False  # segment, change: also polygons; detect: also a GeoPackage
+    vector: bool = False  # segment, change: also polygons
     min_area: int = 0  # px: smaller polygons are left out
+    score: float | None = None  # detect: least score of a box; None: that of the network's card
+    gpkg: bool = False  # detect: also a GeoPackage
+    tile: int | None = None  # classify: px of a tile, 0 for whole images; None: that of the network's card
 
 
 def _check_apart(images, out):
@@ -112,22 +113,6 @@ def _georeference(path, image):
         if transform.determinant == 0:
             raise CmidError(f"{path}: its affine transform {transform[:6]} has no area; correct it")
         return _upright_transform(source, image.orientation), crs
-
-# %% ../../nbs/7_apply/00_scene.ipynb #d7556539
-_EARTH = 6_371_008.8  # mean radius in metres
-
-
-def _ground_metres(transform, crs, height, width):
-    "Metres per pixel in the middle of a raster, or None where its coordinate system does not tell"
-    if transform is None or crs is None:
-        return None
-    middle = width / 2, height / 2
-    corners = [transform * (middle[0] + right, middle[1] + down) for right, down in ((0, 0), (1, 0), (0, 1))]
-    longitudes, latitudes = transform_points(crs, "EPSG:4326", *zip(*corners))
-    y = np.radians(np.array(latitudes)) * _EARTH
-    x = np.radians(np.array(longitudes)) * _EARTH * math.cos(math.radians(latitudes[0]))
-    area = abs((x[1] - x[0]) * (y[2] - y[0]) - (x[2] - x[0]) * (y[1] - y[0]))
-    return math.sqrt(area) if math.isfinite(area) and area > 0 else None
 
 # %% ../../nbs/7_apply/00_scene.ipynb #4bb53a3f
 _PIECE = 2**26  # bytes that are decoded at a time, about
@@ -216,7 +201,7 @@ class Scene:
         _check_scene_bands(self.path, image, card, reader)
         self.limits = _limits(self.path, image.dtype, card, reader)
         self.transform, self.crs = _georeference(self.path, image)
-        self.resolution = _ground_metres(self.transform, self.crs, self.height, self.width)
+        self.resolution = ground_metres(self.transform, self.crs, self.height, self.width)
         _check_resolution(self.path, self.resolution, card, reader)
 
     def _pieces(self, top, left, height, width):
