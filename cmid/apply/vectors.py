@@ -306,7 +306,7 @@ def box_files(
     scene,  # has `.transform` and `.crs`, or None
     classes: list,  # names
     gpkg: bool = False,  # write a GeoPackage, too
-):  # `write(found)` takes boxes (n, 5) in px, scores (n,) and classes (n,), any number of times
+):  # (`write(found)`, found: boxes (n, 5) in px, scores (n,), classes (n,), any number of times; names of the files)
     "Write the boxes of a scene as GeoJSON, DOTA's text and GeoPackage, piece by piece."
     _, escaped = server_names([], classes, lambda _: None)
     with ExitStack() as stack:
@@ -320,7 +320,13 @@ def box_files(
             for writer in writers:
                 writer(lines)
 
-        yield write
+        yield write, _file_names(name, scene, gpkg)
+
+
+def _file_names(name, scene, gpkg):
+    "Names of the files that are written of a scene"
+    suffixes = dict(geojson=True, txt=True, gpkg=gpkg) | {"wgs84.geojson": scene.crs is not None}
+    return sorted(f"{name}.{suffix}" for suffix, is_written in suffixes.items() if is_written)
 
 
 def _map_files(folder, name, scene, gpkg):
