@@ -111,7 +111,7 @@ def gdal_writing(
         with writing(path), quiet_decoders():
             yield
     except Exception as error:
-        if not type(error).__module__.startswith("rasterio"):
+        if type(error).__module__.partition(".")[0] not in ("rasterio", "pyogrio"):
             raise
         cause = one_line(str(error.__cause__ or error), 120)
         free = shutil.disk_usage(Path(path).parent).free / 2**20
