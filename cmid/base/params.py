@@ -105,6 +105,7 @@ SECTIONS = (  # of params.yaml; the schema of each is the class of its name in `
     "segment",
     "change",
     "detect",
+    "apply",
 )
 TASK_KINDS = "segment", "change", "detect"  # what the labelled images of an entry of `tasks` are for
 DATASET_KEYS = "dataset", "labelled"  # a section key of this name holds the name of a dataset
@@ -283,6 +284,7 @@ class Params:
             self.dataset(dataset, "study.probes")
         for init in study.baselines:
             self.weight_file(init)
+        study.check_maps()
 
     def datasets(self) -> dict:  # name -> values
         "Everything under `datasets`, not checked."

@@ -38,16 +38,24 @@ def check_study(
         device(params.run.device)
 
 # %% ../../nbs/8_study/01_digest.ipynb #979d9afd
+def _named_folders(params):
+    "(key, value) wherever params.yaml names a folder of images"
+    study = params.values.get("study")
+    maps = study.get("apply") if isinstance(study, dict) else None
+    groups = {"datasets": params.values.get("datasets"), "tasks": params.values.get("tasks"), "study.apply": maps}
+    for group, entries in groups.items():
+        for name, entry in (entries or {}).items():
+            yield f"{group}.{name}.folder", entry.get("folder") if isinstance(entry, dict) else None
+
+
 def check_folders(
     project,  # folder with params.yaml
 ):
-    "Raise `CmidError` where DVC would not see a change in the images of a dataset or task."
+    "Raise `CmidError` where DVC would not see a change in the images of a dataset, task or map."
     params = Params(project)
-    for group in "datasets", "tasks":
-        for name, entry in (params.values.get(group) or {}).items():
-            folder = entry.get("folder") if isinstance(entry, dict) else None
-            if isinstance(folder, str) and params.path(folder).is_dir():
-                check_tracked(params.root, folder, f"params.yaml: {group}.{name}.folder")
+    for key, folder in _named_folders(params):
+        if isinstance(folder, str) and params.path(folder).is_dir():
+            check_tracked(params.root, folder, f"params.yaml: {key}")
 
 # %% ../../nbs/8_study/01_digest.ipynb #154e495c
 def _parser():

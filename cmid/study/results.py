@@ -73,6 +73,7 @@ def runs(
         correspondence=_alone(study.inits),
         attention=_alone(study.inits),
         reconstruct=pretrained,
+        apply=_alone(study.apply),
     )
 
 # %% ../../nbs/8_study/07_results.ipynb #16d9e39e

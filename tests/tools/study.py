@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cmid.study.smoke import smoke_data, smoke_tasks
+from cmid.study.smoke import smoke_data, smoke_landscape, smoke_tasks
 
 ROOT = Path(__file__).parents[2]
 TASKS = dict(segment="land", change="dates", detect="objects")
@@ -34,6 +34,7 @@ class Study:
         self.copy_project()
         smoke_data(folder)
         smoke_tasks(folder, TASKS.values())
+        smoke_landscape(folder)
         self.commit()
 
     def copy_project(self):

@@ -61,7 +61,7 @@ def test_depends_on_its_digest(stage):
 def test_only_the_search_for_links_always_runs():
     assert [name for name, body in BODY.items() if body.get("always_changed")] == ["folders"]
     readers = {stage for stage, body in BODY.items() if "${item.folder}" in body.get("deps", [])}
-    assert readers == {"prepare", "labels"}
+    assert readers == {"prepare", "labels", "apply"}
     assert all("digests/folders.json" in BODY[stage]["deps"] for stage in readers)
 
 
