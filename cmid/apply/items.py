@@ -125,10 +125,17 @@ class Items:
             have, lack = ([row for row in taken if (row.pixels is None) is without] for without in (False, True))
             yield Batch(have, lack)
 
+    def path(
+        self,
+        file: int,  # its number
+    ) -> str:
+        "The path of a file below the folder of the images; bytes that are no text are written as escapes."
+        path, name = self.scenes[file]
+        return (name + path.suffix).encode("utf-8", "backslashreplace").decode()
+
     def _of_file(self, file, windows):
         "The items of one file"
-        path, name = self.scenes[file]
-        text = name + path.suffix
+        path, text = self.scenes[file][0], self.path(file)
         try:
             scene = open_scene(path, self.card, self.reader)
         except CmidError as error:

@@ -8,7 +8,6 @@ __all__ = ['study_learner', 'code_of_pretraining', 'pretrain_study', 'cmid_pretr
 # %% ../../nbs/8_study/05_train.ipynb #2bc206b3
 import argparse
 import os
-import time
 import warnings
 
 from ..base.errors import CmidError, cli
@@ -19,7 +18,7 @@ from ..data.batches import CorpusMix, counts_by_weight, select_corpus
 from ..data.dataset import Prepared
 from .code import digest
 from ..train.pretrain import pretrain_learner, run_pretraining
-from ..train.processes import follow_launcher, launch, process_device, process_group, rank
+from ..train.processes import follow_launcher, launch, process_device, process_group, rank, wait_for_the_first
 
 # %% ../../nbs/8_study/05_train.ipynb #f73af205
 def _describe_mix(index, settings):
@@ -66,12 +65,6 @@ def code_of_pretraining() -> str:  # hexadecimal
     return digest(root() / "nbs/pipeline/pretrain.ipynb", code_folder(root()))["all"]
 
 
-def _wait_for_the_first():
-    "An error that all processes meet is printed by the first, which then ends the others."
-    if int(os.environ.get("RANK", 0)):
-        time.sleep(10)
-
-
 def pretrain_study(
     method: str,  # cmid | byol
     backbone: str,  # timm name
@@ -99,7 +92,7 @@ def cmid_pretrain():
     try:
         pretrain_study(args.method, args.backbone, args.code)
     except (CmidError, OSError):
-        _wait_for_the_first()
+        wait_for_the_first()
         raise
 
 # %% ../../nbs/8_study/05_train.ipynb #f97b7693

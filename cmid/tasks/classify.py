@@ -28,6 +28,7 @@ from torch.utils.data import Dataset
 from ..base.errors import CmidError
 from ..base.figures import panels_figure
 from ..base.runtime import seed_everything, step_generator
+from ..method.backbones import like_resnet
 from ..method.images import crop, random_boxes
 from ..settings.classify import Classify
 from cmid.tasks.finetune import (

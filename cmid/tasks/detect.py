@@ -66,7 +66,7 @@ PROPOSAL_NMS_IOU = 0.8  # overlap of bounds above which the weaker of two propos
 
 def _by_anchor(x, k):
     "(B, anchors * k, h, w) to (B, h * w * anchors, k)"
-    return x.permute(0, 2, 3, 1).reshape(len(x), -1, k).float()
+    return x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, k).float()
 
 
 class ProposalHead(nn.Module):

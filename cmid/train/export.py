@@ -12,8 +12,11 @@ from .checkpoint import export_backbone
 # %% ../../nbs/4_train/06_export.ipynb #87564ccc
 def input_statistics(
     images,  # `dataset.Prepared`, or anything with bands, mean and std
+    start=None,  # `start.Start`: weights that pretraining goes on from
 ) -> tuple:  # mean and std of images in [0, 1], each a list with a value a band
-    "The paper's statistics for three bands, the data's own for other numbers of bands (section IV)."
+    "Those of a start that has them; else the paper's for three bands, the data's own for other bands (section IV)."
+    if start is not None and start.mean:
+        return list(start.mean), list(start.std)
     if images.bands == 3:
         return list(RGB_MEAN), list(RGB_STD)
     return list(images.mean), list(images.std)
@@ -59,8 +62,11 @@ def export_pretrained(
     parameters: dict,  # of the run
     health: dict,  # of its last epoch
     made: dict,  # provenance
+    start=None,  # `start.Start`: weights that it went on from
 ):  # path of the folder
     "Write the student's backbone with its card and decoder, and the teacher. Raises `CmidError` as `export_backbone`."
+    if start is not None:
+        parameters = parameters | dict(start=start.facts)
     decoder = {f"decoder.{key}": value.detach().cpu() for key, value in model.decoder.state_dict().items()}
-    card = card_entries(images, *input_statistics(images), method, parameters, health, made)
+    card = card_entries(images, *input_statistics(images, start), method, parameters, health, made)
     return export_backbone(model.student.encoder, folder, card, decoder, model.teacher.encoder)

@@ -32,6 +32,7 @@ from .health import Watch
 from .journal import Curves, Journal
 from .processes import rank, synchronise_batch_norm, world
 from .resume import Checkpoints, stoppable
+from .start import Start, go_on_from, read_start
 from .steps import CMIDCallback, peak_lr
 from .training import parameter_groups, precision_of, too_large, unwrapped_errors
 from .trial import deterministic_cost, trial_step
@@ -107,9 +108,11 @@ def _check_batch_norm(size, variant, model):
         )
 
 
-def _model_on_device(settings, backbone, variant, images, on):
-    "The model on its device, computed as the settings say."
+def _model_on_device(settings, backbone, variant, images, on, start):
+    "The model on its device, with the weights that it starts from, computed as the settings say."
     model = build_cmid(settings, backbone, variant, images.bands, images.side)
+    if start is not None:
+        go_on_from(model, start)
     model = model.to(on, memory_format=torch.channels_last)
     token = model.student.encoder.mask_token
     token.data = token.data.clone(memory_format=torch.contiguous_format)  # as its gradient
@@ -122,10 +125,11 @@ def _model_on_device(settings, backbone, variant, images, on):
     return model
 
 # %% ../../nbs/4_train/12_pretrain.ipynb #b2cdfd69
-def _identity(images, settings, backbone, variant, seed, data_hash, code, dtype):
+def _identity(images, settings, backbone, variant, seed, data_hash, code, dtype, start):
     "Parameters that identify a run; those of a checkpoint must be the same."
-    return dict(
-        settings=settings.model_dump(exclude={"checkpoint_epochs", *COMPUTE_KEYS}),
+    begun = dict(start=start.facts["hash"]) if start else {}
+    return begun | dict(
+        settings=settings.model_dump(exclude={"checkpoint_epochs", "start", *COMPUTE_KEYS}),
         backbone=backbone,
         variant=variant,
         seed=seed,
@@ -143,16 +147,17 @@ def _checkpoints(folder, identity, settings, commit):
     return Checkpoints(folder, identity, settings.checkpoint_epochs, commit, way=computed)
 
 
-def _two_views(images, settings, stride):
-    "The augmentation that makes two views of each image, by the settings."
-    return TwoViews(
-        *input_statistics(images),
-        stride,
+def _steps(images, settings, model, start, seed, dtype):
+    "The callback that trains, with the augmentation that makes two views of each image, by the settings."
+    views = TwoViews(
+        *input_statistics(images, start),
+        model.stride,
         settings.mask_ratio,
         settings.crop_scale,
         settings.crop_aspect,
         settings.fidelity,
     )
+    return CMIDCallback(settings, views, seed, dtype)
 
 
 def _optimiser(model, settings):
@@ -160,7 +165,7 @@ def _optimiser(model, settings):
     return Adan(groups, lr=peak_lr(settings)[0], betas=tuple(settings.betas))
 
 
-def _fastai_learner(batches, model, optimiser, callbacks, on):
+def _fastai_learner(batches, model, optimiser, callbacks, on, start):
     "A Learner with our callbacks, and without those of fastai that read the loss in every step (the CPU would wait)."
     learn = Learner(
         DataLoaders(batches, [], device=on),
@@ -172,6 +177,7 @@ def _fastai_learner(batches, model, optimiser, callbacks, on):
     learn.create_opt()
     learn.add_cbs(callbacks)
     learn.cmid.on = on
+    learn.start = start
     return learn
 
 
@@ -189,6 +195,9 @@ def _announce(learn, settings, batches, dtype, say):
         f"{settings.epochs} epochs on {learn.cmid.on}, {str(dtype).split('.')[-1]}"
     )
     say(learn.cmid.rule)
+    if learn.start:
+        facts = learn.start.facts
+        say(f"goes on from {facts['start']} ({facts['method']}, {facts['hash'][:8]}); inputs are normalised as there")
     for note in learn.journal.watch.notes if learn.journal.watch else ():
         say(note)
     if learn.model.queue is not None and settings.queue > batches.count:
@@ -213,21 +222,22 @@ def pretrain_learner(
     say=print,  # takes a line
     health: Health | None = None,  # params.yaml: health; None: health is not measured
     labelled=None,  # `dataset.Prepared` with classes, for the kNN accuracy
+    start: Start | None = None,  # weights to go on from; None: those that the settings name
 ) -> Learner:  # ready for `run_pretraining`
     "A fastai Learner for CMID, made in each of the processes. Raises `CmidError` naming the key that is wrong."
-    on = on or device()
+    on, start = on or device(), start or read_start(settings.start, backbone, images)
     dtype, size = precision_of(settings.precision, on), micro_batch_size(settings)
-    model = _model_on_device(settings, backbone, variant, images, on)
+    model = _model_on_device(settings, backbone, variant, images, on, start)
     _check_batch_norm(size, variant, model)
     batches = Batches(images, index, settings.batch, seed, settings.epoch_images, on=on, rank=rank(), processes=world())
     if rank():
         say, health = _silent, None
     watch = health and Watch(images, distinct_images(index), health, labelled, settings.mask_ratio, seed, size)
-    callbacks = [CMIDCallback(settings, _two_views(images, settings, model.stride), seed, dtype), Journal(watch, say)]
+    callbacks = [_steps(images, settings, model, start, seed, dtype), Journal(watch, say)]
     if folder is not None:
-        identity = _identity(images, settings, backbone, variant, seed, data_hash, code, dtype)
-        callbacks.append(_checkpoints(folder, identity, settings, commit))
-    learn = _fastai_learner(batches, model, _optimiser(model, settings), callbacks, on)
+        identity = _identity(images, settings, backbone, variant, seed, data_hash, code, dtype, start)
+        callbacks += [_checkpoints(folder, identity, settings, commit)]
+    learn = _fastai_learner(batches, model, _optimiser(model, settings), callbacks, on, start)
     _announce(learn, settings, batches, dtype, say)
     return learn
 
