@@ -9,11 +9,13 @@ import pytest
 import yaml
 
 from cmid.base.params import SECTIONS, Params
+from cmid.settings.study import Floors
 
 ROOT = Path(__file__).parents[2]
 DVC = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 BODY = {name: stage.get("do", stage) for name, stage in DVC.items()}
 NOTEBOOKS = sorted(o.stem for o in (ROOT / "nbs/pipeline").glob("*.ipynb"))
+FLOORS = [o for o in BODY if o.endswith("_floor")]  # the same stages without a backbone
 SHARED = {"profile", "seed", "device", "deterministic"}
 
 
@@ -37,7 +39,20 @@ def outputs(body):
 
 
 def test_every_notebook_is_a_stage():
-    assert set(NOTEBOOKS) == set(BODY) - {"folders", "digest"}
+    assert set(NOTEBOOKS) == set(BODY) - {"folders", "digest", *FLOORS}
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_a_floor_is_its_stage_without_a_backbone(floor):
+    stage = floor.removesuffix("_floor")
+    due = BODY[stage] | dict(matrix=BODY[stage]["matrix"] | dict(init=f"${{study.floors.{stage}}}"))
+    due["deps"] = [o for o in due["deps"] if not o.startswith("models/")]
+    assert BODY[floor] | dict(desc=due["desc"]) == due
+    assert len(due["deps"]) == len(BODY[stage]["deps"]) - 1
+
+
+def test_every_floor_has_a_stage():
+    assert FLOORS == [f"{stage}_floor" for stage in Floors.model_fields]
 
 
 @pytest.mark.parametrize("stage", NOTEBOOKS)
