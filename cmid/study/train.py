@@ -18,6 +18,7 @@ from ..data.batches import CorpusMix, counts_by_weight, select_corpus
 from ..data.dataset import Prepared
 from .code import digest
 from ..train.pretrain import pretrain_learner, run_pretraining
+from ..train.start import read_start
 from ..train.processes import follow_launcher, launch, process_device, process_group, rank, wait_for_the_first
 
 # %% ../../nbs/8_study/05_train.ipynb #f73af205
@@ -57,6 +58,7 @@ def study_learner(
         say,
         health,
         labelled,
+        read_start(settings.start, backbone, prepared, p.root),
     )
 
 # %% ../../nbs/8_study/05_train.ipynb #608c4df1
