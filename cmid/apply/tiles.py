@@ -10,7 +10,7 @@ import csv
 import io
 import os
 import shutil
-from contextlib import ExitStack
+from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -72,25 +72,34 @@ def write_tables(
     skipped: list,  # (file, reason) of files that could not be opened
 ) -> dict:  # files, rows, skipped, empty: tiles without a valid pixel
     "Write `<name>.csv`, `<name>.parquet` and, where something was skipped, `<name>.skipped.csv`."
-    facts, skipped = dict(rows=0, empty=0), list(skipped)
     paths = [Path(folder, f"{name}.{suffix}") for suffix in ("csv", "parquet")]
-    with ExitStack() as stack:
-        text, columns = (stack.enter_context(whole(path)) for path in paths)
-        writers = pa.csv.CSVWriter(text, schema), pq.ParquetWriter(columns, schema)
+    facts, skipped = dict(rows=0, empty=0), list(skipped)
+    with _table_writers(*paths, schema) as writers:
         for table, left_out in pieces:
             for writer in writers:
                 writer.write_table(table)
             facts["rows"] += table.num_rows
             facts["empty"] += sum(empty for *_, empty in left_out)
             skipped += [(item_name(path, window), reason) for path, window, reason, empty in left_out if not empty]
-        for writer in writers:
-            writer.close()
-    listed = Path(folder, f"{name}.skipped.csv")
-    listed.unlink(missing_ok=True)
-    if skipped:
-        write_whole(listed, _skipped_table(skipped))
-        paths.append(listed)
+    paths += _write_skipped(Path(folder, f"{name}.skipped.csv"), skipped)
     return dict(files=[path.name for path in paths], skipped=len(skipped)) | facts
+
+
+@contextmanager
+def _table_writers(text_path, columns_path, schema):
+    "Writers of both files, which are there when the block has ended"
+    with whole(text_path) as text, whole(columns_path) as columns:
+        with pa.csv.CSVWriter(text, schema) as lines, pq.ParquetWriter(columns, schema) as groups:
+            yield lines, groups
+
+
+def _write_skipped(path, skipped):
+    "Write the table of what was skipped, if there is any; remove an old one"
+    path.unlink(missing_ok=True)
+    if not skipped:
+        return []
+    write_whole(path, _skipped_table(skipped))
+    return [path]
 
 # %% ../../nbs/7_apply/12_tiles.ipynb #e79fb699
 def tile_grid(
@@ -102,7 +111,8 @@ def tile_grid(
     "The classes of tiles at their places on the grid."
     grid = np.full([-(-n // tile) for n in size], IGNORE, np.uint8)
     row, column = (-(-table[name].to_numpy() // tile) for name in ("row", "column"))
-    grid[row, column] = [classes.index(name) for name in table["class"].to_pylist()]
+    numbers = {name: number for number, name in enumerate(classes)}
+    grid[row, column] = [numbers[name] for name in table["class"].to_pylist()]
     return grid
 
 

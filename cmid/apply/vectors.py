@@ -21,7 +21,7 @@ import shapely
 import torch
 
 from .places import lon_lat, map_points
-from ..base.errors import CmidError, one_line, writing
+from .rasters import gdal_writing
 from ..base.files import whole
 from ..tasks.boxes import to_polygon
 from ..tasks.dota import server_names
@@ -264,7 +264,7 @@ def geopackage(
 ):  # `write(outlines)`
     "Write a GeoPackage of boxes piece by piece. Raises `CmidError` where that fails."
     path = Path(path)
-    with _own_folder(path.with_name(f".{path.name}.part")) as folder, _told(path):
+    with _own_folder(path.with_name(f".{path.name}.part")) as folder, gdal_writing(path):
         new = folder / path.name
         _write_rows(new, empty, scene, False)
         yield lambda found: len(found) and _write_rows(new, found, scene, True)
@@ -280,16 +280,6 @@ def _own_folder(folder):
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _told(path):
-    "Raise `CmidError` for what GDAL cannot write"
-    try:
-        with writing(path):
-            yield
-    except pyogrio.errors.DataSourceError as error:
-        raise CmidError(f"{path}: cannot be written ({one_line(str(error))}); is the disk full?") from None
 
 # %% ../../nbs/7_apply/10_vectors.ipynb #f8e2c898
 def _about(scene):
