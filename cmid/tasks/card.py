@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TASK_FORMAT', 'NETWORKS', 'TASK_FILES', 'Limits', 'Source', 'Score', 'TaskCard', 'read_task_card', 'class_colours',
-           'task_card', 'save_task']
+           'task_scores', 'task_card', 'save_task']
 
 # %% ../../nbs/5_tasks/02_card.ipynb #4da525f7
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field, ValidationError
 
+from ..base.bootstrap import bootstrap_scores, score_interval
 from ..base.errors import CmidError
 from ..base.params import Count, Names, Natural, Nodata, Pair, Positive, Section, schema
 from ..data.labelled import palette
@@ -177,6 +178,21 @@ def class_colours(
     return ["#" + "".join(f"{round(255 * share):02x}" for share in colour) for colour in palette(count)]
 
 
+def task_scores(
+    task: str,  # classify | segment | change | detect
+    metrics: dict,  # metrics.json of its stage
+) -> dict:  # name -> dict of `Score`
+    "The scores of a test split with their 95 % intervals: accuracy with the most labels, mIoU, F1 of each head, or mAP."
+    if task == "classify":
+        run = metrics["finetune"][max(metrics["finetune"], key=float)]
+        facts = dict(images=metrics["test_images"], on_training=False)
+        return dict(accuracy=dict(score=run["accuracy"], low=run["low"], high=run["high"]) | facts)
+    facts = dict(images=metrics["images"], on_training=metrics["scored_on_training"])
+    heads = {f"F1 ({head})": head for head in metrics["heads"]} if task == "change" else {}
+    names = heads or {dict(segment="mIoU", detect="mAP")[task]: None}
+    return {name: score_interval(bootstrap_scores(task, metrics, head)) | facts for name, head in names.items()}
+
+
 def _source(images):
     "How the rasters of prepared or labelled images were read."
     manifest = images.manifest
@@ -185,7 +201,7 @@ def _source(images):
         bands, nodata = (manifest["parameters"][key] for key in ("bands", "nodata"))
         types = stretch["types"] if stretch else {}
     else:
-        bands, nodata = manifest["bands_read"], manifest.get("nodata")
+        bands, nodata = manifest["bands_read"], manifest["nodata"]
         types = {manifest["dtype"]: stretch} if stretch else {}
     types = {dtype: {key: limits[key] for key in ("low", "high")} for dtype, limits in types.items()}
     return dict(bands=bands, types=types, nodata=nodata)

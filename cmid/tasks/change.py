@@ -409,9 +409,12 @@ def change(
     on: torch.device | None = None,  # device; None: the default one
     say=print,  # takes a line
     store: dict | None = None,  # of `Stage.store`: where checkpoints are kept; None: nowhere
+    trained=None,  # takes what was trained by name: `models` by head, `settings` as resolved; None: it is not kept
 ) -> tuple:  # (dict as JSON takes it; head -> epochs, for `change_curves_figure`; list of pairs, for `change_figure`)
     "Fine-tune with each head and evaluate. Raises `CmidError` as `fine_tune_change_heads`."
     models, epochs = fine_tune_change_heads(folder, labelled, settings, seed, on, say, store)
+    if trained:
+        trained(models=models, settings=resolved(settings, read_card(folder).architecture, PUBLISHED_CHANGE))
     metrics, pairs = score_change_heads(models, folder, labelled, settings)
     return metrics, epochs, pairs
 

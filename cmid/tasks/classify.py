@@ -323,12 +323,12 @@ def _scores(predicted, truth, names):
 
 
 def _run(folder, prepared, index, test, settings, seed, on, say, store, fraction):
-    "Fine-tune on these images and predict the test images: (predicted labels, facts of the run, callback)."
+    "Fine-tune on these images and predict the test images: (predicted labels, facts of the run, learner)."
     learn = fine_tune_classifier(folder, prepared, index, settings, seed, on, say, store, fraction)
     callback = learn.classification
     predicted = predict_logits(learn.model, prepared, test, callback.mean, callback.std).argmax(1).numpy()
     facts = dict(train_images=len(index), held_out=len(callback.held_out), epoch=callback.best_epoch or settings.epochs)
-    return predicted, accuracy_with_interval(predicted, prepared.labels[test], **facts), callback
+    return predicted, accuracy_with_interval(predicted, prepared.labels[test], **facts), learn
 
 # %% ../../nbs/5_tasks/06_classify.ipynb #3a541417
 def classify(
@@ -339,6 +339,7 @@ def classify(
     on: torch.device | None = None,  # device; None: the default one
     say=print,  # takes a line
     store: dict | None = None,  # of `Stage.store`: where checkpoints are kept; None: nowhere
+    trained=None,  # takes `model`, trained with the most labels, and `settings`, as resolved; None: it is not kept
 ) -> tuple:  # (dict as JSON takes it; epochs of the run with the most labels, for `classification_curves_figure`)
     "Fine-tune on fractions of the labels; test. Raises `CmidError` as `class_splits` and `fine_tune_classifier`."
     train, test = class_splits(prepared, settings.train, settings.test)
@@ -347,9 +348,12 @@ def classify(
     for fraction in sorted(set(settings.fractions)):
         say(f"{100 * fraction:g} % of the labels")
         index = subsample(prepared.labels, train, fraction, seed)
-        predicted, run, callback = _run(folder, prepared, index, test, settings, seed, on, say, store, fraction)
+        predicted, run, learn = _run(folder, prepared, index, test, settings, seed, on, say, store, fraction)
         runs[str(fraction)] = run
-    held_out = len(callback.held_out)
+    if trained:
+        rate = drop_path_rate(settings, learn.model.encoder.name)
+        trained(model=learn.model, settings=settings.model_copy(update=dict(drop_path=rate)))
+    held_out = len(learn.classification.held_out)
     result = dict(
         classes=len(prepared.classes),
         test_images=len(test),
@@ -358,7 +362,7 @@ def classify(
         chosen_on=f"validation ({held_out} images)" if held_out else "last",
         finetune=runs,
     )
-    return result | _scores(predicted, truth, prepared.classes), callback.epochs
+    return result | _scores(predicted, truth, prepared.classes), learn.classification.epochs
 
 # %% ../../nbs/5_tasks/06_classify.ipynb #8d87be18
 _PANELS = {"loss": "loss", "learning rate": "lr", "validation accuracy": "validation"}

@@ -574,11 +574,14 @@ def detect(
     on: torch.device | None = None,  # device
     say=print,  # takes a line
     store: dict | None = None,  # of `Stage.store`: where checkpoints are kept; None: nowhere
+    trained=None,  # takes what was trained by name: `model` and its `settings`, as resolved; None: it is not kept
 ) -> tuple:  # (dict as JSON takes it; epochs for `training_curves_figure`; detections of each test image)
     "Fine-tune on one split, evaluate on another. Raises `CmidError` as `fine_tune_detection`, or for unknown splits."
     train, test = splits_of(labelled, settings, "detect")
     card = read_card(folder)
     model, epochs = fine_tune_detection(folder, labelled, train, settings, seed, on, say, store)
+    if trained:
+        trained(model=model, settings=resolved(settings, card.architecture, PUBLISHED_DETECT))
     found = [
         detect_image(model, labelled.image(i), settings, card.mean, card.std)
         for i in tqdm(test, desc="detect", unit=" images")

@@ -404,10 +404,13 @@ def segment(
     say=print,  # takes a line
     keep=(),  # numbers of test images whose predictions are returned
     store: dict | None = None,  # of `Stage.store`: where checkpoints are kept; None: nowhere
+    trained=None,  # takes what was trained by name: `model` and its `settings`, as resolved; None: it is not kept
 ) -> tuple:  # scores as a dict for JSON; a dict for each epoch; kept predictions, uint8 (H, W) by number of the image
     "Fine-tune on the train split, evaluate on the test split. Raises as `segment_splits`, `fine_tune_segmentation`."
     train, test = segment_splits(labelled, settings)
-    _, epochs, predict = fine_tune_segmentation(folder, labelled, train, settings, seed, on, say, store)
+    model, epochs, predict = fine_tune_segmentation(folder, labelled, train, settings, seed, on, say, store)
+    if trained:
+        trained(model=model, settings=resolved(settings, read_card(folder).architecture, PUBLISHED_SEGMENTATION))
     per_image, kept = _evaluated(predict, labelled, test, keep)
     total, names = per_image.sum(0), list(labelled.classes)
     counts = dict(images=len(test), classes=names)
