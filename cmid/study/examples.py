@@ -18,6 +18,7 @@ from ..base.files import write_json
 from ..base.params import Params
 from ..base.precision import average_precision
 from ..base.scores import mean_interval, wilson
+from ..settings.study import is_floor
 from .results import runs
 
 # %% ../../nbs/8_study/08_examples.ipynb #54231bad
@@ -26,7 +27,8 @@ PROBE_ACCURACIES = dict(random=(0.30, 0.36, 0.41), imagenet=(0.38, 0.50, 0.58), 
 
 def _by_start(init, random, imagenet, other):
     "A value that depends on what a backbone started from"
-    return dict(random=random, imagenet=imagenet).get(init.split("-")[0], other)
+    start = "random" if is_floor(init) else init.split("-")[0]
+    return dict(random=random, imagenet=imagenet).get(start, other)
 
 
 def example_accuracy(
@@ -248,7 +250,8 @@ def _change_head(missed, images):
 def _change(init, images=8):
     "Metrics as the change stage writes them"
     alarms = _by_start(init, random=300, imagenet=100, other=200)
-    heads = dict(bit=_change_head((alarms, 0), images), difference=_change_head((alarms, 50), images))
+    fewer = {init: 0} if is_floor(init) else dict(bit=0, difference=50)  # head -> pixels that it misses
+    heads = {head: _change_head((alarms, missed), images) for head, missed in fewer.items()}
     return dict(images=images, heads=heads, train_images=24, epoch=8)
 
 

@@ -16,7 +16,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from PIL import Image
 
-from .report_words import percent, points, share
+from ..settings.study import is_floor
+from .report_words import init_name, percent, points, share
 
 # %% ../../nbs/8_study/12_report_html.ipynb #a21095e9
 def number(
@@ -64,7 +65,7 @@ def _environment():
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    filters = (percent, points, share, number, breakable, comparison_mark)
+    filters = (percent, points, share, number, breakable, comparison_mark, init_name, is_floor)
     environment.filters |= {o.__name__: o for o in filters}
     return environment
 

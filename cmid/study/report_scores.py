@@ -13,7 +13,7 @@ from markupsafe import Markup
 from ..base.figures import accuracy_figure, embeddings_figure
 from .comparisons import accuracy_rows, score_rows
 from .report_html import render, saved_figure, themed_figure, titled_figure
-from .report_words import PROBE_NAMES, percent
+from .report_words import PROBE_NAMES, init_name, percent
 from .results import Result, metric_of, params_of, read_json, require_metrics, stage_results
 
 # %% ../../nbs/8_study/13_report_scores.ipynb #57eac340
@@ -67,9 +67,10 @@ def _accuracy_tables(root, stage, note, below):
 
 def _accuracy_curves(name, found):
     "Accuracy against the share of the labels"
-    inits = ", ".join(found)
+    metrics = {init_name(k): o.metrics for k, o in found.items()}
+    inits = "; ".join(metrics)
     alt = f"Accuracy on {name} against the share of the labels, for {inits}; the same numbers are in the table."
-    return themed_figure(lambda: accuracy_figure({k: o.metrics for k, o in found.items()}), alt)
+    return themed_figure(lambda: accuracy_figure(metrics), alt)
 
 
 def probe_section(root):

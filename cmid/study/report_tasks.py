@@ -9,10 +9,10 @@ __all__ = ['PUBLISHED_IMAGES', 'INTERVALS', 'trivial_score', 'why_not_better', '
 # %% ../../nbs/8_study/14_report_tasks.ipynb #a102a49b
 import numpy as np
 
-from .comparisons import task_rows
+from .comparisons import beside_heads, task_rows
 from .report_html import saved_figure, titled_figure
 from .report_scores import by_dataset, render_scores
-from .report_words import HEAD_NAMES, TASK_WORDS, percent
+from .report_words import HEAD_NAMES, TASK_WORDS, init_name, percent
 from .results import stage_results
 
 # %% ../../nbs/8_study/14_report_tasks.ipynb #29ff9588
@@ -104,10 +104,11 @@ def _details(stage, metrics):
 
 
 def _task_figures(stage, dataset, init, result):
-    "Figures and numbers of one backbone"
+    "Figures and numbers of one backbone, or of what has none"
     figure, has_scene, _ = _LAYOUT[stage]
+    init = init_name(init)
     scene = f"A whole image of {dataset}, assembled from tiles by {init}."
-    curves = f"Losses and learning rate of fine-tuning {init} on {dataset}, over its steps."
+    curves = f"Losses and learning rate of training {init} on {dataset}, over its steps."
     predictions = f"Predictions of {init} on {dataset}, beside the ground truth."
     return dict(
         init=init,
@@ -121,7 +122,7 @@ def _task_figures(stage, dataset, init, result):
 def _tables(stage, rows):
     "Title of each table -> its rows"
     tables = {}
-    for row in rows:
+    for row in beside_heads(rows):
         head = f" of {HEAD_NAMES[row['head']]}" if row["head"] else ""
         tables.setdefault(TASK_WORDS[stage][1] + head, []).append(row)
     return tables

@@ -73,7 +73,7 @@ class _ChangeHead(_Schema):
 
 
 class _Change(_TaskScores):
-    heads: dict[Literal["bit", "difference"], _ChangeHead]
+    heads: dict[Literal["bit", "difference", "unet"], _ChangeHead]
 
     @model_validator(mode="after")
     def _fits(self):

@@ -52,6 +52,11 @@ def _pairs(datasets, inits):
     return list(product(datasets, inits))
 
 
+def _with_floors(study, stage, datasets):
+    "Runs of a stage: those of backbones, then those without one"
+    return _pairs(datasets, study.inits + getattr(study.floors, stage, []))
+
+
 def runs(
     root,  # the study's
 ) -> dict:  # stage -> identities (tuples), in the study's order
@@ -60,13 +65,13 @@ def runs(
     study = params.study
     scenes = _pairs(study.probes, study.inits)
     pretrained = _alone("-".join(o) for o in _pairs(study.methods, study.backbones))
-    tasks = {k: _pairs(getattr(study, k), study.inits) for k in TASK_SCORES}
+    tasks = {k: _with_floors(study, k, getattr(study, k)) for k in TASK_SCORES}
     return dict(
         prepare=_alone(params.values.get("datasets") or {}),
         labels=_alone(params.values.get("tasks") or {}),
         pretrain=pretrained,
         baselines=_alone(study.baselines),
-        probe=scenes,
+        probe=_with_floors(study, "probe", study.probes),
         classify=scenes,
         **tasks,
         features=scenes,

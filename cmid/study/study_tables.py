@@ -19,8 +19,9 @@ import yaml
 
 from ..base.errors import CmidError
 from ..base.files import load_yaml, write_whole
-from .comparisons import accuracy_rows, probe_rows, score_rows, seed_rows, task_rows
-from .report_words import HEAD_NAMES, PROBE_NAMES, TASK_WORDS, points, share
+from ..settings.study import is_floor
+from .comparisons import accuracy_rows, beside_heads, probe_rows, score_rows, seed_rows, task_rows
+from .report_words import HEAD_NAMES, PROBE_NAMES, TASK_WORDS, init_name, points, share
 from .results import missing_runs, stage_results
 from .study import study_params
 
@@ -65,7 +66,7 @@ def _pivot(
         pairs.update({(row["init"], against["baseline"]): None for against in row["against"]})
     for cells, row in rows:
         lines.setdefault(cells, {})[row["init"]] = row
-    columns = (*head, *inits, *(f"{init} minus {baseline}" for init, baseline in pairs))
+    columns = (*head, *map(init_name, inits), *(f"{init} minus {baseline}" for init, baseline in pairs))
     body = []
     for cells, by_init in lines.items():
         scores = [score_text(by_init.get(init, {})) for init in inits]
@@ -231,7 +232,7 @@ def task_table(
     root,  # a study's
 ) -> str:  # Markdown, or nothing
     "mIoU, F1 and mAP after fine-tuning."
-    rows = list(chain.from_iterable(task_rows(root, stage) for stage in TASK_WORDS))
+    rows = beside_heads(chain.from_iterable(task_rows(root, stage) for stage in TASK_WORDS))
     return comparison_table("fine-tuned", [(_task_words(row), row) for row in rows])
 
 # %% ../../nbs/8_study/17_study_tables.ipynb #79da71ed
@@ -273,6 +274,15 @@ def _accuracy_parts(root, dataset):
 STAGES_DUE = "pretrain", "probe", "classify", "segment", "change", "detect", "features", "correspondence"
 
 
+def _absent(root, own):
+    "Runs that are still due; what has no backbone only where the study itself asks for it"
+    asked, missing, absent = "floors" in own.get("study", {}), missing_runs(root), []
+    for stage in own.get("stages", STAGES_DUE):
+        due = [run for run in missing.get(stage, ()) if asked or not is_floor(run.split()[-1])]
+        absent += [f"{stage} {run}" for run in due]
+    return absent
+
+
 def _single_parts(root, study, own):
     "Parts of the page of a study without seeds"
     with study_root(root, study) as folder:
@@ -280,10 +290,7 @@ def _single_parts(root, study, own):
         for dataset in dict.fromkeys(row["dataset"] for row in probe_rows(folder)):
             parts += _accuracy_parts(folder, dataset)
         parts += [table for table in (task_table(folder), mean_table(folder)) if table]
-        missing = missing_runs(folder)
-        absent = []
-        for stage in own.get("stages", STAGES_DUE):
-            absent += [f"{stage} {run}" for run in missing.get(stage, ())]
+        absent = _absent(folder, own)
     return [*parts, f"Not run yet: {', '.join(absent)}."] if absent else parts
 
 
