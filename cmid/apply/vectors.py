@@ -100,7 +100,7 @@ def degree_rings(
 
 def _cut_at_180(ring):
     "Polygons (k, 2) of a ring in degrees: two where it crosses the meridian of 180 degrees"
-    if np.ptp(ring[:, 0]) <= 180:
+    if not np.ptp(ring[:, 0]) > 180:  # nor where it is not known
         return [ring]
     shape = shapely.Polygon(np.column_stack([ring[:, 0] % 360, ring[:, 1]]))
     halves = shapely.intersection(shape, [shapely.box(0, -90, 180, 90), shapely.box(180, -90, 360, 90)])
@@ -226,7 +226,7 @@ def _map_features(found, digits):
 
 
 def _degree_features(found):
-    rings = [right_handed(ring[None])[0] if np.ptp(ring[:, 0]) <= 180 else ring for ring in found.degrees]
+    rings = [right_handed(ring[None])[0] if not np.ptp(ring[:, 0]) > 180 else ring for ring in found.degrees]
     shapes = (geometry(_cut_at_180(ring), 8) for ring in rings)
     return zip(_properties(found), shapes)
 
