@@ -299,9 +299,10 @@ def _sizes_and_program(graph, name):
 
 def _checked_file(graph, any_size, path, name):
     "The largest difference; raises `CmidError` for a file that is invalid or gives other numbers"
+    from onnx.checker import check_model
 
     try:
-        onnx.checker.check_model(str(path), full_check=True)
+        check_model(str(path), full_check=True)
         worst = _compare(graph, any_size, path)
     except Exception as error:
         raise CmidError(
