@@ -7,7 +7,6 @@ __all__ = ['PartFolder', 'apply_dense']
 
 # %% ../../nbs/7_apply/07_dense.ipynb #73f65494
 import io
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -17,11 +16,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from .items import unfinished_folder
 from .mosaic import BatchRunner, WindowGrid, blended_strips
 from .polygons import write_polygons
 from .rasters import PROBABILITY_STEPS, MapLook, write_class_map, write_probability_map
 from .scene import ApplyOptions
-from ..base.files import write_json, write_whole
+from ..base.files import write_whole
 from ..data.labelled import IGNORE
 
 # %% ../../nbs/7_apply/07_dense.ipynb #59cef23c
@@ -52,19 +52,7 @@ class PartFolder:
         key: str,  # of network, scene and options
         say: Callable = print,  # takes a line
     ):
-        target = Path(out, name)
-        self.folder = target.with_name(f".{target.name}.part")
-        held = self._key()
-        if self.folder.exists() and held != key:
-            shutil.rmtree(self.folder)
-            say(f"note: {name}: what was unfinished belongs to another network, scene or options; beginning anew")
-        write_json(self.folder / "key.json", key)
-
-    def _key(self):
-        try:
-            return json.loads((self.folder / "key.json").read_text())
-        except (OSError, ValueError):
-            return None
+        self.folder = unfinished_folder(out, name, key, say)
 
     def _path(self, number):
         return self.folder / f"strip-{number:06}.npz"
