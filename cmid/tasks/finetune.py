@@ -269,7 +269,7 @@ class FineTuneCallback(Callback):
             self.say(f"  step {step}/{self.steps_per_epoch}  {clock(left)} left")
 
     def after_epoch(self):
-        if self.step < (self.learn.epoch + 1) * self.steps_per_epoch or len(self.epochs) > self.learn.epoch:
+        if len(self.epochs) > self.learn.epoch:
             return  # a resumed run skips it
         average_buffers(self.learn.model)
         loss, *parts = self.mean_losses()
@@ -405,7 +405,7 @@ def fit(
     callback: FineTuneCallback,  # of the same
     key: str,  # of params.yaml, that sets the side of the images: named in the error
 ):
-    "Train, from the newest checkpoint. Raises `CmidError`: a loss is not finite, a batch too large; `KeyboardInterrupt`."
+    "Train from the newest checkpoint. Raises `CmidError`: a loss is not finite, the batch too large; `KeyboardInterrupt`"
     done = _epochs_done(learn, callback)
     try:
         _train_epochs(learn, callback, done)
@@ -416,7 +416,7 @@ def fit(
 
 
 def _memory_error(learn, callback, key):
-    "The error to raise where a batch did not fit into memory. A single process tries smaller ones to find one that fits."
+    "The error to raise where a batch did not fit into memory. A single process finds one that fits."
     data, index = learn.dls.train.dataset, learn.dls.train.sampler.index
 
     def trial(batch):
