@@ -192,17 +192,18 @@ def apply_tiles(
     schema = class_schema(card.classes)
     count = make_pieces(items, work, rows_of, schema, _READ, "classify")
     skipped = [(items.path(k), reason) for k, reason in items.reasons.items()]
-    _check_any(read_pieces(work, count), skipped)
+    _check_any(work, count, skipped)
     maps = write_tile_maps(items, read_pieces(work, count), work, out) if tile else []
     facts = write_tables(out, TABLE, schema, read_pieces(work, count), skipped)
     shutil.rmtree(work)
     return facts | dict(files=sorted([*facts["files"], *maps]))
 
 
-def _check_any(pieces, skipped):
-    "Raise `CmidError` where there is not one row"
-    for table, left_out in pieces:
+def _check_any(work, count, skipped):
+    "Remove the unfinished work and raise `CmidError` where there is not one row"
+    for table, left_out in read_pieces(work, count):
         if table.num_rows:
             return
         skipped = [*skipped, *((path, reason) for path, _, reason, _ in left_out)]
+    shutil.rmtree(work)
     raise CmidError(f"not one image or tile can be classified (first: {': '.join(skipped[0])})")
