@@ -24,9 +24,19 @@ from ..data.labelled import IGNORE, as_rgb, check_masks, splits_of
 from ..method.backbones import Pyramid
 from ..method.images import jitter
 from ..settings.change import Change
-from .dense import blended, decided, pixel_loss
+from cmid.tasks.dense import (
+    UNET,
+    UNet,
+    blended,
+    check_batch_norm,
+    decided,
+    pixel_loss,
+    start_architecture,
+    start_card,
+)
 from .finetune import check_bands, linear_decay, normalised, ratio_or_none, resolved, train_dense
-from ..train.checkpoint import load_backbone, read_card
+from ..train.checkpoint import load_backbone
+from ..train.task_runs import task_run
 
 # %% ../../nbs/5_tasks/08_change.ipynb #d5428cb6
 class Tokenizer(nn.Module):
@@ -260,7 +270,7 @@ def published_f1(
 
 # %% ../../nbs/5_tasks/08_change.ipynb #7094a124
 def change_mask(
-    model: ChangeNet,  # on the device where to compute
+    model: nn.Module,  # `ChangeNet` or `UNet`, on the device where to compute
     first: np.ndarray,  # uint8 (C, H, W), of any size
     second: np.ndarray,  # uint8 (C, H, W), of the same place
     mean,  # per band, of images in [0, 1]: the card's
@@ -273,7 +283,7 @@ def change_mask(
     def predict(x):
         return model(normalised(x, mean, std))
 
-    pair, on = np.stack([first, second]), model.reduce.weight.device
+    pair, on = np.stack([first, second]), next(model.parameters()).device
     return decided(blended(predict, pair, settings.crop, settings.overlap, settings.batch, on))
 
 # %% ../../nbs/5_tasks/08_change.ipynb #4d4f51b7
@@ -302,41 +312,52 @@ PUBLISHED_CHANGE = dict(  # section IV
 )
 
 
+def _network(folder, labelled, head, settings):
+    "A head on the backbone of a folder; without a folder, a U-Net with random weights."
+    if folder is None:
+        return UNet(labelled.bands, len(labelled.classes), dates=2)
+    return ChangeNet(load_backbone(folder, settings.drop_path)[0], head, settings)
+
+
 def fine_tune_change(
-    folder,  # models/<init>
+    folder,  # models/<init>; None: a U-Net from scratch
     labelled,  # `Labelled` of a change task
     index,  # numbers of the training pairs
-    head: str,  # bit | difference
+    head: str,  # bit | difference; without a folder, unet
     settings: Change,  # params.yaml: change
     seed: int = 0,  # of everything random
     on: torch.device | None = None,  # device; None: the default one
     say=print,  # takes a line
     store: dict | None = None,  # of `Stage.store`: where checkpoints are kept; None: nowhere
-) -> tuple:  # (`ChangeNet`, trained; list: a dict an epoch)
+) -> tuple:  # (`ChangeNet` or `UNet`, trained; list: a dict an epoch)
     "Fine-tune the backbone of a folder with one head. Raises `CmidError` where bands differ, or as `train_dense`."
-    card, on = read_card(folder), on or device()
+    card, on = start_card(folder, labelled, index), on or device()
     s = resolved(settings, card.architecture, PUBLISHED_CHANGE)
     check_bands(labelled, folder, card.in_chans, "labels.bands")
     seed_everything(seed, torch.are_deterministic_algorithms_enabled())
-    model = ChangeNet(load_backbone(folder, s.drop_path)[0], head, s)
+    model = _network(folder, labelled, head, s)
     pairs = ChangePairs(labelled, index, s.crop, seed)
-    epochs = train_dense(model, pairs, index, s, card.mean, card.std, "change", linear_decay, seed, on, say)
+    if folder is None:  # a backbone sees both dates as two images
+        check_batch_norm(len(index), s.batch, pairs.side, "change", s.processes)
+    run = task_run(store, folder, card, labelled.hash, index, head)
+    data = model, pairs, index, s, card.mean, card.std
+    epochs = train_dense(*data, "change", linear_decay, seed, on, say, run=run)
     return model, epochs
 
 
 def fine_tune_change_heads(
-    folder,  # models/<init>
+    folder,  # models/<init>; None: a U-Net from scratch
     labelled,  # `Labelled` of a change task
     settings: Change,  # params.yaml: change
     seed: int = 0,  # of everything random
     on: torch.device | None = None,  # device; None: the default one
     say=print,  # takes a line
     store: dict | None = None,  # of `Stage.store`: where checkpoints are kept; None: nowhere
-) -> tuple:  # (head -> `ChangeNet`, head -> list of epochs)
-    "Fine-tune with each head of the settings. Raises `CmidError` as `change_splits` and `fine_tune_change`."
+) -> tuple:  # (head -> `ChangeNet` or `UNet`, head -> list of epochs)
+    "Fine-tune with each head, or a U-Net, which has none. Raises `CmidError` as `change_splits`, `fine_tune_change`."
     index, _ = change_splits(labelled, settings)
     models, epochs = {}, {}
-    for head in settings.heads:
+    for head in [UNET] if folder is None else settings.heads:
         say(head)
         models[head], epochs[head] = fine_tune_change(folder, labelled, index, head, settings, seed, on, say, store)
     return models, epochs
@@ -380,14 +401,14 @@ def _score_head(head, model, labelled, index, card, settings, kept):
 
 def score_change_heads(
     models: dict,  # of `fine_tune_change_heads`
-    folder,  # models/<init>
+    folder,  # models/<init>; None: a U-Net from scratch
     labelled,  # `Labelled` of a change task
     settings: Change,  # params.yaml: change
     shown: int = 4,  # pairs that are kept, for `change_figure`
 ) -> tuple:  # (dict as JSON takes it; list of the kept pairs: first, second, truth, guesses {head: (H, W)})
     "Scores of each head, counted over all pixels of the test split, and the counts of each pair."
     train, test = splits_of(labelled, settings, "change")
-    card, kept = read_card(folder), _kept_pairs(labelled, pairs_to_show(labelled, test, shown))
+    card, kept = start_card(folder, labelled, train), _kept_pairs(labelled, pairs_to_show(labelled, test, shown))
     heads = {}
     for head, model in models.items():
         heads[head] = _score_head(head, model, labelled, test, card, settings, kept)
@@ -402,7 +423,7 @@ def score_change_heads(
 
 
 def change(
-    folder,  # models/<init>
+    folder,  # models/<init>; None: a U-Net from scratch
     labelled,  # `Labelled` of a change task
     settings: Change,  # params.yaml: change
     seed: int = 0,  # of everything random
@@ -414,7 +435,7 @@ def change(
     "Fine-tune with each head and evaluate. Raises `CmidError` as `fine_tune_change_heads`."
     models, epochs = fine_tune_change_heads(folder, labelled, settings, seed, on, say, store)
     if trained:
-        trained(models=models, settings=resolved(settings, read_card(folder).architecture, PUBLISHED_CHANGE))
+        trained(models=models, settings=resolved(settings, start_architecture(folder), PUBLISHED_CHANGE))
     metrics, pairs = score_change_heads(models, folder, labelled, settings)
     return metrics, epochs, pairs
 

@@ -41,6 +41,8 @@ from cmid.tasks.finetune import (
 )
 from .scene_classes import accuracy_with_interval, class_splits, pooled_features, subsample
 from ..train.checkpoint import load_backbone, read_card
+from ..train.processes import mean_count
+from ..train.task_runs import numbers_digest, task_run
 from ..train.training import lr_at
 
 # %% ../../nbs/5_tasks/06_classify.ipynb #318c618b
@@ -61,7 +63,10 @@ class Classifier(nn.Module):
     def forward(self, images, targets=None):
         "Normalised (B, C, S, S) to logits (B, classes); with targets (B,) or (B, classes), to their loss."
         logits = self.head(self.encoder(images)[-1].mean((2, 3)))
-        return logits if targets is None else dict(loss=F.cross_entropy(logits, targets))
+        if targets is None:
+            return logits
+        count = torch.tensor(len(logits))
+        return dict(loss=F.cross_entropy(logits, targets) * (count / mean_count(count)))
 
 # %% ../../nbs/5_tasks/06_classify.ipynb #9168763a
 def drop_path_rate(
@@ -218,10 +223,20 @@ class ClassificationCallback(FineTuneCallback):
             self.best_weights = copy.deepcopy(self.learn.model.state_dict())
         return dict(validation=rating[0] / len(labels))
 
+    def progress(self):
+        "As of `FineTuneCallback`, and the best epoch so far."
+        best = dict(rating=self.best_rating, epoch=self.best_epoch, weights=self.best_weights)
+        return super().progress() | dict(best=best)
+
+    def resume(self, progress, on):
+        "Continue the record of a run."
+        super().resume(progress, on)
+        self.best_rating, self.best_epoch, self.best_weights = progress["best"].values()
+
 # %% ../../nbs/5_tasks/06_classify.ipynb #47fe5ed6
-def _check_batch(model, images, count, batch):
+def _check_batch(model, images, count, settings):
     "Refuse batches that batch norm cannot normalise."
-    smallest = count // math.ceil(count / batch)  # images of the smallest batch
+    smallest = count // math.ceil(count / settings.batch) // settings.processes  # images of a process
     values = smallest * (images.side // model.encoder.strides[-1]) ** 2  # that batch norm sees of a channel
     if model.encoder.has_batch_norm and values < 2:
         raise CmidError(
@@ -242,14 +257,15 @@ def classification_learner(
     held_out=(),  # numbers of the images that choose the epoch
     say=print,  # takes a line
     workers: int | None = None,  # processes that augment; None: up to 8 beside a GPU, none on a CPU
+    run=None,  # `TaskRun`: where checkpoints are kept; None: nowhere
 ):  # fastai `Learner`, whose `fit(settings.epochs)` trains
     "A fastai Learner. Raises `CmidError` where the precision is not available or batch norm sees one value."
-    _check_batch(model, images, len(index), settings.batch)
+    _check_batch(model, images, len(index), settings)
     augment = rand_augment(settings.randaugment, mean)
     data = AugmentedScenes(images, images.labels, settings.crop_scale, augment, seed)
     callback = ClassificationCallback(settings, mean, std, model.head.out_features, images, held_out, say)
     optimiser = partial(Adan, lr=settings.lr, betas=tuple(settings.betas))
-    return task_learner(model, data, index, settings, callback, optimiser, seed, on, workers)
+    return task_learner(model, data, index, settings, callback, optimiser, seed, on, workers, run)
 
 # %% ../../nbs/5_tasks/06_classify.ipynb #1fc052d8
 def _held_out(labels, index, share, seed):
@@ -306,7 +322,10 @@ def fine_tune_classifier(
     held_out = _validation_images(images, index, settings, seed)
     model = Classifier(encoder, len(images.classes))
     train = np.setdiff1d(index, held_out)
-    learn = classification_learner(model, images, train, settings, card.mean, card.std, seed, on, held_out, say)
+    facts = dict(held_out=numbers_digest(held_out))
+    run = task_run(store, folder, card, images.hash, train, str(fraction), **facts)
+    data = model, images, train, settings, card.mean, card.std
+    learn = classification_learner(*data, seed, on, held_out, say, run=run)
     _announce(learn, images, settings, say)
     fit(learn, learn.classification, "prepare.side")
     if learn.classification.best_weights:

@@ -55,6 +55,8 @@ from cmid.tasks.dota import (
 )
 from .finetune import normalised, resolved, step_decay, train_dense
 from ..train.checkpoint import load_backbone, read_card
+from ..train.processes import mean_count
+from ..train.task_runs import task_run
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # fastai warns of a deprecated import of its own
@@ -151,7 +153,8 @@ def proposal_losses(
         overlaps = torch.cat([anchor_iou(of_map, size, bounds) for of_map, size in zip(anchors, sizes)])
         sums.append(_image_proposal_losses(all_anchors, overlaps, image_scores, image_deltas, objects, count))
     objectness, offsets, n = torch.stack(sums).sum(0)
-    return dict(objectness=objectness / n.clamp_min(1), offsets=offsets / n.clamp_min(1))
+    n = mean_count(n)
+    return dict(objectness=objectness / n, offsets=offsets / n)
 
 # %% ../../nbs/5_tasks/12_detect.ipynb #d096b448
 FINEST_MAP_SIDE = 56  # px: boxes up to twice this side are read from the finest map
@@ -232,7 +235,7 @@ def head_losses(
     target_labels = torch.where(positive, target_labels, logits.shape[1] - 1)
     classes = F.cross_entropy(logits, target_labels, reduction="none")
     corrections = F.smooth_l1_loss(deltas, encode_boxes(rois, target_boxes), reduction="none").sum(1)
-    n = counted.sum().clamp_min(1)
+    n = mean_count(counted.sum())
     classes, corrections = torch.where(counted, classes, 0.0), torch.where(positive, corrections, 0.0)
     return dict(classes=classes.sum() / n, boxes=corrections.sum() / n)
 
@@ -504,7 +507,7 @@ def _cells(tile):
 def _check_batch_norm(model, tiles, batch):
     "Raise `CmidError` where a batch norm that is trained would see a single value"
     steps = math.ceil(len(tiles) / batch)  # of an epoch, whose tiles are shared out evenly
-    least = min(_cells(tile) for tile in tiles.tiles) * (len(tiles) // steps)
+    least = min(_cells(tile) for tile in tiles.tiles) * (len(tiles) // steps // model.settings.processes)
     if model.frozen_stages is None and model.pyramid.encoder.has_batch_norm and least < 2:
         raise CmidError(
             "params.yaml: detect.batch: batch norm would see a single value per channel, from one tile of 32 px; "
@@ -562,7 +565,8 @@ def fine_tune_detection(
     _announce(model, card, say)
     schedule, callbacks = step_decay(s.steps), (FreezeBatchNorm(s.steps[0]),) if s.steps else ()
     data = model, tiles, range(len(tiles)), s, card.mean, card.std
-    epochs = train_dense(*data, "detect", schedule, seed, on or device(), say, callbacks)
+    run = task_run(store, folder, card, labelled.hash, index)
+    epochs = train_dense(*data, "detect", schedule, seed, on or device(), say, callbacks, run)
     return model.eval(), epochs
 
 

@@ -405,7 +405,7 @@ def fit(
     callback: FineTuneCallback,  # of the same
     key: str,  # of params.yaml, that sets the side of the images: named in the error
 ):
-    "Train from the newest checkpoint. Raises `CmidError`: a loss is not finite, the batch too large; `KeyboardInterrupt`"
+    "Train from the newest checkpoint. Raises `CmidError`: a loss is not finite, no memory; `KeyboardInterrupt`."
     done = _epochs_done(learn, callback)
     try:
         _train_epochs(learn, callback, done)

@@ -25,9 +25,10 @@ from ..data.labelled import IGNORE, as_rgb, check_masks, palette, splits_of, win
 from ..method.backbones import Pyramid
 from ..method.images import jitter, resample
 from ..settings.segment import Segment
-from .dense import blended, decided, pixel_loss
+from .dense import UNet, blended, check_batch_norm, decided, pixel_loss, start_architecture, start_card
 from .finetune import check_bands, class_table, half_cosine, normalised, resolved, train_dense
-from ..train.checkpoint import load_backbone, read_card
+from ..train.checkpoint import load_backbone
+from ..train.task_runs import task_run
 
 # %% ../../nbs/5_tasks/07_segment.ipynb #d0afcda6
 POOLS = 1, 2, 3, 6  # bins along a side in UPerNet's pyramid pooling
@@ -338,19 +339,17 @@ def segment_splits(
     return both
 
 
-def _check_batch(count, settings):
-    "Raise `CmidError` where batch norm would see a single value of a channel."
-    batches = -(-count // settings.batch)  # rounded up
-    smallest = count // batches  # images in the smallest batch
-    if smallest * (settings.crop // 32) ** 2 < 2:
-        raise CmidError(
-            f"params.yaml: segment.batch: batch norm would see one crop of {settings.crop} px, "
-            "which is a single value; raise batch or crop"
-        )
+def _network(folder, labelled, settings):
+    "UPerNet on the backbone of a folder; without a folder, a U-Net with random weights."
+    classes = len(labelled.classes)
+    if folder is None:
+        return UNet(labelled.bands, classes)
+    encoder, _ = load_backbone(folder, settings.drop_path)
+    return Segmenter(encoder, classes, settings.channels, settings.auxiliary)
 
 
 def fine_tune_segmentation(
-    folder,  # models/<init>
+    folder,  # models/<init>; None: a U-Net from scratch
     labelled,  # `Labelled`, for segment
     index,  # numbers of the training images
     settings: Segment,  # params.yaml: segment
@@ -358,19 +357,20 @@ def fine_tune_segmentation(
     on: torch.device | None = None,  # device; None: the default one
     say=print,  # takes a line
     store: dict | None = None,  # of `Stage.store`: where checkpoints are kept; None: nowhere
-) -> tuple:  # the trained `Segmenter`; a dict an epoch; a function that takes uint8 (C, H, W), gives uint8 (H, W)
+) -> tuple:  # the trained network; a dict an epoch; a function that takes uint8 (C, H, W), gives uint8 (H, W)
     "Fine-tune a backbone on masks. Raises `CmidError` where bands differ or a loss is not finite."
-    card, on = read_card(folder), on or device()
+    card, on = start_card(folder, labelled, index), on or device()
     settings = resolved(settings, card.architecture, PUBLISHED_SEGMENTATION)
     check_bands(labelled, folder, card.in_chans, "labels.bands")
-    _check_batch(len(index), settings)
+    check_batch_norm(len(index), settings.batch, settings.crop, "segment", settings.processes)
     seed_everything(seed, torch.are_deterministic_algorithms_enabled())
-    encoder, _ = load_backbone(folder, settings.drop_path)
-    model = Segmenter(encoder, len(labelled.classes), settings.channels, settings.auxiliary)
+    model = _network(folder, labelled, settings)
     if labelled.bands != 3:
         say(f"note: saturation and hue need RGB images, and are not distorted for {labelled.bands} bands")
     crops = SegmentationCrops(labelled, settings.crop, settings.scale, card.mean, seed)
-    epochs = train_dense(model, crops, index, settings, card.mean, card.std, "segment", half_cosine, seed, on, say)
+    run = task_run(store, folder, card, labelled.hash, index)
+    data = model, crops, index, settings, card.mean, card.std
+    epochs = train_dense(*data, "segment", half_cosine, seed, on, say, run=run)
     model.eval()
     return model, epochs, lambda image: _predict(model, image, card, settings, on)
 
@@ -396,7 +396,7 @@ def _evaluated(predict, labelled, test, keep):
 
 
 def segment(
-    folder,  # models/<init>
+    folder,  # models/<init>; None: a U-Net from scratch
     labelled,  # `Labelled`, for segment
     settings: Segment,  # params.yaml: segment
     seed: int = 0,  # of everything random
@@ -410,7 +410,7 @@ def segment(
     train, test = segment_splits(labelled, settings)
     model, epochs, predict = fine_tune_segmentation(folder, labelled, train, settings, seed, on, say, store)
     if trained:
-        trained(model=model, settings=resolved(settings, read_card(folder).architecture, PUBLISHED_SEGMENTATION))
+        trained(model=model, settings=resolved(settings, start_architecture(folder), PUBLISHED_SEGMENTATION))
     per_image, kept = _evaluated(predict, labelled, test, keep)
     total, names = per_image.sum(0), list(labelled.classes)
     counts = dict(images=len(test), classes=names)

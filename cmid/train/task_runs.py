@@ -18,7 +18,7 @@ with warnings.catch_warnings():  # fastai 2.8 scripts a function when it is impo
     from fastai.callback.core import Callback
 
 from ..base.errors import CmidError
-from .checkpoint import Card, existing_folder
+from .checkpoint import existing_folder
 from .processes import average_buffers, launch, rank, world
 from .resume import RunFolder, generator_states, seed_generators, set_generator_states
 
@@ -45,8 +45,9 @@ def _file_digest(path):
 
 def _backbone_facts(folder, card):
     "What a training depends on of the backbone that it starts from."
-    facts = card.model_dump(include={"architecture", "method", "in_chans", "img_size", "mean", "std"})
-    return facts | dict(weights=_file_digest(existing_folder(folder) / "model.safetensors"))
+    facts = {key: getattr(card, key, None) for key in ("architecture", "method", "img_size", "mean", "std")}
+    weights = None if folder is None else _file_digest(existing_folder(folder) / "model.safetensors")
+    return facts | dict(weights=weights)
 
 
 class TaskRun:
@@ -55,8 +56,8 @@ class TaskRun:
     def __init__(
         self,
         store: dict,  # of `Stage.store`: folder, root, code, commit, program
-        folder,  # models/<init>
-        card: Card,  # of the backbone there
+        folder,  # models/<init>; None: a network from scratch
+        card,  # `Card` of the backbone there, or what stands for it
         data: str,  # hash of the prepared images
         images,  # numbers of the training images
         part: str = "",  # where a stage trains several networks: which one
