@@ -182,7 +182,7 @@ def task_scores(
     task: str,  # classify | segment | change | detect
     metrics: dict,  # metrics.json of its stage
 ) -> dict:  # name -> dict of `Score`
-    "The scores of a test split with their 95 % intervals: accuracy with the most labels, mIoU, F1 of each head, or mAP."
+    "The scores of a test split with their 95 % intervals: accuracy with most labels, mIoU, F1 of each head, mAP."
     if task == "classify":
         run = metrics["finetune"][max(metrics["finetune"], key=float)]
         facts = dict(images=metrics["test_images"], on_training=False)
@@ -217,7 +217,7 @@ def _window(task, settings, images):
 
 
 def _inputs(backbone):
-    "What a network takes, as the card of its backbone says."
+    "What a network takes, as the card of what it began with says."
     return {key: getattr(backbone, key) for key in ("in_chans", "bands", "mean", "std")}
 
 
@@ -228,10 +228,9 @@ def task_card(
     init: str,  # name of the backbone
     images,  # `Prepared` or `Labelled`, with classes
     settings: Section,  # of the task, as resolved
-    backbone,  # `Card`; None for a network without a backbone
+    backbone,  # `Card`; of a U-Net, which has no backbone, `UNetCard`
     scores: dict,  # name -> dict of `Score`
     made: dict,  # provenance
-    inputs: dict | None = None,  # in_chans, bands, mean, std; None: the backbone's
 ) -> TaskCard:
     "The card of a network that was fine-tuned here. Raises `CmidError` naming the key that is wrong."
     manifest = images.manifest
@@ -247,12 +246,12 @@ def task_card(
         valid_range=manifest.get("value_range"),
         resolution=manifest.get("resolution"),
         settings=settings.model_dump(),
-        backbone=backbone and backbone.model_dump(),
+        backbone=None if network == "unet" else backbone.model_dump(),
         data_hash=images.hash,
         provenance=made,
         scores=scores,
     )
-    values |= _window(task, settings, images) | (inputs or _inputs(backbone))
+    values |= _window(task, settings, images) | _inputs(backbone)
     return _checked_task_card(values, f"{task}-{dataset}-{init}/card.json")
 
 # %% ../../nbs/5_tasks/02_card.ipynb #7558c3d7

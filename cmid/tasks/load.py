@@ -12,10 +12,12 @@ from torch import nn
 
 from ..base.errors import CmidError
 from ..base.params import schema
+from ..data.labelled import DATED
 from ..method.backbones import create
 from .card import TaskCard, read_task_card
 from .change import ChangeNet
 from .classify import Classifier
+from .dense import UNET, UNet
 from .detect import OrientedRCNN
 from .segment import Segmenter
 from ..train.checkpoint import check_weights, existing_folder, fill_weights, read_safetensors
@@ -42,6 +44,8 @@ _BUILDERS = dict(classify=_classifier, segment=_segmenter, change=_change_networ
 
 def _build(card, head):
     "The network of a card, with random weights."
+    if card.network == UNET:
+        return UNet(card.in_chans, len(card.classes), dates=2 if card.task in DATED else 1)
     backbone = card.backbone
     encoder = create(*(backbone[key] for key in ("architecture", "in_chans", "img_size")))
     return _BUILDERS[card.task](card, schema(card.task)(**card.settings), encoder, head)
