@@ -175,7 +175,7 @@ def _export_untrained(params, name):
     folder = params.root / "models" / name
     made_by = provenance(folder=params.root)
     if kind not in ("cmid", "byol"):
-        export_baseline(name, images, folder, 0, made_by)
+        export_baseline(name, images, folder, 0, made_by, params.weight_file(name), params.root)
         return
     seed_everything(0)
     model = build_cmid(params.pretrain, backbone, kind, images.bands, images.side)
@@ -199,6 +199,39 @@ def _write_params(folder):
     write_whole(folder / "params.yaml", yaml.safe_dump(values, sort_keys=False))
 
 
+def _fine_tuning(task):
+    "Function that fine-tunes a network for a task, and the network's name"
+    if task == "segment":
+        from cmid.tasks.segment import segment
+
+        return segment, "upernet"
+    if task == "change":
+        from cmid.tasks.change import change
+
+        return change, "difference"
+    from cmid.tasks.detect import detect
+
+    return detect, "oriented-rcnn"
+
+
+def _fine_tune(params, task, dataset, init):
+    "A network that was fine-tuned for a moment, from an untrained backbone"
+    import torch
+
+    from cmid.data.labelled import Labelled
+    from cmid.tasks.card import save_task, task_card, task_scores
+    from cmid.train.checkpoint import read_card
+
+    labelled, backbone = Labelled(params.root / "prepared" / dataset), params.root / "models" / init
+    run, network = _fine_tuning(task)
+    trained, settings = {}, getattr(params, task)
+    metrics = run(backbone, labelled, settings, 0, torch.device("cpu"), trained=trained.update)[0]
+    model = trained["models"][network] if task == "change" else trained["model"]
+    facts = trained["settings"], read_card(backbone), task_scores(task, metrics), provenance(folder=params.root)
+    card = task_card(task, network, dataset, init, labelled, *facts)
+    save_task(params.root / "models" / f"{task}-{dataset}-{init}", model, card)
+
+
 _kept = []  # temporary folders live as long as the process
 
 
@@ -215,12 +248,16 @@ def smoke_study(
     _write_params(folder)
     smoke_data(folder)
     params = Params(folder)
-    models = [name for name in models if not is_floor(name)]
+    networks = params.study.networks()
+    due = [networks[SMOKE_MAPS[name]["model"]] for name in applied]
+    models = {name for name in (*models, *(init for _, _, init in due)) if not is_floor(name)}
     for name in {*prepared} | ({"pool"} if models else set()):
         prepare_dataset(params, name)
-    for name in models:
+    for name in sorted(models):
         _export_untrained(params, name)
-    _store_labelled(params, labelled)
+    _store_labelled(params, sorted({*labelled, *(dataset for _, dataset, _ in due)}))
     if applied:
         smoke_landscape(folder)
+    for run in due:
+        _fine_tune(params, *run)
     return folder

@@ -144,8 +144,26 @@ def _clone(project, work):
 _FOLDER_KEYS = dict(datasets=("folder", "lists"), tasks=("folder",))  # group of params.yaml -> keys that name folders
 
 
+def _absolute(project, path):
+    "A path that the project has, absolute; any other text as it is"
+    return str(project / path) if isinstance(path, str) and (project / path).exists() else path
+
+
+def _anchored_starts(values, project):
+    "Weights to start from, which a profile may name too, and files of weights"
+    profile = (values.get("profiles") or {}).get(values.get("profile")) or {}
+    for section in (values.get("pretrain"), profile.get("pretrain")):
+        if isinstance(section, dict) and section.get("start") not in (None, "imagenet"):
+            section["start"] = _absolute(project, section["start"])
+    files = values.get("weight_files")
+    for entry in files.values() if isinstance(files, dict) else ():
+        if isinstance(entry, dict):
+            entry["file"] = _absolute(project, entry.get("file"))
+
+
 def _anchored(values, project):
-    "Make relative folders that the project has absolute: the study runs elsewhere"
+    "Make relative folders and files that the project has absolute: the study runs elsewhere"
+    _anchored_starts(values, project)
     for group, keys in _FOLDER_KEYS.items():
         entries = values[group].values() if isinstance(values.get(group), dict) else ()
         for entry in entries:

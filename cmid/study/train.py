@@ -18,8 +18,8 @@ from ..data.batches import CorpusMix, counts_by_weight, select_corpus
 from ..data.dataset import Prepared
 from .code import digest
 from ..train.pretrain import pretrain_learner, run_pretraining
-from ..train.start import read_start
 from ..train.processes import follow_launcher, launch, process_device, process_group, rank, wait_for_the_first
+from ..train.start import read_start
 
 # %% ../../nbs/8_study/05_train.ipynb #f73af205
 def _describe_mix(index, settings):

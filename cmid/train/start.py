@@ -90,12 +90,17 @@ def _check_bands(card, start, bands):
         )
 
 
+def _shown(start):
+    "A folder as the card names it: of an absolute path, which says where somebody keeps files, the last two names"
+    return "/".join(Path(start).parts[-2:]) if Path(start).is_absolute() else str(start)
+
+
 def _from_folder(start, folder, backbone, images):
     encoder, card = load_backbone(folder)
     check_start(card, start, backbone)
     _check_bands(card, start, images.bands)
     weights = encoder.model.state_dict()
-    facts = dict(start=str(start), hash=tensors_sha256(weights), architecture=card.architecture)
+    facts = dict(start=_shown(start), hash=tensors_sha256(weights), architecture=card.architecture)
     facts |= dict(method=card.method, data_hash=card.data_hash, img_size=card.img_size)
     return Start(weights, card.mean, card.std, facts)
 
