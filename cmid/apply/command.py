@@ -203,11 +203,11 @@ def _object_job(network, job, out, options, say):
         notes = scene_notes(scene)
         for note in notes:
             say(f"note: {job.name}: {note}")
-        return apply_objects(network, scene, out, replace(options, gpkg=options.vector)) | dict(notes=notes)
+        return apply_objects(network, scene, out, options, say) | dict(notes=notes)
 
 
 def _tile_job(network, job, out, options, say):
-    return apply_tiles(network, [*zip(job.paths, job.names)], out, options)
+    return apply_tiles(network, [*zip(job.paths, job.names)], out, options, say)
 
 
 APPLIERS = dict(  # task -> function(network, job, out, options, say), which gives the facts of a job
@@ -230,8 +230,10 @@ def _job_line(name, facts):
         invalid = f"; {facts['invalid']:.1%} without a value" if facts["invalid"] else ""
         return f"{name}: {facts['height']} x {facts['width']} px; {_shares(facts['classes'])}{invalid}"
     if "boxes" in facts:
-        return f"{name}: {facts['boxes']:,} object{'s' * (facts['boxes'] != 1)}"
-    skipped = f", {facts['skipped']:,} skipped" if facts.get("skipped") else ""
+        dropped = facts["boxes_on_invalid"]
+        where = f"; left out {dropped:,} of windows whose centre has no value" if dropped else ""
+        return f"{name}: {facts['boxes']:,} object{'s' * (facts['boxes'] != 1)}{where}"
+    skipped = f"; skipped {facts['skipped']:,}, see {name}.skipped.csv" if facts["skipped"] else ""
     return f"{name}: {facts['rows']:,} row{'s' * (facts['rows'] != 1)}{skipped}"
 
 

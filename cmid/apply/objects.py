@@ -283,15 +283,16 @@ def apply_objects(
     scene: Scene,
     out,  # folder of the results
     options: ApplyOptions,
+    say=print,  # takes a line
 ) -> dict:  # files, boxes, windows, empty_windows, boxes_on_invalid
     "Detect the objects of a scene, and write them as GeoJSON, as DOTA's text, and on request as GeoPackage."
     on = next(network.parameters()).device
-    folder = unfinished_folder(out, scene.name, options.key)
+    folder = unfinished_folder(out, scene.name, options.key, say)
     with _settings_for(network, options.score) as settings:
         rows = window_rows((scene.height, scene.width), settings)
-        runner = BatchRunner(lambda x: network(x.float() / 255), on, options.batch)
+        runner = BatchRunner(lambda x: network(x.float() / 255), on, options.batch, say)
         detect_rows(scene, rows, runner, folder)
-    with box_files(out, scene.name, scene, network.card.classes, options.gpkg) as (write, files):
+    with box_files(out, scene.name, scene, network.card.classes, options.vector) as (write, files):
         facts = _write(rows, folder, settings.nms, write)
     shutil.rmtree(folder)
     return dict(files=files) | facts

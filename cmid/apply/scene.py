@@ -28,10 +28,9 @@ class ApplyOptions:
     device: str = "auto"  # auto | cpu | cuda | cuda:N | mps
     key: str = ""  # hash of network, scene and options: unfinished work of another key is not resumed
     probabilities: bool = False  # segment, change: also a raster of the probability of each class
-    vector: bool = False  # segment, change: also polygons
+    vector: bool = False  # segment, change: also polygons; detect: also a GeoPackage
     min_area: int = 0  # px: smaller polygons are left out
     score: float | None = None  # detect: least score of a box; None: that of the network's card
-    gpkg: bool = False  # detect: also a GeoPackage
     tile: int | None = None  # classify: px of a tile, 0 for whole images; None: that of the network's card
 
 

@@ -180,14 +180,15 @@ def apply_tiles(
     scenes: list,  # (Path, name) of each file, from `list_scenes`
     out,  # folder of the results
     options: ApplyOptions,
+    say=print,  # takes a line
 ) -> dict:  # files, rows, skipped, empty
     "Classify images or their tiles: a table, and a map of each scene that was cut. Raises `CmidError`: none is usable."
     card = network.card
     tile = card.tile if options.tile is None else options.tile
     items = plan_items(scenes, card, card.side, tile, "the network")
-    work = unfinished_folder(out, TABLE, options.key)
+    work = unfinished_folder(out, TABLE, options.key, say)
     on = next(network.parameters()).device
-    runner = BatchRunner(lambda x: network(x.float() / 255).softmax(1), on, options.batch)
+    runner = BatchRunner(lambda x: network(x.float() / 255).softmax(1), on, options.batch, say)
     rows_of = partial(class_rows, runner=runner, classes=card.classes)
     schema = class_schema(card.classes)
     count = make_pieces(items, work, rows_of, schema, _READ, "classify")
