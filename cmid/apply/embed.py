@@ -6,6 +6,7 @@
 __all__ = ['ImageFiles', 'EmbedOptions', 'write_embeddings', 'find_similar', 'cmid_embed']
 
 # %% ../../nbs/7_apply/33_embed.ipynb #8f2c2c97
+import argparse
 import csv
 import hashlib
 import io
@@ -17,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from fastcore.script import call_parse, store_true
 
 from .encoder import ImageEncoder, embedder, fitted, open_encoder
 from .items import make_pieces, plan_items, read_pieces, unfinished_folder
@@ -82,9 +82,8 @@ class EmbedOptions:
 def _facts(encoder, options):
     "What is stored with the table"
     source = encoder.card.source.model_dump()
-    return dict(
-        card_hash=encoder.hash, network=encoder.name, side=encoder.side, tile=options.tile, bands=source["bands"]
-    )
+    asked = dict(side=encoder.side, tile=options.tile, bands=source["bands"], nodata=source["nodata"])
+    return dict(card_hash=encoder.hash, network=encoder.name) | asked
 
 
 def _work_key(encoder, files, options):
@@ -227,13 +226,6 @@ def _band_numbers(text):
         raise CmidError(f"--bands: must be numbers separated by commas, got {text!r}") from None
 
 
-def _number(text, key):
-    try:
-        return float(text) if text else None
-    except ValueError:
-        raise CmidError(f"--{key}: must be a number, got {text!r}") from None
-
-
 def _checked_table(path, encoder, options, backbone):
     "A table of this network and these options. Raises `CmidError` where it is of others"
     table = EmbeddingTable(path)
@@ -245,7 +237,7 @@ def _checked_table(path, encoder, options, backbone):
     for key, value in _facts(encoder, options).items():
         if key != "network" and table.facts[key] != value:
             raise CmidError(
-                f"{path}: was made with {key} {table.facts[key]}, not {value}; give --{key} {table.facts[key]}, "
+                f"{path}: was made with {key} {table.facts[key]}, not {value}; give the same --{key}, "
                 "or --overwrite to make the table again"
             )
     return table
@@ -263,41 +255,76 @@ def _answer(table, encoder, images, to, count, options):
     print(f"pictures {sheet}\ndistances {text}")
 
 
-@call_parse
+_HELP = """\
+BACKBONE is a folder with card.json and model.safetensors; of a fine-tuned network the backbone inside it is used.
+IMAGES is a PNG, JPEG or TIFF, or a folder of them with everything below it. OUT is a table:
+
+  .parquet  columns path, row, column, height, width (the window in px, empty for a whole image), x, y, crs (centre in
+            the image's coordinate system), lon, lat, card_hash, embedding
+  .npz      arrays embedding, path, window (top, left, height, width; -1: whole image), xy, lonlat, crs, facts;
+            numpy.load(OUT, allow_pickle=False) reads it
+
+Images go the same way as in pretraining. What cannot be used is listed in NAME.skipped.csv. A run that was stopped is
+resumed by the same command. With --similar a table that exists is searched, otherwise it is made first:
+NAME-like-TO.png shows what is nearest, NAME-like-TO.csv has the distances, one minus the cosine.
+"""
+_EXAMPLES = """\
+examples:
+  cmid_embed models/cmid-resnet50-land images/ features.parquet
+  cmid_embed models/cmid-resnet50-land scene.tif features.npz --tile 256 --half
+  cmid_embed models/cmid-resnet50-land images/ features.parquet --similar harbour.png
+  cmid_embed models/cmid-resnet50-land images/ features.parquet --similar 'port/a.tif[0:256, 512:768]'
+"""
+
+
+def _parser():
+    parser = argparse.ArgumentParser(
+        prog="cmid_embed",
+        description=f"{cmid_embed.__doc__}\n\n{_HELP}",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("backbone", help="folder of a backbone or of a fine-tuned network")
+    add("images", help="an image, or a folder of images; never written to")
+    add("out", help="table to write: .parquet or .npz")
+    add("--tile", type=int, default=0, metavar="PX", help="a row for each tile of this side, instead of each image")
+    add("--side", type=int, default=0, metavar="PX", help="resize to this side; otherwise as in pretraining")
+    add("--half", action="store_true", help="float16 instead of float32: half the size")
+    add("--bands", default="", metavar="0,1,2", help="numbers of the bands to read; otherwise all, which must fit")
+    add("--nodata", type=float, metavar="VALUE", help='value that means "no measurement" beside what files say')
+    add("--similar", default="", metavar="TO", help="image, folder, or row of the table: show what is nearest to it")
+    add("--neighbours", type=int, default=8, metavar="N", help="how many are looked for; 8 by default")
+    add(
+        "--batch", type=int, default=0, metavar="N", help="images at a time; 0, the default: as many as suit the device"
+    )
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    add("--overwrite", action="store_true", help="make the table again if it exists")
+    return parser
+
+
+def _check_numbers(args):
+    for key, least in dict(tile=0, side=0, batch=0, neighbours=1).items():
+        if getattr(args, key) < least:
+            raise CmidError(f"--{key}: must be {least} or more, got {getattr(args, key)}")
+
+
 @cli
 def cmid_embed(
-    backbone: str,  # folder of a backbone, or of a fine-tuned network: then the backbone inside it
-    images: str,  # PNG, JPEG or TIFF, or a folder of them with everything below it; never written to
-    out: str,  # table to write: .parquet or .npz
-    tile: int = 0,  # px: a row for each tile of this side; 0: for each image
-    side: int = 0,  # px, to which images or tiles are resized; 0: as in pretraining
-    half: store_true = False,  # float16 instead of float32: half the size
-    bands: str = "",  # band numbers from 0, as 0,1,2; empty: the image must have the backbone's bands
-    nodata: str = "",  # value that means "no measurement" beside what files say
-    similar: str = "",  # image, folder or row (path or path[top:bottom, left:right]): write what is nearest to it
-    neighbours: int = 8,  # that are looked for
-    batch: int = 0,  # images at a time; 0: as many as suit the device
-    device: str = "auto",  # auto, cpu, cuda, cuda:N or mps
-    overwrite: store_true = False,  # make the table again if it exists
+    argv=None,  # list of arguments; None: those of the command line
 ):
-    """Embeddings of images or tiles as a table, and what is similar to a given image
-
-    cmid_embed models/cmid-resnet50-land images/ features.parquet
-    cmid_embed models/cmid-resnet50-land scene.tif features.npz --tile 256
-    cmid_embed models/cmid-resnet50-land images/ features.parquet --similar harbour.png
-
-    A run that was stopped resumes when it is started again. With --similar a table that exists is searched.
-    """
-    path, options = _check_target(out, images), EmbedOptions(tile, half, batch, device)
-    for key, value, least in (("tile", tile, 0), ("batch", batch, 0), ("neighbours", neighbours, 1)):
-        if value < least:
-            raise CmidError(f"--{key}: {value} must be {least} or more")
-    if path.exists() and not (similar or overwrite):
-        raise CmidError(f"{out}: exists; give --overwrite to make it again, or --similar to search it")
-    files = ImageFiles(images)
-    encoder = fitted(open_encoder(backbone, side), files.paths(), _band_numbers(bands), _number(nodata, "nodata"))
-    if overwrite or not path.exists():
+    "Embeddings of images or tiles as a table, and what in it is similar to a given image."
+    args = _parser().parse_args(argv)
+    _check_numbers(args)
+    path, options = _check_target(args.out, args.images), EmbedOptions(args.tile, args.half, args.batch, args.device)
+    if path.exists() and not (args.similar or args.overwrite):
+        raise CmidError(f"{args.out}: exists; give --overwrite to make it again, or --similar to search it")
+    files = ImageFiles(args.images)
+    encoder = open_encoder(args.backbone, args.side)
+    encoder = fitted(encoder, files.paths(), _band_numbers(args.bands), args.nodata)
+    if args.overwrite or not path.exists():
         rows = write_embeddings(encoder, files, path, options)
         print(f"wrote {path}: {rows:,} rows of {encoder.width} numbers")
-    if similar:
-        _answer(_checked_table(path, encoder, options, backbone), encoder, files.folder, similar, neighbours, options)
+    if args.similar:
+        table = _checked_table(path, encoder, options, args.backbone)
+        _answer(table, encoder, files.folder, args.similar, args.neighbours, options)

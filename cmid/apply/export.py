@@ -6,6 +6,7 @@
 __all__ = ['LARGEST_FILE', 'TOLERANCE', 'Graph', 'backbone_graph', 'task_graph', 'export_onnx', 'cmid_export']
 
 # %% ../../nbs/7_apply/35_export.ipynb #cc64ccb1
+import argparse
 import json
 import logging
 import os
@@ -20,7 +21,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from fastcore.script import call_parse, store_true
 
 import cmid
 from .encoder import holds_task, network_hash
@@ -360,35 +360,58 @@ def _target(model, out):
 def _graph_of(model, head):
     "The graph of a folder"
     if holds_task(model):
-        return task_graph(model, head or None)
+        return task_graph(model, head)
     if head:
         raise CmidError(f"--head: {model} is a backbone; only networks for change detection have heads")
     return backbone_graph(model)
 
 
-@call_parse
+_HELP = """\
+MODEL is a folder with card.json and model.safetensors. OUT is a file that ends in .onnx, or a folder for it.
+
+The file takes float images in [0, 1], (batch, bands, height, width), and normalises them itself; for change
+detection (batch, 2, bands, height, width). Any number of images goes in at once. A backbone gives its feature maps
+and their mean, the embedding; networks for classification, segmentation and change detection give logits; for
+detection the file gives boxes and scores before the last suppression, and says what is left to do. Bands, classes,
+windows, stretch and outputs are told by its metadata.
+
+The file gets its name after ONNX Runtime gave the same numbers as PyTorch for several images.
+"""
+_EXAMPLES = """\
+examples:
+  cmid_export models/cmid-resnet50-land backbone.onnx --onnx
+  cmid_export models/segment-land-cmid-resnet50 exports/ --onnx
+  cmid_export models/change-dates-cmid-resnet50 change.onnx --onnx --head difference
+"""
+
+
+def _parser():
+    parser = argparse.ArgumentParser(
+        prog="cmid_export",
+        description=f"{cmid_export.__doc__}\n\n{_HELP}",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", help="folder of a backbone or of a fine-tuned network")
+    parser.add_argument("out", help="file to write, such as x.onnx, or a folder for it")
+    parser.add_argument("--onnx", action="store_true", help="write an ONNX file: the only format so far")
+    parser.add_argument("--head", help="of a network for change detection that has several; otherwise the first one")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
+    return parser
+
+
 @cli
 def cmid_export(
-    model: str,  # folder of a backbone or of a fine-tuned network
-    out: str,  # file to write, such as x.onnx, or a folder for it
-    onnx: store_true = False,  # write an ONNX file: the only format so far, which must be named
-    head: str = "",  # of a network for change detection with several heads; empty: the first one
-    overwrite: store_true = False,  # replace the file if it exists
+    argv=None,  # list of arguments; None: those of the command line
 ):
-    """Export a network for programs without Python, checked to give the same numbers
-
-    cmid_export models/cmid-resnet50-land backbone.onnx --onnx
-    cmid_export models/segment-land-cmid-resnet50-land exports/ --onnx
-
-    The file takes float images in [0, 1] and normalises them itself. What it must be told of bands, classes, windows
-    and outputs is in its metadata.
-    """
-    if not onnx:
+    "Export a backbone or a fine-tuned network for programs without Python, checked to give the same numbers."
+    args = _parser().parse_args(argv)
+    if not args.onnx:
         raise CmidError("name the format that is wanted: --onnx")
-    path = _target(model, out)
-    if path.exists() and not overwrite:
+    path = _target(args.model, args.out)
+    if path.exists() and not args.overwrite:
         raise CmidError(f"{path}: exists; give --overwrite to replace it, or another name")
-    facts = export_onnx(_graph_of(model, head), path)
+    facts = export_onnx(_graph_of(args.model, args.head), path)
     print(f"wrote {path}: {facts['bytes'] / 2**20:,.1f} MB, opset {facts['opset']}, images of {facts['size']}")
     for name in facts["files"][1:]:
         print(f"its weights are in {name} beside it: keep both together")
