@@ -8,6 +8,7 @@ import torch
 
 from cmid import load_task
 from cmid.apply import objects
+from cmid.apply.command import cmid_apply
 from cmid.apply.mosaic import BatchRunner
 from cmid.apply.scene import ApplyOptions, open_scene
 from cmid.tasks.boxes import rotated_nms
@@ -173,3 +174,26 @@ def test_windows_of_a_row_are_computed_at_once(tmp_path):
         (row,) = objects.window_rows((64, 400), network.network.settings)
         objects.detect_row(scene, row, runner)
     assert sizes == [4, 4]
+
+
+def test_the_command_finds_objects(tmp_path, capsys):
+    model = made_network(tmp_path / "detect-ships-random", "detect", settings=dict(score=0.1, batch=2))
+    (tmp_path / "scenes" / "north").mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 100, 130), dtype=np.uint8)
+    for name in ("a", "north/a"):
+        write_scene(tmp_path / "scenes" / f"{name}.tif", pixels, "utm")
+    call = [str(model), str(tmp_path / "scenes"), str(tmp_path / "out"), "--score", "0.22", "--vector"]
+    cmid_apply(call)
+    files = sorted(o.relative_to(tmp_path / "out").as_posix() for o in (tmp_path / "out").rglob("a.*"))
+    suffixes = "geojson", "gpkg", "txt", "wgs84.geojson"
+    assert files == [f"{name}.{suffix}" for name in ("a", "north/a") for suffix in suffixes]
+    _, scores = boxes_of(tmp_path / "out" / "a.geojson")
+    assert len(scores) and scores.min() >= 0.22
+    facts = json.loads((tmp_path / "out" / "summary.json").read_text())["scenes"]["north/a"]
+    assert facts["boxes"] == len(scores)
+    assert f"a: {len(scores)} object" in capsys.readouterr().out
+    cmid_apply(call)
+    assert "north/a: up to date" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cmid_apply([*call[:3], "--score", "2"])
+    assert capsys.readouterr().err == "cmid_apply: --score: must be from 0 to 1, got 2.0\n"

@@ -12,6 +12,7 @@ from PIL import Image
 
 from cmid import load_task
 from cmid.apply import items, tiles
+from cmid.apply.command import cmid_apply
 from cmid.apply.scene import ApplyOptions, list_scenes
 from cmid.base.errors import CmidError
 from cmid.data.prepare import prepare
@@ -194,3 +195,20 @@ def test_both_tables_are_the_same(images, tmp_path):
                 assert float(line[name]) == pytest.approx(value, rel=1e-6)
             else:
                 assert line[name] == ("" if value is None else str(value))
+
+
+def test_the_command_classifies(images, tmp_path, capsys):
+    rasters(images)
+    (images / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    model = made_network(tmp_path / "classify-land-random", "classify", classes=4, side=32)
+    cmid_apply([str(model), str(images), str(tmp_path / "out"), "--tile", "40"])
+    said = capsys.readouterr().out
+    count = len(pq.read_table(tmp_path / "out" / "classes.parquet"))
+    assert f"classes: {count} rows; skipped 1, see classes.skipped.csv" in said
+    maps = ["a.png", "c.tif", "north/b.png"]
+    assert all((tmp_path / "out" / name).is_file() for name in maps)
+    cmid_apply([str(model), str(images), str(tmp_path / "out"), "--tile", "40"])
+    assert "classes: up to date" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cmid_apply([str(model), str(images), str(tmp_path / "other"), "--score", "0.5"])
+    assert "--score: is for detect, but this network is for classify" in capsys.readouterr().err
