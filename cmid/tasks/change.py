@@ -36,7 +36,7 @@ from cmid.tasks.dense import (
 )
 from .finetune import check_bands, linear_decay, normalised, ratio_or_none, resolved, train_dense
 from ..train.checkpoint import load_backbone
-from ..train.task_runs import task_run
+from ..train.resume import task_run
 
 # %% ../../nbs/5_tasks/08_change.ipynb #d5428cb6
 class Tokenizer(nn.Module):

@@ -42,7 +42,7 @@ from cmid.tasks.finetune import (
 from .scene_classes import accuracy_with_interval, class_splits, pooled_features, subsample
 from ..train.checkpoint import load_backbone, read_card
 from ..train.processes import mean_count
-from ..train.task_runs import numbers_digest, task_run
+from ..train.resume import numbers_digest, task_run
 from ..train.training import lr_at
 
 # %% ../../nbs/5_tasks/06_classify.ipynb #318c618b

@@ -56,7 +56,7 @@ from cmid.tasks.dota import (
 from .finetune import normalised, resolved, step_decay, train_dense
 from ..train.checkpoint import load_backbone, read_card
 from ..train.processes import mean_count
-from ..train.task_runs import task_run
+from ..train.resume import task_run
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # fastai warns of a deprecated import of its own

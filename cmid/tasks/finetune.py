@@ -27,8 +27,7 @@ from ..base.params import Tuning
 from ..base.runtime import device, seed_everything
 from ..method.backbones import like_resnet
 from ..train.processes import average_buffers, average_gradients, mean_over_processes, rank, world
-from ..train.resume import seed_generators, stoppable
-from ..train.task_runs import TaskCheckpoints, TaskRun
+from ..train.resume import TaskCheckpoints, TaskRun, seed_generators, stoppable
 from ..train.training import clock, parameter_groups, precision_of, too_large, unwrapped_errors
 
 with warnings.catch_warnings():

@@ -28,7 +28,7 @@ from ..settings.segment import Segment
 from .dense import UNet, blended, check_batch_norm, decided, pixel_loss, start_architecture, start_card
 from .finetune import check_bands, class_table, half_cosine, normalised, resolved, train_dense
 from ..train.checkpoint import load_backbone
-from ..train.task_runs import task_run
+from ..train.resume import task_run
 
 # %% ../../nbs/5_tasks/07_segment.ipynb #d0afcda6
 POOLS = 1, 2, 3, 6  # bins along a side in UPerNet's pyramid pooling
