@@ -1,0 +1,223 @@
+"`cmid_apply`: every task's files, what is refused in one line, and runs that are stopped."
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+from rasterio.transform import from_origin
+
+from cmid.apply.command import apply_network, cmid_apply
+from cmid.apply.scene import ApplyOptions
+from cmid.data.formats import quiet_decoders
+from cmid.method.backbones import create
+from cmid.tasks.dense import blended, decided
+from cmid.tasks.load import load_task
+from cmid.train.checkpoint import export_backbone
+from tests.tools import rasters
+from tests.tools.cards import random_card
+from tests.tools.networks import made_network
+
+UTM = dict(crs="EPSG:32632", transform=from_origin(5e5, 5.3e6, 0.5, 0.5))
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    "A small network of each task."
+    folder = tmp_path_factory.mktemp("models")
+    return {task: made_network(folder / task, task) for task in ("segment", "change", "detect", "classify")}
+
+
+def picture(path, height=150, width=170, bands=3, seed=0, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(1, 256, (bands, height, width), np.uint8)
+    with quiet_decoders():
+        rasters.tiff(path, pixels, **UTM | options)
+    return pixels
+
+
+def refused(capsys, *args):
+    "The one line that the command ends with."
+    with pytest.raises(SystemExit) as stop:
+        cmid_apply([str(o) for o in args])
+    assert stop.value.code == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("cmid_apply: "), lines
+    return lines[0]
+
+
+def test_a_map_is_what_scoring_predicts(models, tmp_path):
+    "Class by class as `blended` of the whole scene, for both tasks with maps."
+    first, second = picture(tmp_path / "one" / "a.tif"), picture(tmp_path / "two" / "a.tif", seed=1)
+    for task, pixels in (("segment", first), ("change", np.stack([first, second]))):
+        network = load_task(models[task])
+        card = network.card
+        due = blended(lambda x, f=network: f(x.float() / 255), pixels, card.tile, card.overlap / card.tile)
+        later = tmp_path / "two" if task == "change" else None
+        summary = apply_network(models[task], tmp_path / "one", tmp_path / task, later, say=lambda line: None)
+        with rasterio.open(tmp_path / task / "a.tif") as file:
+            found = file.read(1)
+        sure = np.abs(np.diff(due.sort(0).values[-2:].numpy(), axis=0)[0]) > 1e-5
+        assert np.array_equal(found[sure], decided(due)[sure]) and sure.mean() > 0.99
+        assert summary["scenes"]["a"]["files"] == ["a.tif", "a.tif.aux.xml"]
+        assert json.loads((tmp_path / task / "summary.json").read_text()) == summary
+
+
+def test_every_task_writes_its_files(models, tmp_path, capsys):
+    picture(tmp_path / "scenes" / "north" / "a.tif")
+    due = dict(
+        detect={"north/a.geojson", "north/a.wgs84.geojson", "north/a.txt"}, classify={"classes.csv", "classes.parquet"}
+    )
+    for task, files in due.items():
+        out = tmp_path / task
+        cmid_apply([str(o) for o in (models[task], tmp_path / "scenes", out)])
+        assert all((out / name).is_file() for name in files), [*out.rglob("*")]
+        assert not [*out.rglob(".*.part")]
+        capsys.readouterr()
+        cmid_apply([str(o) for o in (models[task], tmp_path / "scenes", out)])
+        assert "up to date" in capsys.readouterr().out
+
+
+def test_a_second_run_computes_nothing_and_a_third_what_changed(models, tmp_path):
+    scenes, out, lines = tmp_path / "scenes", tmp_path / "out", []
+    for name in "ab":
+        picture(scenes / f"{name}.tif")
+
+    def run(**options):
+        lines.clear()
+        apply_network(models["segment"], scenes, out, say=lines.append, **options)
+        return [line for line in lines if "up to date" in line]
+
+    run()
+    assert run() == ["a: up to date", "b: up to date"]
+    (out / "a.tif").unlink()
+    assert run() == ["b: up to date"]
+    (out / "a.tif").write_bytes((out / "a.tif").read_bytes()[:-5])
+    assert run(overwrite=True) == ["b: up to date"]
+    picture(scenes / "b.tif", seed=5)
+    assert run(overwrite=True) == ["a: up to date"]
+
+
+def test_what_is_refused(models, tmp_path, capsys):
+    scenes, out = tmp_path / "scenes", tmp_path / "out"
+    picture(scenes / "a.tif")
+    segment, change = models["segment"], models["change"]
+    backbone = tmp_path / "backbone"
+    export_backbone(create("resnet18", 3, 64), backbone, random_card())
+    assert "no fine-tuned network" in refused(capsys, tmp_path, scenes, out)
+    assert "is a backbone" in refused(capsys, backbone, scenes, out)
+    newer = tmp_path / "newer"
+    newer.mkdir()
+    card = json.loads((segment / "card.json").read_text())
+    (newer / "card.json").write_text(json.dumps(card | dict(format=99)))
+    assert "written by a newer cmid" in refused(capsys, newer, scenes, out)
+    assert "--second: missing" in refused(capsys, change, scenes, out)
+    assert "--second: is for change" in refused(capsys, segment, scenes, out, "--second", scenes)
+    assert "no such file or folder" in refused(capsys, segment, tmp_path / "nothing", out)
+    assert "is inside of the images" in refused(capsys, segment, scenes, scenes / "out")
+    inside = scenes / "out", "--second", scenes
+    assert "is inside of the images" in refused(capsys, change, scenes, *inside)
+    assert "a folder of its own" in refused(capsys, segment, scenes / "a.tif", scenes)
+    assert "must be 0 or more" in refused(capsys, segment, scenes, out, "--batch", "-1")
+    assert "must be from 0 to 1" in refused(capsys, models["detect"], scenes, out, "--score", "7")
+    picture(tmp_path / "two" / "b.tif", bands=2)
+    assert "has 2 bands, but the network was trained on 3" in refused(capsys, segment, tmp_path / "two", out)
+    assert not out.exists()
+
+
+def test_all_scenes_are_checked_before_the_first_is_computed(models, tmp_path, capsys):
+    picture(tmp_path / "scenes" / "a.tif")
+    picture(tmp_path / "scenes" / "z.tif", bands=1)
+    assert "z.tif: has 1 band" in refused(capsys, models["segment"], tmp_path / "scenes", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_pairs(models, tmp_path, capsys):
+    one, two, out = tmp_path / "one", tmp_path / "two", tmp_path / "out"
+    picture(one / "a.tif")
+    picture(two / "a.tif", height=130, seed=1)
+    picture(one / "lonely.tif")
+    cmid_apply([str(o) for o in (models["change"], one, out, "--second", two)])
+    said = capsys.readouterr().out
+    assert "left out, not in" in said and "lonely" in said
+    assert "used is what both show, 87% of the first one" in said
+    assert not (out / "lonely.tif").exists()
+    picture(two / "a.tif", crs="EPSG:32633")
+    assert "is in another coordinate system" in refused(capsys, models["change"], one, tmp_path / "b", "--second", two)
+    (tmp_path / "three").mkdir()
+    picture(tmp_path / "three" / "b.tif")
+    assert "no two scenes have one name" in refused(capsys, models["change"], one, out, "--second", tmp_path / "three")
+
+
+def test_results_of_somebody_else_are_not_replaced(models, tmp_path, capsys):
+    scenes, out = tmp_path / "scenes", tmp_path / "out"
+    picture(scenes / "a.tif")
+    out.mkdir()
+    (out / "a.tif").write_text("mine")
+    assert "give --overwrite" in refused(capsys, models["segment"], scenes, out)
+    assert (out / "a.tif").read_text() == "mine"
+
+
+def test_the_key_knows_network_scene_and_options(models, tmp_path):
+    "Unfinished work of another network, another scene or other options is not resumed."
+    scenes, out, lines = tmp_path / "scenes", tmp_path / "out", []
+    picture(scenes / "a.tif")
+    other = made_network(tmp_path / "other", "segment", seed=1)
+    keys = set()
+    for model, options in ((models["segment"], {}), (other, {}), (other, dict(vector=True)), (other, dict(batch=3))):
+        apply_network(model, scenes, out, options=ApplyOptions(**options), overwrite=True, say=lines.append)
+        keys.add(json.loads((out / ".a.done.json").read_text())["key"])
+    picture(scenes / "a.tif", seed=3)
+    apply_network(other, scenes, out, overwrite=True, say=lines.append)
+    keys.add(json.loads((out / ".a.done.json").read_text())["key"])
+    assert len(keys) == 4
+
+
+def test_notes_about_a_scene_of_another_scale(tmp_path, capsys):
+    source = dict(bands=None, types=dict(uint16=dict(low=[100.0] * 3, high=[3000.0] * 3)), nodata=None)
+    model = made_network(tmp_path / "model", "segment", source=source, valid_range=[[50.0, 9000.0]] * 3)
+    with quiet_decoders():
+        rasters.tiff(tmp_path / "a", np.full((3, 40, 40), 60_000, np.uint16), **UTM)
+    cmid_apply([str(o) for o in (model, tmp_path / "a.tif", tmp_path / "out")])
+    said = capsys.readouterr().out
+    assert "100% of its values lie outside of those that the network was trained on (50 to 9000)" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_command_that_is_stopped_is_resumed(kind, models, tmp_path):
+    picture(tmp_path / "scenes" / "a.tif", 1200, 900)
+    args = [str(o) for o in (models["segment"], tmp_path / "scenes")]
+    command = [sys.executable, "-c", "from cmid.apply.command import cmid_apply; cmid_apply()", *args]
+    environment = os.environ | dict(OMP_NUM_THREADS="1")
+    running = subprocess.Popen([*command, str(tmp_path / "out")], stderr=subprocess.PIPE, text=True, env=environment)
+    part = tmp_path / "out" / ".a.part"
+    while running.poll() is None and not (part / "strip-000004.npz").exists():
+        time.sleep(0.02)
+    running.send_signal(kind)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode != 0
+    assert not (tmp_path / "out" / "a.tif").exists() and (part / "strip-000004.npz").exists()
+    if kind == signal.SIGINT:
+        assert running.returncode == 130 and said.strip().splitlines()[-1].endswith("run the same command to resume")
+    lines = []
+    apply_network(models["segment"], tmp_path / "scenes", tmp_path / "out", say=lines.append)
+    assert lines[0].startswith("a: resumed, ")
+    apply_network(models["segment"], tmp_path / "scenes", tmp_path / "once", say=lines.append)
+    assert (tmp_path / "out" / "a.tif").read_bytes() == (tmp_path / "once" / "a.tif").read_bytes()
+
+
+def test_help_is_a_page_to_work_from(capsys):
+    with pytest.raises(SystemExit):
+        cmid_apply(["--help"])
+    page = capsys.readouterr().out
+    for word in ("examples:", "--second", "--probabilities", "NAME.gpkg", "classes.parquet", "resumed"):
+        assert word in page
+    assert max(map(len, page.splitlines())) <= 120
