@@ -51,7 +51,7 @@ def test_a_scene_has_the_detections_of_scoring(tmp_path, scales):
 
 
 def random_columns(rng, n, size, sides):
-    "Random boxes, as `COLUMNS`"
+    "Random boxes, as `DETECTION_COLUMNS`"
     boxes = np.column_stack([rng.uniform(0, size, (n, 2)), np.exp(rng.uniform(*sides, (n, 2))), rng.uniform(-2, 2, n)])
     scores = np.ceil(rng.uniform(0, 1, n) * 99) / 99
     return dict(
