@@ -73,6 +73,18 @@ def _check_dates(key, entry, task):
         raise CmidError(f"{key}.second: {entry.model} takes images of one date; write null")
 
 
+def _add_network(found, stage, dataset, init):
+    "Enter the network of a run by its name"
+    name = f"{stage}-{dataset}-{init}"
+    if name in found:
+        _, other, start = found[name]
+        raise ValueError(
+            f"{'probes' if stage == 'classify' else stage}: {dataset!r} from {init!r} and {other!r} from {start!r} "
+            f"would both write models/{name}; rename a dataset or a baseline"
+        )
+    found[name] = stage, dataset, init
+
+
 class Study(Section):
     "The runs of the study: backbones x methods, baselines, and the labelled images to compare them on."
 
@@ -95,12 +107,12 @@ class Study(Section):
         return names + self.baselines
 
     def networks(self) -> dict:  # name, such as segment-land-cmid-resnet18 -> (stage, dataset, init)
-        "Every fine-tuned network that a stage leaves in models/."
+        "Every fine-tuned network that a stage leaves in models/. Raises `ValueError` where two would have one name."
         found = {}
         for stage in ("classify", "segment", "change", "detect"):
             starts = self.inits + getattr(self.floors, stage, [])
             for run in product(self.probes if stage == "classify" else getattr(self, stage), starts):
-                found["-".join((stage, *run))] = stage, *run
+                _add_network(found, stage, *run)
         return found
 
     @model_validator(mode="after")
@@ -115,6 +127,7 @@ class Study(Section):
                 plain_name(name, key)
         for name in self.apply:
             plain_name(name, "apply")
+        self.networks()
         return self
 
     def check_maps(self):
