@@ -12,6 +12,8 @@ import timm
 import torch
 import yaml
 
+from cmid.tasks.card import task_scores
+from cmid.tasks.load import load_task
 from cmid.train.checkpoint import load_backbone
 from tests.tools.study import INIT, TASKS, Study
 
@@ -78,7 +80,8 @@ def test_everything_runs_once(study):
 
 
 def test_what_pretraining_leaves(study):
-    assert {o.name for o in (study.folder / "models").iterdir()} == {INIT, BASELINE}
+    backbones = {o.parent.name for o in (study.folder / "models").glob("*/extras.safetensors")}
+    assert backbones == {INIT, BASELINE}
     assert RECORD <= set(study.json(f"results/pretrain/{INIT}/run.json"))
     curve = study.folder / f"results/pretrain/{INIT}/curves/plots/metrics/total.tsv"
     assert len(curve.read_text().splitlines()) == 7  # a head, 2 epochs of 3 steps
@@ -96,6 +99,16 @@ def test_every_stage_is_scored_and_in_the_report(study):
     page = (study.folder / "reports/report.html").read_text()
     assert "<html" in page
     assert "Oriented detection" in page
+
+
+def test_fine_tuned_networks_are_kept_with_their_scores(study):
+    for stage, dataset in (TASKS | dict(classify="scenes")).items():
+        network = load_task(study.folder / f"models/{stage}-{dataset}-{INIT}")
+        metrics, run = study.metrics(stage, dataset, INIT), study.json(f"results/{stage}/{dataset}/{INIT}/run.json")
+        assert {name: score.model_dump() for name, score in network.card.scores.items()} == task_scores(stage, metrics)
+        assert network.card.data_hash == run["data"]
+        assert network.card.provenance["commit"] == run["commit"]
+        assert network.card.backbone["data_hash"] == run["pretraining_data"]
 
 
 def test_timm_loads_the_export_by_itself(study):
