@@ -129,7 +129,7 @@ class StreamedMerge:
 
     def add(
         self,
-        found: dict,  # arrays of `DETECTION_COLUMNS`: boxes (n, 5) in px of the scene, scores (n,), classes (n,), order (n,)
+        found: dict,  # arrays of `DETECTION_COLUMNS`: boxes (n, 5) in px of the scene; scores, classes, order (n,)
         line: float,  # px: no box that comes later has its centre above it; infinity: none comes
     ) -> dict:  # arrays of `DETECTION_COLUMNS`: boxes that are final, by falling score
         "Take boxes, and give those that nothing can drop any more. Boxes or scores that are not finite are left out."
