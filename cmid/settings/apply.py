@@ -24,5 +24,5 @@ class Apply(Section):
     @model_validator(mode="after")
     def _check(self):
         if self.min_area and not self.vector:
-            raise ValueError(f"min_area: {self.min_area} leaves out polygons, which are not written: set vector to true")
+            raise ValueError(f"min_area: {self.min_area} leaves out polygons, but vector is false: make it true")
         return self

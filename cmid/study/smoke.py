@@ -232,6 +232,14 @@ def _fine_tune(params, task, dataset, init):
     save_task(params.root / "models" / f"{task}-{dataset}-{init}", model, card)
 
 
+def _make_networks(params, due):
+    "Networks (task, dataset, init), and the scenes to apply them to"
+    if due:
+        smoke_landscape(params.root)
+    for run in due:
+        _fine_tune(params, *run)
+
+
 _kept = []  # temporary folders live as long as the process
 
 
@@ -256,8 +264,5 @@ def smoke_study(
     for name in sorted(models):
         _export_untrained(params, name)
     _store_labelled(params, sorted({*labelled, *(dataset for _, dataset, _ in due)}))
-    if applied:
-        smoke_landscape(folder)
-    for run in due:
-        _fine_tune(params, *run)
+    _make_networks(params, due)
     return folder

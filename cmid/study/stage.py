@@ -171,10 +171,11 @@ class Stage:
         self,
         fig,  # matplotlib Figure
         name: str = "figure",  # of the file
+        dpi: int = 110,  # px per inch
     ):  # the figure, to be shown
         "Save a figure beside the results, and show it."
         out = io.BytesIO()
-        fig.savefig(out, format="png", dpi=110, metadata={"Software": None})
+        fig.savefig(out, format="png", dpi=dpi, metadata={"Software": None})
         write_whole(self.results / f"{name}.png", out.getvalue())
         return fig
 
