@@ -67,12 +67,12 @@ STUDY_KEYS = "seeds", "stages", "models"  # of a study's params.yaml that the pr
 
 
 def _own_images(values, over):
-    "A study that names images brings all of them: labelled ones, and the tasks that are run, are its own"
+    "A study that names images brings all of them: labelled ones, the tasks that are run, and the maps, are its own"
     own = over.get("study") if isinstance(over.get("study"), dict) else {}
     values["tasks"] = over.get("tasks", {})
     study = values.get("study", {})
     if isinstance(study, dict):  # anything else is refused by its check
-        values["study"] = study | {k: own.get(k, []) for k in FORMATS}
+        values["study"] = study | {k: own.get(k, []) for k in FORMATS} | dict(apply=own.get("apply", {}))
 
 
 def study_params(

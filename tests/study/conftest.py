@@ -23,6 +23,7 @@ STUDY = dict(
     segment=["land"],
     change=["dates"],
     detect=["objects"],
+    apply={},
 )
 
 

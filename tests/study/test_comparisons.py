@@ -38,7 +38,8 @@ def test_difference_by_hand(made):
 
 def test_results_of_another_study_are_not_mixed_in(study):
     (study / "results/probe/scenes/cmid-resnet18").rename(study / "results/probe/scenes/byol-resnet18")
-    assert {o["init"] for o in probe_rows(study)} == {"random-resnet18", "imagenet-resnet18", "cmid-resnet50"}
+    others = {"random-resnet18", "imagenet-resnet18", "cmid-resnet50", "imagestats", "randomconv"}
+    assert {o["init"] for o in probe_rows(study)} == others
 
 
 def test_other_images_are_not_compared(study, change):
@@ -123,9 +124,9 @@ def test_scores_are_counted_once_as_long_as_files_stay(study, change, monkeypatc
     for _ in range(2):
         for stage in DATASET:
             task_rows(study, stage)
-    assert len(counted) == 4 * (1 + 2 + 1)  # four backbones; change has two heads
+    assert len(counted) == 4 * (1 + 2 + 1) + 2  # four backbones; change has two heads; two U-Nets
     task_rows(study, "detect")[0]["init"] = "mine"
     assert task_rows(study, "detect")[0]["init"] == "cmid-resnet18"
     change("detect/objects/cmid-resnet18/metrics.json", scored_on_training=True)
     assert task_rows(study, "detect")[0]["on_training"]
-    assert len(counted) == 4 * (1 + 2 + 1) + 4
+    assert len(counted) == 4 * (1 + 2 + 1) + 2 + 4

@@ -15,12 +15,13 @@ from PIL import Image
 from cmid.base.errors import CmidError
 from cmid.base.files import write_json
 from cmid.base.scores import difference
-from cmid.study.comparisons import probe_rows, task_rows
+from cmid.settings.study import FLOORS
+from cmid.study.comparisons import beside_heads, probe_rows, task_rows
 from cmid.study.examples import example_accuracy
 from cmid.study.report import report_page
 from cmid.study.report_html import saved_figure
 from cmid.study.report_runs import label_section
-from cmid.study.report_words import accuracy_sentence, headlines, summary
+from cmid.study.report_words import FLOOR_NAMES, accuracy_sentence, headlines, summary
 from cmid.study.results import TASK_SCORES, runs
 
 ROOT = Path(__file__).parents[2]
@@ -142,7 +143,7 @@ def read(study, stage, init, name="metrics"):
 def accuracy_numbers(study, stage, kind, fraction):
     "Numbers of one table of accuracies, row by row"
     numbers = []
-    for init in INITS:
+    for init in [*INITS, *(FLOORS["probe"] if stage == "probe" else ())]:
         mine = read(study, f"{stage}/scenes", init)[kind][fraction]
         numbers += [mine["accuracy"], mine["low"], mine["high"]]
         for baseline in rivals(init):
@@ -155,9 +156,10 @@ def accuracy_numbers(study, stage, kind, fraction):
 def task_numbers(study, stage):
     "Numbers of a task's tables, a table a head; that they are right is shown by the notebook"
     numbers = []
-    for row in sorted(task_rows(study, stage), key=lambda o: o["head"] or ""):
+    for row in sorted(beside_heads(task_rows(study, stage)), key=lambda o: o["head"] or ""):
         metrics = read(study, f"{stage}/{row['dataset']}", row["init"])
-        score = metrics["heads"][row["head"]]["f1"] if row["head"] else metrics[TASK_SCORES[stage]]
+        head = "unet" if row["init"] == "unet" else row["head"]
+        score = metrics["heads"][head]["f1"] if row["head"] else metrics[TASK_SCORES[stage]]
         assert row["score"] == pytest.approx(score)
         numbers += [row["score"], row["low"], row["high"]]
         for other in row["against"]:
@@ -201,6 +203,23 @@ def test_numbers_are_those_of_the_results(made, plain):
     shown = [float(o["value"]) for o in page_of(made).all("data")]
     assert len(shown) == len(due)
     assert np.allclose(shown, due, rtol=0, atol=1e-9)
+
+
+def test_what_has_no_backbone_is_a_row_and_no_reference(made, plain):
+    html = report_page(made).replace("<wbr>", "")
+    rows = re.findall(r'<th scope="row">([^<]*)</th>.*?</tr>', html, flags=re.S)
+    shown = {name: rows.count(name) for name in FLOOR_NAMES.values()}
+    assert shown == {
+        "image statistics, no network": 2 * 3,  # of each probe and share of the labels
+        "random convolutions": 2 * 3,
+        "U-Net from scratch": 1 + 2,  # of segmentation, and beside both heads of change detection
+    }
+    assert html.count(">no backbone<") == sum(shown.values())
+    for text in (*headlines(made), json.dumps(summary(made))):
+        assert not re.search("minus (imagestats|randomconv|unet)|for (imagestats|randomconv|unet)", text)
+    assert set(summary(made)["probe"]["scenes"]) == {*INITS, *FLOORS["probe"]}
+    floors = {name for names in FLOORS.values() for name in names}
+    assert {stage for stage, found in runs(made).items() if floors & {run[-1] for run in found}} == {*FLOORS}
 
 
 def test_alternative_texts_have_the_numbers(made, plain):
