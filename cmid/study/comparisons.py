@@ -22,12 +22,25 @@ from .result_schemas import checked_result
 from .results import file_stamp, metric_of, params_of, read_json, runs, stage_results
 
 # %% ../../nbs/8_study/10_comparisons.ipynb #3c760d93
+def _architectures(root):
+    "Each baseline of a study with its architecture"
+    params = params_of(root)
+    return {name: params.architecture(name) for name in params.study.baselines}
+
+
+def _noted(rows, root):
+    "The same rows; that of a baseline of an architecture that the study does not pretrain names it (other)"
+    pretrained = params_of(root).study.backbones
+    others = {init: name for init, name in _architectures(root).items() if name not in pretrained}
+    return [row | dict(other=others[row["init"]]) if row["init"] in others else row for row in rows]
+
+
 def _baselines_of(init, baselines):
     "The baselines of an init's architecture; none for a baseline, and none for what has no backbone"
     if init in baselines or is_floor(init):
         return []
     architecture = init.split("-", 1)[1]
-    return [name for name in baselines if name.split("-", 1)[1] == architecture]
+    return [name for name, own in baselines.items() if own == architecture]
 
 
 def _accuracy_difference(row, other):
@@ -71,8 +84,8 @@ def accuracy_rows(
         for kind in ACCURACY_KINDS[stage]:
             rows += _accuracies(dataset, init, result, kind)
     rows.sort(key=lambda o: (o["dataset"], o["probe"] == "knn", o["fraction"]))
-    baselines = params_of(root).study.baselines
-    return [o | dict(against=_accuracy_differences(o, rows, baselines)) for o in rows]
+    baselines = _architectures(root)
+    return _noted([o | dict(against=_accuracy_differences(o, rows, baselines)) for o in rows], root)
 
 
 def probe_rows(
@@ -137,7 +150,7 @@ def score_rows(
 ) -> list:  # dicts: dataset (of features), init, score, against, and all that metrics.json has
     "Means over images with their intervals and differences to the baselines; results without a score are left out."
     key, _ = _MEANS[stage]
-    baselines = params_of(root).study.baselines
+    baselines = _architectures(root)
     found = {k: o for k, o in stage_results(root, stage).items() if metric_of(o, key) is not None}
     rows = []
     for identity, result in found.items():
@@ -145,7 +158,7 @@ def score_rows(
         row |= {k: metric_of(result, k) for k in ("images", "low", "high", "chance", "branch")}
         row["against"] = _mean_differences(identity, found, stage, baselines)
         rows.append(result.metrics | row)
-    return rows
+    return _noted(rows, root)
 
 # %% ../../nbs/8_study/10_comparisons.ipynb #fd167142
 def _is_same_data(a, b):
@@ -196,9 +209,9 @@ def _task_rows(root, stage, stamps):
     "`task_rows`, computed again only when a stamp has changed: thousands of draws take seconds"
     found = {k: checked_result(stage, o) for k, o in stage_results(root, stage).items()}
     scores = _all_bootstrap_scores(stage, found)
-    baselines = params_of(root).study.baselines
+    baselines = _architectures(root)
     rows = [_task_row(stage, key, scores, found, baselines) for key in scores]
-    return [o for o in rows if o["score"] is not None]
+    return _noted([o for o in rows if o["score"] is not None], root)
 
 
 def _stamps(root, stage):
@@ -306,9 +319,9 @@ def seed_rows(
 ) -> list:  # dicts: task, dataset, init, scores, mean, std, against (baseline, mean, low, high)
     "Mean and standard deviation over seeds, and differences seed by seed with Student's 95 % interval."
     seeds = [all_scores(o) for o in roots]
-    baselines = params_of(roots[0]).study.baselines
+    baselines = _architectures(roots[0])
     rows = []
     for key in _first_seen(seeds):
         inits = _first_seen(o.get(key, {}) for o in seeds)
         rows += [_seed_row(key, init, seeds, baselines) for init in inits]
-    return rows
+    return _noted(rows, roots[0])

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from ..base.figures import CURVES, HEALTH, curves_figure, health_figure, lines_of
 from ..base.params import SECTIONS
 from .report_html import number, render, saved_figure, themed_figure
-from .report_words import reconstruction_sentence
+from .report_words import reconstruction_sentence, start_words
 from .result_schemas import checked_result
 from .results import params_of, read_json, runs, stage_results
 
@@ -36,6 +36,11 @@ def _length_words(epochs):
     return f"{len(epochs)} epochs, {last['step']:,} steps, {last['images_per_s']:.0f} images a second at the end."
 
 
+def _start_sentence(result):
+    words = start_words(result.run.get("start"))
+    return words and f"Training {words}."
+
+
 def _pretraining(init, result):
     "One run: its length, its curves, its training health, its views"
     curve, epochs = (_optional_json(result.folder / f"{k}.json") for k in ("curve", "epochs"))
@@ -44,7 +49,7 @@ def _pretraining(init, result):
     health_words = f"Training health of {init}: {_line_words(health)}."
     return dict(
         init=init,
-        words=_length_words(epochs),
+        words=" ".join(filter(None, [_length_words(epochs), _start_sentence(result)])),
         warnings=result.metrics.get("warnings", []),
         curves=themed_figure(lambda: curves_figure(curve, epochs), curve_words) if curve else "",
         health=themed_figure(lambda: health_figure(epochs), health_words) if health else "",

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TASK_WORDS', 'HEAD_NAMES', 'FLOOR_NAMES', 'PROBE_NAMES', 'percent', 'points', 'share', 'init_name', 'verdict',
            'accuracy_sentence', 'purity_sentence', 'match_sentence', 'reconstruction_sentence', 'task_sentence',
-           'warning_sentences', 'headlines', 'summary']
+           'warning_sentences', 'start_words', 'start_sentences', 'headlines', 'summary']
 
 # %% ../../nbs/8_study/11_report_words.ipynb #bbb0c91d
 from .comparisons import ACCURACY_KINDS, accuracy_rows, score_rows, task_rows, with_most_labels
@@ -150,6 +150,24 @@ def warning_sentences(
     return sentences
 
 
+def start_words(
+    facts: dict | None,  # of run.json of a pretraining run: start; None: random weights
+) -> str:  # empty for random weights
+    "The weights that pretraining went on from, in words."
+    if not facts:
+        return ""
+    own = "timm's ImageNet weights" if facts["start"] == "imagenet" else f"{facts['start']} ({facts['method']})"
+    return f"went on from {own}, hash {facts['hash'][:8]}"
+
+
+def start_sentences(
+    root,  # the study's
+) -> list:  # sentences
+    "Which pretraining runs did not begin with random weights, in words."
+    found = {init: start_words(o.run.get("start")) for (init,), o in stage_results(root, "pretrain").items()}
+    return [f"{init} {words}: its scores include what these weights knew." for init, words in found.items() if words]
+
+
 def _sentences(words, rows):
     "A sentence for each comparison of some rows"
     sentences = []
@@ -161,8 +179,8 @@ def _sentences(words, rows):
 def headlines(
     root,  # the study's
 ) -> list:  # sentences
-    "The study in sentences: warnings, accuracies with the most labels, task scores, purity, matches, reconstructions."
-    sentences = warning_sentences(root)
+    "The study in sentences: warnings, starts, accuracies, task scores, purity, matches, reconstructions."
+    sentences = warning_sentences(root) + start_sentences(root)
     for stage in ACCURACY_KINDS:
         sentences += _sentences(accuracy_sentence, with_most_labels(accuracy_rows(root, stage)))
     for stage in TASK_SCORES:

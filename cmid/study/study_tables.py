@@ -21,7 +21,7 @@ from ..base.errors import CmidError
 from ..base.files import load_yaml, write_whole
 from ..settings.study import is_floor
 from .comparisons import accuracy_rows, beside_heads, probe_rows, score_rows, seed_rows, task_rows
-from .report_words import HEAD_NAMES, PROBE_NAMES, TASK_WORDS, init_name, points, share
+from .report_words import HEAD_NAMES, PROBE_NAMES, TASK_WORDS, init_name, points, share, start_words
 from .results import missing_runs, stage_results
 from .study import study_params
 
@@ -51,6 +51,12 @@ def _score_text(row, key="score"):
     return f"{100 * row[key]:.1f} ({100 * row['low']:.1f} to {100 * row['high']:.1f})" if row else ""
 
 
+def _column(row):
+    "The name of a column: an init, with the architecture of a baseline whose name does not say it"
+    name, other = init_name(row["init"]), row.get("other")
+    return name if other is None or other in name else f"{name} ({other})"
+
+
 def _pivot(
     head,  # names of the first columns
     rows,  # (first cells of the line, a row with `init` and `against`)
@@ -66,7 +72,8 @@ def _pivot(
         pairs.update({(row["init"], against["baseline"]): None for against in row["against"]})
     for cells, row in rows:
         lines.setdefault(cells, {})[row["init"]] = row
-    columns = (*head, *map(init_name, inits), *(f"{init} minus {baseline}" for init, baseline in pairs))
+    names = {row["init"]: _column(row) for _, row in rows}
+    columns = (*head, *names.values(), *(f"{init} minus {baseline}" for init, baseline in pairs))
     body = []
     for cells, by_init in lines.items():
         scores = [score_text(by_init.get(init, {})) for init in inits]
@@ -176,7 +183,9 @@ def pretraining_sentence(
     side = _result(root, "prepare", corpus).metrics["side"]
     per_epoch = min(settings.get("epoch_images") or images, images)
     length = f"{epochs:,} epoch{'s' * (epochs != 1)} of {per_epoch:,} images at {side} px, batch {batch}"
-    return f"`{init}`: {length}, on {device}, {rate:.0f} images a second."
+    start = start_words(result.run.get("start"))
+    words = f", {start}" if start else ""
+    return f"`{init}`: {length}, on {device}, {rate:.0f} images a second{words}."
 
 
 def study_command(
