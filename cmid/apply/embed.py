@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from .encoder import ImageEncoder, embedder, fitted, open_encoder
-from .items import make_pieces, plan_items, read_pieces, unfinished_folder
+from .items import PIECE_ITEMS, make_pieces, plan_items, read_pieces, unfinished_folder
 from .similar import gathered, nearest, row_named, rows_named, similar_figure, split_item, write_neighbours
 from .table import EmbeddingTable, embedding_rows, embedding_schema, write_npz, write_parquet
 from ..base.errors import CmidError, cli
@@ -123,6 +123,7 @@ def write_embeddings(
     files: ImageFiles,
     path,  # .parquet or .npz to write
     options: EmbedOptions,
+    piece: int = PIECE_ITEMS,  # rows that are stored together
 ) -> int:  # rows
     "Write a table of embeddings, whole or not at all; resumes. Raises `CmidError` where no image can be used."
     path = Path(path)
@@ -134,7 +135,7 @@ def write_embeddings(
     def rows_of(batch):
         return embedding_rows(batch, embed(batch.pixels()), schema)
 
-    count = make_pieces(items, work, rows_of, schema, max(_READ, options.batch), "embed")
+    count = make_pieces(items, work, rows_of, schema, max(_READ, options.batch), "embed", piece)
     write = write_npz if path.suffix == ".npz" else write_parquet
     rows = write(path, schema, lambda: (table for table, _ in read_pieces(work, count)))
     _finish(path, items, work, count, rows)
