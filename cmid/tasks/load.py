@@ -51,11 +51,33 @@ def _build(card, head):
     return _BUILDERS[card.task](card, schema(card.task)(**card.settings), encoder, head)
 
 
+def _check_layers(card, tensors, weights):
+    "Raise `CmidError` where a card asks for more layers than there are weights, before they are built."
+    for key in ("encoder_layers", "decoder_layers"):
+        layers = card.settings.get(key, 0)
+        if layers > len(tensors):
+            raise CmidError(f"{weights}: has {len(tensors)} tensors, too few for the {key} of its card ({layers:,})")
+
+
+def _planned(card, head, weights):
+    "The network of a card without memory. Raises `CmidError` where it cannot be built."
+    try:
+        with torch.device("meta"):
+            return _build(card, head)
+    except CmidError:
+        raise
+    except Exception as error:  # torch and timm raise errors of many kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        raise CmidError(
+            f"{weights.with_name('card.json')}: describes no network that can be built ({reason})"
+        ) from None
+
+
 def _filled(card, head, weights):
     "The network of a card with the weights of a file. Raises `CmidError` naming file and key."
     tensors = read_safetensors(weights)
-    with torch.device("meta"):  # no memory: a card may ask for any size
-        check_weights(_build(card, head), tensors, weights)
+    _check_layers(card, tensors, weights)
+    check_weights(_planned(card, head, weights), tensors, weights)
     with torch.random.fork_rng(devices=[]):
         network = _build(card, head)
     fill_weights(network, tensors, weights)

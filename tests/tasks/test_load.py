@@ -1,5 +1,7 @@
 "Opened networks give what the stages scored, bit for bit; folders of strangers are refused in one line."
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -84,6 +86,17 @@ def test_change_is_as_in_scoring(tmp_path, name, bands, head):
     seen = []
     blended(as_scored(opened, seen), pair, 64, 0.0)
     assert torch.equal(seen[0][..., :45, :61], opened(floats(pair)[None]))
+
+
+@pytest.mark.parametrize("task", ["segment", "change"])
+@torch.no_grad()
+def test_a_unet_is_as_in_scoring(tmp_path, task):
+    folder = made_network(tmp_path / "a", task, classes=2, bands=5, heads=["unet"], network="unet")
+    opened, dates, seen = load_task(folder), [2] * (task == "change"), []
+    assert opened.card.backbone is None
+    image = pixels(0, *dates, 5, 45, 61)
+    blended(as_scored(opened, seen), image, 64, 0.0)
+    assert torch.equal(seen[0][..., :45, :61], opened(floats(image)[None]))
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -229,6 +242,20 @@ def test_weights_of_a_stranger_are_refused_in_one_line(tmp_path):
             load_task(path.parent)
     path.unlink()
     with pytest.raises(FileNotFoundError, match="is missing"):
+        load_task(path.parent)
+
+
+def test_a_card_that_asks_for_a_huge_network_is_refused_before_it_is_built(tmp_path):
+    path = made_network(tmp_path / "a", "change") / "card.json"
+    held = json.loads(path.read_text())
+    for key, value in dict(decoder_layers=10**12, channels=2**40, tokens=2**40).items():
+        path.write_text(json.dumps(held | dict(settings=held["settings"] | {key: value})))
+        message = r"tensors, too few for the decoder_layers|card.json: describes no network|model.safetensors: \S+ is"
+        with pytest.raises(CmidError, match=message) as caught:
+            load_task(path.parent)
+        assert "\n" not in str(caught.value)
+    path.write_text(json.dumps(held | dict(backbone=held["backbone"] | dict(architecture="vit_giant_patch14_224"))))
+    with pytest.raises(CmidError):
         load_task(path.parent)
 
 

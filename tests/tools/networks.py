@@ -9,6 +9,7 @@ from cmid.method import backbones
 from cmid.tasks.card import save_task, task_card
 from cmid.tasks.change import ChangeNet
 from cmid.tasks.classify import Classifier
+from cmid.tasks.dense import UNET, UNet, UNetCard
 from cmid.tasks.detect import OrientedRCNN
 from cmid.tasks.segment import Segmenter
 from cmid.train.checkpoint import FORMAT, Card
@@ -33,6 +34,8 @@ def small_settings(task, side=64, **values):
 
 def build(task, encoder, classes, settings, network):
     "A network with random weights."
+    if network == UNET:
+        return UNet(encoder.in_chans, classes, dates=2 if task == "change" else 1)
     if task == "classify":
         return Classifier(encoder, classes)
     if task == "segment":
@@ -53,6 +56,12 @@ def backbone_card(encoder):
     )
 
 
+def unet_entries(encoder):
+    "What `task_card` asks of a U-Net, which has no backbone."
+    entries = random_card([f"band {i + 1}" for i in range(encoder.in_chans)], mean=0.45)
+    return UNetCard(encoder.in_chans, entries["bands"], entries["mean"], entries["std"])
+
+
 def no_images(task, classes, side, source):
     "What `task_card` asks of the images that a network was trained on, without any."
     manifest = dict(parameters=dict(bands=None, nodata=None, tile=0), stretch=None)
@@ -65,7 +74,8 @@ def made_card(task="segment", classes=3, encoder=None, settings=None, network=No
     images = no_images(task, classes, side, {})
     score = dict(score=0.5, low=0.4, high=0.6, images=10, on_training=False)
     made = dict(commit="0" * 40, versions={})
-    facts = task, network, "land", "random-resnet18", images, settings, backbone_card(encoder), dict(score=score), made
+    start = unet_entries(encoder) if network == UNET else backbone_card(encoder)
+    facts = task, network, "land", "random-resnet18", images, settings, start, dict(score=score), made
     card = task_card(*facts)
     return type(card)(**card.model_dump() | values)
 
@@ -77,17 +87,18 @@ def made_network(
     bands=3,
     architecture="resnet18",
     side=64,  # of windows, and of images for classification, px
-    heads=("bit",),  # of change detection
+    heads=("bit",),  # of change detection: bit, difference, or only unet
+    network=None,  # of segmentation: upernet or unet
     seed=0,  # of the weights
     settings=None,  # entries of the task's section, such as dict(overlap=0.5)
     **card,  # entries of the card, such as source=dict(bands=[2, 1, 0], types={}, nodata=0), resolution=0.5
 ):
     "Folder of a small random network of a task, written by `save_task`; equal arguments give equal bytes."
     torch.manual_seed(seed)
-    encoder = backbones.create(architecture, bands, 64)
-    given = dict(heads=list(heads)) if task == "change" else {}
+    encoder, classes = backbones.create(architecture, bands, 64), 2 if task == "change" else classes
+    given = dict(heads=[o for o in heads if o != UNET] or ["bit"]) if task == "change" else {}
     asked = small_settings(task, side, **given | (settings or {}))
-    names = list(heads) if task == "change" else [FIRST[task]]
+    names = list(heads) if task == "change" else [network or FIRST[task]]
     networks = [build(task, encoder, classes, asked, name) for name in names]
     entries = made_card(task, classes, encoder, asked, names[0], side, **card)
     return save_task(folder, networks[0], entries, dict(zip(names[1:], networks[1:])))
