@@ -236,7 +236,7 @@ class ClassificationCallback(FineTuneCallback):
 # %% ../../nbs/5_tasks/06_classify.ipynb #47fe5ed6
 def _check_batch(model, images, count, settings):
     "Refuse batches that batch norm cannot normalise."
-    smallest = count // math.ceil(count / settings.batch) // settings.processes  # images of a process
+    smallest = max(count // math.ceil(count / settings.batch) // settings.processes, 1)  # images of a process
     values = smallest * (images.side // model.encoder.strides[-1]) ** 2  # that batch norm sees of a channel
     if model.encoder.has_batch_norm and values < 2:
         raise CmidError(

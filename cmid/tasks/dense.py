@@ -185,7 +185,7 @@ def check_batch_norm(
 ):
     "Raise `CmidError` where batch norm would see a single value of a channel."
     batches = -(-count // batch)  # rounded up
-    smallest = count // batches // processes  # items of a process in the smallest batch
+    smallest = max(count // batches // processes, 1)  # items of a process in the smallest batch
     if smallest * (side // 32) ** 2 < 2:
         raise CmidError(
             f"params.yaml: {section}.batch: batch norm would see one crop of {side} px, "

@@ -507,7 +507,7 @@ def _cells(tile):
 def _check_batch_norm(model, tiles, batch):
     "Raise `CmidError` where a batch norm that is trained would see a single value"
     steps = math.ceil(len(tiles) / batch)  # of an epoch, whose tiles are shared out evenly
-    least = min(_cells(tile) for tile in tiles.tiles) * (len(tiles) // steps // model.settings.processes)
+    least = min(_cells(tile) for tile in tiles.tiles) * max(len(tiles) // steps // model.settings.processes, 1)
     if model.frozen_stages is None and model.pyramid.encoder.has_batch_norm and least < 2:
         raise CmidError(
             "params.yaml: detect.batch: batch norm would see a single value per channel, from one tile of 32 px; "

@@ -384,7 +384,9 @@ def _epochs_done(learn, callback):
         if not writer.is_finished():
             writer.train_in_processes(learn)
     done = writer.restore(learn) if writer else 0
-    if callback.step:
+    if done == callback.settings.epochs:
+        callback.say(f"all {done} epochs are trained: the last checkpoint is loaded")
+    elif callback.step:
         callback.say(f"resuming after step {callback.step}, epoch {done}")
     return done
 

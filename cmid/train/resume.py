@@ -370,12 +370,11 @@ class TaskCheckpoints(RunFolder, Callback):
         tuner,  # `tasks.finetune.FineTuneCallback` of the same learner
         seed: int,
         dtype: torch.dtype,  # precision
-        seconds: float = SECONDS,  # of training between two checkpoints, at least
     ):
         identity = run.identity(tuner.section, tuner.settings, seed, dtype)
         super().__init__(run.folder, identity, run.commit, dict(processes=world()))
         self.run_of_task, self.tuner, self.seed = run, tuner, seed
-        self.least = self.wait = seconds
+        self.wait = SECONDS  # until the next checkpoint
         self.first = 0  # whole epochs that were done when this process began
         self.scaler_state, self.generators = {}, {}  # of the checkpoint
 
@@ -420,7 +419,7 @@ class TaskCheckpoints(RunFolder, Callback):
         if rank() == 0:
             self.keep(self.tuner.step, self._state() | dict(epoch=done, progress=progress))
         self.written = time.perf_counter()
-        self.wait = max(self.least, TIMES_AS_LONG * (self.written - begun))
+        self.wait = max(SECONDS, TIMES_AS_LONG * (self.written - begun))
 
     def _state(self):
         "All that a checkpoint holds beside the tuner's progress."
