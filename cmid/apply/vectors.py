@@ -226,9 +226,20 @@ def _map_features(found, digits):
 
 
 def _degree_features(found):
-    rings = [right_handed(ring[None])[0] if not np.ptp(ring[:, 0]) > 180 else ring for ring in found.degrees]
-    shapes = (geometry(_cut_at_180(ring), 8) for ring in rings)
+    shapes = (geometry(_cut_at_180(ring), 8) for ring in _right_handed_rings(found.degrees))
     return zip(_properties(found), shapes)
+
+
+def _right_handed_rings(rings):
+    "Rings (k, 2), most of four points, turned where they have to be; not those across 180 degrees, which are cut first"
+    turned, plain = list(rings), [k for k, ring in enumerate(rings) if len(ring) == 4 and not np.ptp(ring[:, 0]) > 180]
+    if plain:
+        for k, ring in zip(plain, right_handed(np.stack([rings[k] for k in plain]))):
+            turned[k] = ring
+    for k, ring in enumerate(rings):
+        if len(ring) > 4 and not np.ptp(ring[:, 0]) > 180:
+            turned[k] = right_handed(ring[None])[0]
+    return turned
 
 
 def _dota_lines(found, names):
