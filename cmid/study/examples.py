@@ -367,6 +367,7 @@ STAGE_FIGURES = dict(
     correspondence=["figure"],
     attention=["figure"],
     reconstruct=["figure"],
+    apply=["map"],
 )  # that each stage saves
 
 # %% ../../nbs/8_study/08_examples.ipynb #b6f035ce
@@ -391,6 +392,15 @@ def _fixed_metrics(stage):
         reconstruct=lambda: dict(images=3, mae=0.6, mae_mean=0.8, skill=0.25, each=[0.2, 0.25, 0.3]),
     )
     return made[stage]() if stage in made else None
+
+
+def _apply(task):
+    "Metrics as the apply stage writes them"
+    metrics = dict(task=task, scenes=1, invalid=None)
+    if task in ("segment", "change"):
+        return metrics | dict(counted="shares", classes={"class 0": 0.75, "class 1": 0.25}, invalid=0.02)
+    counted = dict(detect="objects", classify="images")[task]
+    return metrics | dict(counted=counted, classes={"class 0": 1200, "class 1": 7})
 
 
 def _run_files(stage, identity, test_images):
@@ -432,6 +442,16 @@ def _write_run(folder, stage, files, run):
         (folder / f"{name}.png").write_bytes(_example_figure())
 
 
+def _write_map(folder, study, entry, run):
+    "Write what a run of the apply stage leaves behind"
+    task, *_ = study.networks()[entry.model]
+    score = dict(name="mIoU", score=0.7, low=0.6, high=0.8, images=8, on_training=False)
+    files = ["north/landscape.tif", "north/landscape.tif.aux.xml"]
+    facts = dict(model=entry.model, network="0" * 32, drawn="north/landscape", files=files, notes=[], score=score)
+    _write_run(folder, "apply", dict(metrics=_apply(task)), run)
+    write_json(folder / "run.json", _run_record("apply", run) | facts)
+
+
 def example_results(
     root,  # of a study: a folder with params.yaml and without results
     test_images: int = 500,  # of the made-up accuracies
@@ -442,7 +462,11 @@ def example_results(
         raise CmidError(
             f"{results}: there are results already, which the examples would replace; give a folder without results"
         )
-    run = Params(root).run.model_dump()
+    study, run = Params(root).study, Params(root).run.model_dump()
     for stage, identities in runs(root).items():
         for identity in identities:
-            _write_run(results / stage / Path(*identity), stage, _run_files(stage, identity, test_images), run)
+            folder = results / stage / Path(*identity)
+            if stage == "apply":
+                _write_map(folder, study, study.apply[identity[0]], run)
+            else:
+                _write_run(folder, stage, _run_files(stage, identity, test_images), run)

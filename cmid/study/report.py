@@ -27,7 +27,7 @@ from cmid.study.report_scores import (
     fine_tuning_section,
     probe_section,
 )
-from .report_tasks import change_section, detection_section, segmentation_section
+from .report_tasks import change_section, detection_section, map_section, segmentation_section
 from .report_words import headlines
 from .results import leftover_runs, missing_runs, params_of
 
@@ -38,6 +38,7 @@ REPORT_SECTIONS = [  # title, stages that it needs, function of the root
     ("Segmentation", ("segment",), segmentation_section),
     ("Change detection", ("change",), change_section),
     ("Oriented detection", ("detect",), detection_section),
+    ("Maps", ("apply",), map_section),
     ("Feature space", ("features",), feature_section),
     ("Correspondence", ("correspondence",), correspondence_section),
     ("Attention", ("attention",), attention_section),

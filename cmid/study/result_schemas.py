@@ -130,7 +130,23 @@ class _Labels(_Schema):
     findings: list[_Finding]
 
 # %% ../../nbs/8_study/09_result_schemas.ipynb #aa977da5
-RESULT_SCHEMAS = dict(segment=_Segment, change=_Change, detect=_Detect, labels=_Labels)
+class _Apply(_Schema):
+    task: Literal["classify", "segment", "change", "detect"]
+    scenes: Count
+    counted: Literal["shares", "objects", "images"]
+    classes: Annotated[dict[str, Number], Field(min_length=1)]
+    invalid: Annotated[Number, Field(ge=0, le=1)] | None
+
+    @model_validator(mode="after")
+    def _fits(self):
+        _require(min(self.classes.values()) >= 0, "classes has a negative number")
+        if self.counted == "shares":
+            total = sum(self.classes.values())
+            _require(total == 0 or abs(total - 1) < 0.01, "classes has shares that do not add up to 1")
+        return self
+
+
+RESULT_SCHEMAS = dict(segment=_Segment, change=_Change, detect=_Detect, labels=_Labels, apply=_Apply)
 
 
 def _fault(error):
@@ -143,7 +159,7 @@ def _fault(error):
 
 
 def checked_result(
-    stage: str,  # segment | change | detect | labels
+    stage: str,  # segment | change | detect | labels | apply
     result: Result,
 ) -> Result:  # the same
     "A result whose metrics.json has the form that its stage gives it. Raises `CmidError` naming file and fault."

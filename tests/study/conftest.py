@@ -13,6 +13,12 @@ from cmid.study.examples import example_results
 
 ROOT = Path(__file__).parents[2]
 INITS = ["cmid-resnet18", "random-resnet18", "imagenet-resnet18", "cmid-resnet50"]
+SCENE = dict(folder="data/landscape", images="first", second=None)
+MAPS = {
+    "land-map": SCENE | dict(model="segment-land-cmid-resnet18"),
+    "change-map": SCENE | dict(model="change-dates-unet", second="second"),
+    "object-map": SCENE | dict(model="detect-objects-cmid-resnet18"),
+}
 STUDY = dict(
     backbones=["resnet18", "resnet50"],
     methods=["cmid"],
@@ -23,7 +29,7 @@ STUDY = dict(
     segment=["land"],
     change=["dates"],
     detect=["objects"],
-    apply={},
+    apply=MAPS,
 )
 
 

@@ -90,8 +90,9 @@ def whole(made):
 def test_one_file_that_fetches_nothing(whole):
     page = parsed(whole)
     embedded = "data:image/png;base64,", "data:image/jpeg;base64,", "#"
+    maps = {o["href"] for o in page.all("a") if o["href"].startswith("../maps/")}  # files beside the page
     assert page.links()
-    assert all(o.startswith(embedded) for o in page.links())
+    assert all(o.startswith(embedded) or o in maps for o in page.links())
     assert not page.all("script")
     assert not page.all("link")
     assert not page.handlers()
@@ -472,3 +473,45 @@ def test_other_pictures_stay_png(tmp_path):
         path = tmp_path / f"{name}.png"
         image.save(path)
         assert embedded(saved_figure(path, "x")) == ("png", path.read_bytes())
+
+
+# Maps
+
+
+def test_maps_show_what_was_found_and_who_drew_it(study, plain):
+    page = page_of(study)
+    text = " ".join(page.text.split())
+    assert "Drawn by detect-objects-cmid-resnet18, whose mIoU is 70.0 % on 8 other images" in text
+    assert "north/landscape is its only scene; 2.0 % of the pixels have no value." in text
+    shown = {o["alt"] for o in page.all("img")}
+    assert "Map object-map beside its scene: class 0 1,200, class 1 7." in shown
+
+
+def test_a_map_of_many_scenes_says_which_is_shown(study, plain, change):
+    change("apply/land-map/metrics.json", scenes=1200)
+    change("apply/land-map/run.json", files=[f"{i}.tif" for i in range(30)], score=None, notes=["a.tif: is dark"])
+    text = text_of(study)
+    assert "Drawn by segment-land-cmid-resnet18. Shown is north/landscape, one of 1,200 scenes" in text
+    assert "and 18 more" in text
+    assert "a.tif: is dark" in text
+
+
+def test_names_of_files_stay_text(study, plain, change):
+    change("apply/land-map/run.json", files=['<b>&".tif'])
+    page = page_of(study)
+    assert "../maps/land-map/%3Cb%3E%26%22.tif" in page.links()
+    assert not page.all("b.tif")
+
+
+@pytest.mark.parametrize(
+    "keys, fault",
+    [
+        (dict(classes={"a": 0.5, "b": 0.6}), "classes has shares that do not add up to 1"),
+        (dict(classes={"a": -1.0, "b": 2.0}), "classes has a negative number"),
+        (dict(invalid=2.0), "invalid: Input should be less than or equal to 1"),
+        (dict(counted="pixels"), "counted: Input should be 'shares', 'objects' or 'images'"),
+    ],
+)
+def test_a_damaged_map_is_named(study, plain, change, keys, fault):
+    change("apply/land-map/metrics.json", **keys)
+    assert f"results/apply/land-map/metrics.json: is damaged ({fault}); run its stage again" in text_of(study)
