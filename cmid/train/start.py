@@ -9,6 +9,7 @@ __all__ = ['resampled', 'Start', 'tensors_sha256', 'check_start', 'imagenet_stat
 # %% ../../nbs/4_train/07_start.ipynb #eafc37b0
 import hashlib
 import sys
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +34,9 @@ def _resized(key, table, model):
     if key.endswith("relative_position_bias_table"):
         attention = model.get_submodule(key.rpartition(".")[0])
         shape = attention.relative_position_bias_table.shape
-        return resize_rel_pos_bias_table(table, attention.window_size, shape)
+        with warnings.catch_warnings():  # timm's interpolation uses an index that torch will change: a test watches it
+            warnings.simplefilter("ignore", UserWarning)
+            return resize_rel_pos_bias_table(table, attention.window_size, shape)
     return table
 
 
@@ -47,6 +50,14 @@ def resampled(
     return {key: value if fits[key] else _resized(key, value, model) for key, value in weights.items()}
 
 # %% ../../nbs/4_train/07_start.ipynb #71c6198b
+def _check_values(network, weights, where):
+    "Raise `CmidError` naming the first key that does not fit a network, or is not finite"
+    check_weights(network, weights, where)
+    for key, value in weights.items():
+        if not value.isfinite().all():
+            raise CmidError(f"{where}: {key} is not finite: the network was damaged, or its training diverged")
+
+
 class Start(NamedTuple):
     "Weights that pretraining goes on from."
 
@@ -149,7 +160,7 @@ def go_on_from(
     for branch in (model.student, model.teacher):
         network = branch.encoder.model
         weights = resampled(start.weights, network)
-        check_weights(network, weights, f"pretrain.start: {start.facts['start']}")
+        _check_values(network, weights, f"pretrain.start: {start.facts['start']}")
         network.load_state_dict(weights)
 
 # %% ../../nbs/4_train/07_start.ipynb #fb1ca52a
@@ -163,20 +174,27 @@ def _without_classifier(weights, cfg, where):
 
 
 def _with_bands(weights, cfg, file_bands, bands, where):
-    "Weights whose first convolution takes `bands` bands"
+    "Weights whose first convolution takes `bands` bands; those of colours alone, because other bands have no such rule"
     first = (cfg.first_conv,) if isinstance(cfg.first_conv, str) else cfg.first_conv
+    refused = (
+        f"{where}: takes {file_bands} bands, and timm cannot make its first layer take {bands}; "
+        f"use images of {file_bands} bands"
+    )
+    if file_bands != 3:
+        raise CmidError(refused)
     try:
-        adapted = {f"{name}.weight": adapt_input_conv(bands, weights[f"{name}.weight"], file_bands) for name in first}
+        adapted = {f"{name}.weight": adapt_input_conv(bands, weights[f"{name}.weight"]) for name in first}
     except (KeyError, NotImplementedError, TypeError):
-        raise CmidError(
-            f"{where}: takes {file_bands} bands, and timm cannot make its first layer take {bands}; "
-            f"use images of {file_bands} bands"
-        ) from None
+        raise CmidError(refused) from None
     print(f"note: {where}: its first convolution, for {file_bands} bands, is adapted to {bands}", file=sys.stderr)
     return weights | adapted
 
 
-def _single_precision(weights):
+def _single_precision(weights, where):
+    "Weights in single precision. Raise `CmidError` naming a key that holds no tensor"
+    for key, value in weights.items():
+        if not isinstance(value, torch.Tensor):
+            raise CmidError(f"{where}: {key} is not a tensor; save a state dict alone")
     return {key: value.float() if value.is_floating_point() else value for key, value in weights.items()}
 
 
@@ -199,11 +217,11 @@ def fill_from_file(
     weights = read_weights(Path(path))
     if file.layout == "efficientnet-pytorch":
         weights = from_efficientnet_pytorch(weights, encoder.model)
-    weights = _single_precision(_without_classifier(weights, cfg, path))
+    weights = _single_precision(_without_classifier(weights, cfg, path), path)
     _check_keys(encoder.model.state_dict().keys(), weights, path, encoder.name)
     if len(file.mean) != encoder.in_chans:
         weights = _with_bands(weights, cfg, len(file.mean), encoder.in_chans, path)
     weights = resampled(weights, encoder.model)
-    check_weights(encoder.model, weights, path)
+    _check_values(encoder.model, weights, path)
     encoder.model.load_state_dict(weights)
     return weights
