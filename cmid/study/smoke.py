@@ -256,8 +256,7 @@ def smoke_study(
     _write_params(folder)
     smoke_data(folder)
     params = Params(folder)
-    networks = params.study.networks()
-    due = [networks[SMOKE_MAPS[name]["model"]] for name in applied]
+    due = [params.study.networks()[SMOKE_MAPS[name]["model"]] for name in applied]
     models = {name for name in (*models, *(init for _, _, init in due)) if not is_floor(name)}
     for name in {*prepared} | ({"pool"} if models else set()):
         prepare_dataset(params, name)

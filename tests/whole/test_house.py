@@ -169,7 +169,8 @@ def test_the_digest_of_the_copy_is_the_digest(package):
 @pytest.mark.parametrize("section", [name for name in STAGES if (ROOT / f"cmid/settings/{name}.py").is_file()])
 def test_a_new_key_of_a_section_changes_its_own_stage_alone(package, section):
     found = changed_by(package, f"settings/{section}.py", r"\nclass (\w+\(.*)", r"\nclass \1\n    novelty: int = 0\n")
-    assert found == {section}
+    opened = {"apply"} if section in TASKS else set()  # it opens networks of every task, whose cards hold the section
+    assert found - opened == {section}
 
 
 def test_a_reworded_health_alarm_reruns_no_fine_tuning(package):
