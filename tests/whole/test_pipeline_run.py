@@ -6,6 +6,7 @@ tests ask DVC what it would run, and run only what they look at.
 
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import timm
@@ -20,6 +21,12 @@ from tests.tools.study import INIT, TASKS, Study
 BASELINE = "random-resnet18"
 PRETRAIN = f"pretrain@{INIT}"
 BOTH, ONE = f"inits: [{INIT}, {BASELINE}]", f"inits: [{INIT}]"
+FLOORS = [
+    ("probe", "scenes", "imagestats"),
+    ("probe", "scenes", "randomconv"),
+    ("segment", "land", "unet"),
+    ("change", "dates", "unet"),
+]  # stage, dataset and name of what has no backbone
 RECORD = {
     "commit",
     "changed",
@@ -54,6 +61,7 @@ def expected(inits):
         *(f"{stage}@{dataset}-{i}" for stage, dataset in TASKS.items() for i in inits),
         *(f"{stage}@scenes-{i}" for stage in ("probe", "classify", "features") for i in inits),
         *(f"{stage}@{i}" for stage in ("attention", "correspondence") for i in inits),
+        *(f"{stage}_floor@{dataset}-{i}" for stage, dataset, i in FLOORS),
     }
 
 
@@ -94,11 +102,26 @@ def test_every_stage_is_scored_and_in_the_report(study):
         assert study.metrics(stage, dataset, INIT)["images"] == 2
     summary = study.metrics("report")
     assert summary["missing"] == 0
-    assert set(summary["segment"]["land"]) == {INIT}
+    assert set(summary["segment"]["land"]) == {INIT, "unet"}
     assert set(summary["change"]["dates"][INIT]) == {"bit", "difference"}
+    assert set(summary["change"]["dates"]["unet"]) == {"unet"}
     page = (study.folder / "reports/report.html").read_text()
     assert "<html" in page
     assert "Oriented detection" in page
+
+
+def test_what_has_no_backbone_is_scored_beside_them(study):
+    page = (study.folder / "reports/report.html").read_text().replace("<wbr>", "")
+    for name in ("image statistics, no network", "random convolutions", "U-Net from scratch"):
+        assert f'<th scope="row">{name}</th>' in page
+    for run in FLOORS:
+        record = study.json(Path("results", *run, "run.json"))
+        assert (record["pretraining_data"], record["made_by"]) == (None, None)
+        assert record["data"] == study.json(Path("results", *run[:2], INIT, "run.json"))["data"]
+    for task in ("segment-land", "change-dates"):
+        network = load_task(study.folder / f"models/{task}-unet")
+        assert (network.card.network, network.card.backbone) == ("unet", None)
+    assert {o.name for o in (study.folder / "models").iterdir()} & {"imagestats", "randomconv", "unet"} == set()
 
 
 def test_fine_tuned_networks_are_kept_with_their_scores(study):
@@ -160,7 +183,8 @@ def test_code_reruns_what_reaches_it(study):
     assert study.dvc("repro", "digest") == ["digest"]
     wanted = study.dvc("repro", "--dry")
     assert {f"probe@scenes-{INIT}", f"reconstruct@{INIT}", "report"} <= set(wanted)
-    assert not kinds(wanted) & {"prepare", "labels", "pretrain", "segment", "change", "detect"}
+    assert kinds(wanted) >= {"probe_floor"}
+    assert not kinds(wanted) & {"prepare", "labels", "pretrain", "segment", "change", "detect", "segment_floor"}
 
 
 def test_wrong_parameters_are_refused_in_one_line_before_anything_is_removed(study):
@@ -220,6 +244,7 @@ def test_a_study_without_labels(study):
     assert "note: health was" in study.said
     wanted = study.dvc("repro", "--dry")
     assert kinds(wanted) >= {"attention", "correspondence", "report"}
-    assert not kinds(wanted) & {"probe", "classify", "features", "labels", *TASKS}
+    floors = {f"{stage}_floor" for stage, _, _ in FLOORS}
+    assert not kinds(wanted) & {"probe", "classify", "features", "labels", *TASKS, *floors}
     study.dvc("repro", "--single-item", "report")
     assert study.metrics("report")["probe"] == {}
