@@ -22,11 +22,10 @@ from .scene import ApplyOptions, list_scenes, open_scene, scene_notes
 from .scene_pairs import ScenePair, list_pairs
 from .tiles import TABLE, apply_tiles
 from ..base.errors import CmidError, cli
-from ..base.files import write_json
+from ..base.files import existing_folder, write_json
 from ..base.runtime import device
 from ..tasks.card import read_task_card
 from ..tasks.load import load_task
-from ..train.checkpoint import existing_folder
 
 # %% ../../nbs/7_apply/20_command.ipynb #315a02eb
 TASK_OPTIONS = dict(  # option -> tasks that have it
@@ -83,6 +82,8 @@ def _network_hash(model, head):
     "Of card and weights"
     folder = existing_folder(model)
     weights = sorted(folder.glob("model*.safetensors"))
+    if not (folder / "model.safetensors").is_file():
+        raise CmidError(f"{folder}: has a card but no model.safetensors; fetch it, for example with dvc pull")
     return _hash(_file_hash(folder / "card.json"), [_file_hash(path) for path in weights], head)
 
 # %% ../../nbs/7_apply/20_command.ipynb #1a2572dc

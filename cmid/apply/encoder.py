@@ -18,12 +18,13 @@ from torch import nn
 from .mosaic import BatchRunner
 from .scene import open_scene
 from ..base.errors import CmidError
+from ..base.files import existing_folder
 from ..data.formats import quiet_decoders
 from ..data.rasters import open_image
 from ..data.survey import file_sha256
 from ..tasks.card import Limits, Source
 from ..tasks.load import load_task
-from ..train.checkpoint import existing_folder, load_backbone, read_card_json
+from ..train.checkpoint import load_backbone, read_card_json
 
 # %% ../../nbs/7_apply/30_encoder.ipynb #796d125b
 def network_hash(

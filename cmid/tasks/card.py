@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError
 
 from ..base.bootstrap import bootstrap_scores, score_interval
 from ..base.errors import CmidError
+from ..base.files import existing_folder, whole_folder
 from ..base.params import Count, Names, Natural, Nodata, Pair, Positive, Section, schema
 from ..data.labelled import palette
 from cmid.train.checkpoint import (
@@ -22,13 +23,11 @@ from cmid.train.checkpoint import (
     card_text,
     check_replaceable,
     checked_card,
-    existing_folder,
     read_card_json,
     readme_row,
     readme_table,
     save_tensors,
     tensor_bytes,
-    whole_folder,
 )
 
 # %% ../../nbs/5_tasks/02_card.ipynb #b4bc9694

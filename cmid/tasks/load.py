@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..base.errors import CmidError
+from ..base.files import existing_folder
 from ..base.params import schema
 from ..data.labelled import DATED
 from ..method.backbones import create
@@ -20,7 +21,7 @@ from .classify import Classifier
 from .dense import UNET, UNet
 from .detect import OrientedRCNN
 from .segment import Segmenter
-from ..train.checkpoint import check_weights, existing_folder, fill_weights, read_safetensors
+from ..train.checkpoint import check_weights, fill_weights, read_safetensors
 
 # %% ../../nbs/5_tasks/14_load.ipynb #7d62de22
 def _classifier(card, settings, encoder, head):

@@ -5,21 +5,18 @@
 # %% auto #0
 __all__ = ['FORMAT', 'PLAIN', 'Finite', 'FILES', 'WRAPPERS', 'BRANCHES', 'tensor_bytes', 'checkpoints', 'save', 'Damaged',
            'read_tensors_only', 'differences', 'load', 'latest', 'Card', 'checked_card', 'read_card_json', 'read_card',
-           'whole_folder', 'existing_folder', 'save_tensors', 'readme_row', 'readme_table', 'check_replaceable',
-           'card_text', 'export_backbone', 'unwrapped', 'read_safetensors', 'check_weights', 'fill_weights',
-           'set_mask_token', 'load_extras', 'load_backbone']
+           'save_tensors', 'readme_row', 'readme_table', 'check_replaceable', 'card_text', 'export_backbone',
+           'unwrapped', 'read_safetensors', 'check_weights', 'fill_weights', 'set_mask_token', 'load_extras',
+           'load_backbone']
 
 # %% ../../nbs/4_train/04_checkpoint.ipynb #e2036ce4
 import json
 import math
-import os
 import pickle
 import re
-import shutil
 import sys
 import zipfile
 from collections import OrderedDict
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,8 +25,8 @@ from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..base.errors import CmidError, writing
-from ..base.files import whole
+from ..base.errors import CmidError
+from ..base.files import existing_folder, whole, whole_folder
 from ..base.params import Section
 from ..method.backbones import check_name, create
 
@@ -281,55 +278,6 @@ def read_card(
 
 # %% ../../nbs/4_train/04_checkpoint.ipynb #c94c34ce
 FILES = ("README.md", "card.json", "extras.safetensors", "model.safetensors", "teacher.safetensors")
-
-
-def _part_and_old(folder):
-    "Two paths beside a folder: where the new one is written, and where the old one is moved."
-    return [folder.with_name(f".{folder.name}.{end}") for end in ("part", "old")]
-
-
-def _sync(folder):
-    "Forces the files of a folder to disk."
-    for path in folder.iterdir():
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())
-
-
-def _tidy(folder, part, old):
-    "Removes both; where a run was killed between the two renames, moves the old folder back first."
-    if old.exists() and not folder.exists():
-        os.replace(old, folder)
-    for path in (part, old):
-        shutil.rmtree(path, ignore_errors=True)
-
-
-@contextmanager
-def whole_folder(
-    folder,  # to write; what is there is replaced
-    need: int,  # bytes that it will take
-):  # an empty folder to fill
-    "Writes a folder, completely or not at all. Raises `CmidError` if the disk is full."
-    part, old = _part_and_old(folder)
-    with writing(folder, need):
-        _tidy(folder, part, old)
-        part.mkdir(parents=True)
-        try:
-            yield part
-            _sync(part)
-            if folder.exists():
-                os.replace(folder, old)
-            os.replace(part, folder)
-        finally:
-            _tidy(folder, part, old)
-
-# %% ../../nbs/4_train/04_checkpoint.ipynb #8761169a
-def existing_folder(
-    folder,  # that `whole_folder` wrote
-) -> Path:
-    "`folder`, or the old one where a run was killed between the two renames."
-    folder = Path(folder)
-    old = _part_and_old(folder.absolute())[1]
-    return old if old.exists() and not folder.exists() else folder
 
 # %% ../../nbs/4_train/04_checkpoint.ipynb #7e5ad8fa
 def save_tensors(

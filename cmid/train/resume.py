@@ -25,9 +25,9 @@ with warnings.catch_warnings():  # fastai 2.8 scripts a function when it is impo
     from fastai.callback.core import Callback
 
 from ..base.errors import CmidError
-from ..base.files import write_json
+from ..base.files import existing_folder, write_json
 from ..base.runtime import step_generator
-from .checkpoint import checkpoints, differences, existing_folder, latest, save
+from .checkpoint import checkpoints, differences, latest, save
 from .processes import StopRequest, average_buffers, launch, mean_over_processes, rank, world
 
 # %% ../../nbs/4_train/10_resume.ipynb #5dd621f3
