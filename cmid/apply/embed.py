@@ -11,6 +11,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import os
 import shutil
 import sys
@@ -91,31 +92,52 @@ def _work_key(encoder, files, options):
     asked = _facts(encoder, options) | dict(source=encoder.card.source.model_dump(), half=options.half)
     digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode())
     for name in files.names:
-        found = os.stat(files.folder / name)
-        digest.update(f"{name}\0{found.st_size} {found.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+        digest.update(f"{name}\0{_state(files.folder / name)}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 
-def _skipped(items, pieces):
-    "(name, reason) of what has no row, one after the other"
-    yield from ((items.path(k), reason) for k, reason in items.reasons.items())
-    for _, left_out in pieces:
-        yield from ((item_name(path, window and tuple(window)), reason) for path, window, reason, _ in left_out)
+def _state(path):
+    "Size and time of the last change of a file"
+    try:
+        found = os.stat(path)
+    except OSError:  # a link to nothing
+        return "none"
+    return f"{found.st_size} {found.st_mtime_ns}"
 
 
-def _tell_skipped(path, skipped, rows):
+def _counted(items, pieces):
+    "Number of rows of all pieces; (name, reason) of what has none"
+    rows, skipped = 0, [(items.path(k), reason) for k, reason in items.reasons.items()]
+    for table, left_out in pieces:
+        rows += table.num_rows
+        skipped += [(item_name(path, window and tuple(window)), reason) for path, window, reason, _ in left_out]
+    return rows, skipped
+
+
+def _list_skipped(path, skipped):
     "Write what has no row as CSV beside the table, and say so"
     listed = path.with_name(f"{path.stem}.skipped.csv")
     listed.unlink(missing_ok=True)
     if not skipped:
         return
-    if not rows:
-        raise CmidError(f"not one image can be used (first: {skipped[0][0]}: {skipped[0][1]})")
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([("file", "reason"), *skipped])
     write_whole(listed, text.getvalue())
     name, reason = skipped[0]
     print(f"note: {len(skipped):,} have no embedding, see {listed.name} (first: {name}: {reason})", file=sys.stderr)
+
+
+_READ = 64  # images that are read at a time
+
+
+def _make_rows(encoder, items, schema, options, work, piece):
+    "Make the pieces that are missing; how many there are"
+    embed = embedder(encoder, device(options.device), options.batch)
+
+    def rows_of(batch):
+        return embedding_rows(batch, embed(batch.pixels()), schema)
+
+    return make_pieces(items, work, rows_of, schema, max(_READ, options.batch), "embed", piece)
 
 
 def write_embeddings(
@@ -129,31 +151,17 @@ def write_embeddings(
     path = Path(path)
     items = plan_items(files, encoder.card, encoder.side, options.tile, encoder.name)
     schema = embedding_schema(encoder.width, options.half, _facts(encoder, options))
-    embed = embedder(encoder, device(options.device), options.batch)
     work = unfinished_folder(path.parent, f"{path.name}.rows", _work_key(encoder, files, options))
-
-    def rows_of(batch):
-        return embedding_rows(batch, embed(batch.pixels()), schema)
-
-    count = make_pieces(items, work, rows_of, schema, max(_READ, options.batch), "embed", piece)
-    write = write_npz if path.suffix == ".npz" else write_parquet
-    rows = write(path, schema, lambda: (table for table, _ in read_pieces(work, count)))
-    _finish(path, items, work, count, rows)
+    count = _make_rows(encoder, items, schema, options, work, piece)
+    rows, skipped = _counted(items, read_pieces(work, count))
+    if rows:
+        write = write_npz if path.suffix == ".npz" else write_parquet
+        write(path, schema, lambda: (table for table, _ in read_pieces(work, count)))
+        _list_skipped(path, skipped)
+    shutil.rmtree(work)
+    if not rows:
+        raise CmidError(f"not one image can be used (first: {': '.join(skipped[0])})")
     return rows
-
-
-_READ = 64  # images that are read at a time
-
-
-def _finish(path, items, work, count, rows):
-    "Say what was left out, and remove the pieces; without a row there is no table"
-    try:
-        _tell_skipped(path, list(_skipped(items, read_pieces(work, count))), rows)
-    except CmidError:
-        path.unlink()
-        raise
-    finally:
-        shutil.rmtree(work)
 
 # %% ../../nbs/7_apply/33_embed.ipynb #b8c83127
 def _relative(path, folder):
@@ -221,10 +229,12 @@ def _check_target(out, images):
 
 def _band_numbers(text):
     "Numbers of bands, or None"
-    try:
-        return [int(number) for number in text.split(",")] if text else None
-    except ValueError:
-        raise CmidError(f"--bands: must be numbers separated by commas, got {text!r}") from None
+    if not text:
+        return None
+    numbers = text.split(",")
+    if not all(number.isdecimal() for number in numbers) or len(set(numbers)) < len(numbers):
+        raise CmidError(f"--bands: must be different numbers from 0, separated by commas, got {text!r}")
+    return list(map(int, numbers))
 
 
 def _checked_table(path, encoder, options, backbone):
@@ -247,7 +257,7 @@ def _checked_table(path, encoder, options, backbone):
 def _answer(table, encoder, images, to, count, options):
     "Search, and write the sheet and the CSV file beside the table"
     answers = find_similar(table, encoder, images, to, count, options)
-    path = table.path.with_name(f"{table.path.stem}-like-{Path(split_item(to)[0]).stem}")
+    path = table.path.with_name(f"{table.path.stem}-like-{Path(split_item(to)[0]).resolve().stem}")
     sheet, text = (path.with_name(path.name + suffix) for suffix in (".png", ".csv"))
     write_neighbours(text, answers)
     picture = io.BytesIO()
@@ -278,6 +288,14 @@ examples:
 """
 
 
+_NUMBERS = dict(  # option -> default, its unit, what it means
+    tile=(0, "PX", "a row for each tile of this side, instead of each image"),
+    side=(0, "PX", "resize to this side; otherwise as in pretraining"),
+    neighbours=(8, "N", "how many are looked for; 8 by default"),
+    batch=(0, "N", "images at a time; 0, the default: as many as suit the device"),
+)
+
+
 def _parser():
     parser = argparse.ArgumentParser(
         prog="cmid_embed",
@@ -289,16 +307,12 @@ def _parser():
     add("backbone", help="folder of a backbone or of a fine-tuned network")
     add("images", help="an image, or a folder of images; never written to")
     add("out", help="table to write: .parquet or .npz")
-    add("--tile", type=int, default=0, metavar="PX", help="a row for each tile of this side, instead of each image")
-    add("--side", type=int, default=0, metavar="PX", help="resize to this side; otherwise as in pretraining")
+    for key, (value, metavar, text) in _NUMBERS.items():
+        add(f"--{key}", type=int, default=value, metavar=metavar, help=text)
     add("--half", action="store_true", help="float16 instead of float32: half the size")
     add("--bands", default="", metavar="0,1,2", help="numbers of the bands to read; otherwise all, which must fit")
     add("--nodata", type=float, metavar="VALUE", help='value that means "no measurement" beside what files say')
     add("--similar", default="", metavar="TO", help="image, folder, or row of the table: show what is nearest to it")
-    add("--neighbours", type=int, default=8, metavar="N", help="how many are looked for; 8 by default")
-    add(
-        "--batch", type=int, default=0, metavar="N", help="images at a time; 0, the default: as many as suit the device"
-    )
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add("--overwrite", action="store_true", help="make the table again if it exists")
     return parser
@@ -308,6 +322,8 @@ def _check_numbers(args):
     for key, least in dict(tile=0, side=0, batch=0, neighbours=1).items():
         if getattr(args, key) < least:
             raise CmidError(f"--{key}: must be {least} or more, got {getattr(args, key)}")
+    if args.nodata is not None and not math.isfinite(args.nodata):
+        raise CmidError(f"--nodata: must be a number, got {args.nodata}; values that are not finite never count")
 
 
 @cli

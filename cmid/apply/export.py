@@ -26,7 +26,7 @@ import cmid
 from .encoder import holds_task, network_hash
 from .graphs import BackboneGraph, DetectionGraph, LogitsGraph
 from ..base.errors import CmidError, cli, one_line, writing
-from ..method.backbones import ResNetEncoder
+from ..method.backbones import Encoder, ResNetEncoder
 from ..tasks.detect import NMS_CANDIDATES, PROPOSAL_NMS_IOU
 from ..tasks.load import load_task
 from ..train.checkpoint import load_backbone, tensor_bytes
@@ -120,8 +120,8 @@ def task_graph(
 
 def _takes_any_size(network):
     "Is the network the same function for images of other sides?"
-    position_free = all(isinstance(o, ResNetEncoder) for o in network.modules() if hasattr(o, "mask_token"))
-    return position_free and network.card.task != "detect"
+    encoders = [module for module in network.modules() if isinstance(module, Encoder)]  # a U-Net has none
+    return network.card.task != "detect" and all(isinstance(encoder, ResNetEncoder) for encoder in encoders)
 
 # %% ../../nbs/7_apply/35_export.ipynb #cd07c087
 @contextmanager

@@ -42,7 +42,8 @@ def embedding_rows(
 ) -> pa.Table:
     "The rows of some images or tiles. Raises `CmidError` where a value is too large for half precision."
     kind = schema.field("embedding").type
-    values = np.asarray(vectors, kind.value_type.to_pandas_dtype())
+    with np.errstate(over="ignore"):
+        values = np.asarray(vectors, kind.value_type.to_pandas_dtype())
     if not np.isfinite(values).all():
         raise CmidError("an embedding has values above 65,504, the most of float16: leave --half out")
     known = json.loads(schema.metadata[b"cmid"])["card_hash"]

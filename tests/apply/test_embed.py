@@ -167,12 +167,24 @@ def test_what_cannot_be_used_is_listed(tmp_path, model, capsys):
     images = folder_of_images(tmp_path / "images", 2)
     (images / "broken.tif").write_bytes((images / "0.tif").read_bytes()[:300])
     tiff(images / "empty.tif", smooth(1), mask=np.zeros((70, 70), bool))
+    (images / "link.tif").symlink_to(tmp_path / "nowhere.tif")
     run(model, images, tmp_path / "t.parquet")
-    assert "note: 2 have no embedding, see t.skipped.csv (first: broken.tif: " in capsys.readouterr().err
+    assert "note: 3 have no embedding, see t.skipped.csv (first: broken.tif: " in capsys.readouterr().err
     lines = (tmp_path / "t.skipped.csv").read_text().splitlines()
     assert lines[0] == "file,reason"
     assert lines[2] == "empty.tif,not one pixel has a value"
     assert all_of(tmp_path / "t.parquet", "path")[0].tolist() == ["0.tif", "1.tif"]
+
+
+def test_a_table_is_not_replaced_by_none(tmp_path, model, capsys):
+    images = folder_of_images(tmp_path / "images", 1)
+    run(model, images, tmp_path / "t.parquet")
+    before = (tmp_path / "t.parquet").read_bytes()
+    (images / "0.tif").write_bytes(b"II*\0 and no more")
+    said = refused(capsys, model, images, tmp_path / "t.parquet", "--overwrite")
+    assert "not one image can be used (first: 0.tif: " in said
+    assert (tmp_path / "t.parquet").read_bytes() == before
+    assert sorted(o.name for o in tmp_path.iterdir()) == ["images", "t.parquet"]
 
 
 # Refusals
@@ -189,7 +201,9 @@ def test_arguments_that_mean_nothing_are_refused(tmp_path, model, capsys):
     assert "is inside of the images" in refused(capsys, model, images, images / "t.parquet")
     assert "--side: 50 must be a multiple of 32 px" in refused(capsys, *good, "--side", 50)
     assert "--tile: must be 0 or more, got -1" in refused(capsys, *good, "--tile", -1)
-    assert "--bands: must be numbers separated by commas" in refused(capsys, *good, "--bands", "a,b")
+    assert "--bands: must be different numbers from 0, separated" in refused(capsys, *good, "--bands", "a,b")
+    assert "--bands: must be different numbers from 0" in refused(capsys, *good, "--bands", "0,1,1")
+    assert "--nodata: must be a number, got nan" in refused(capsys, *good, "--nodata", "nan")
     assert "takes 3 bands, but 2 are named" in refused(capsys, *good, "--bands", "0,1")
     assert "reads bands [0, 1, 5]" in refused(capsys, *good, "--bands", "0,1,5")
     assert not (tmp_path / "t.parquet").exists()

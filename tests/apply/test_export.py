@@ -12,10 +12,12 @@ from cmid.apply.export import TOLERANCE, backbone_graph, cmid_export, export_onn
 from cmid.apply.graphs import BackboneGraph, finish_detections
 from cmid.base.errors import CmidError
 from cmid.tasks.boxes import rotated_iou
+from cmid.tasks.card import save_task, task_card
+from cmid.tasks.dense import UNET, UNet, UNetCard
 from cmid.tasks.load import load_task
 from cmid.train.checkpoint import load_backbone
 from tests.tools.embeddings import backbone
-from tests.tools.networks import made_network
+from tests.tools.networks import made_network, no_images, small_settings
 
 NAMES = dict(resnet="resnet18", vit="vit_tiny_patch16_224", swin="swin_tiny_patch4_window7_224")
 
@@ -219,3 +221,27 @@ def test_detections_finished_from_a_file_are_those_of_the_network(tmp_path, kind
         assert len(want["scores"]) > 3
         assert torch.allclose(got["scores"].sort().values, want["scores"].sort().values, atol=1e-5)
         assert (rotated_iou(want["boxes"], got["boxes"]).max(1).values > 0.99).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["segment", "change"])
+def test_a_network_without_a_backbone(tmp_path, task):
+    classes, dates = (2, 2) if task == "change" else (3, 1)
+    card = task_card(
+        task,
+        UNET,
+        "land",
+        "none",
+        no_images(task, classes, 64, {}),
+        small_settings(task, 64),
+        UNetCard(3, ["red", "green", "blue"], [0.4] * 3, [0.2] * 3),
+        {},
+        dict(commit="0" * 40, versions={}),
+    )
+    torch.manual_seed(0)
+    model = save_task(tmp_path / f"{task}-land-none", UNet(3, classes, dates=dates), card)
+    export_onnx(task_graph(model), tmp_path / "x.onnx")
+    images = images_of(2, *([2] if task == "change" else []), 3, 96, 64)
+    with torch.no_grad():
+        wanted = load_task(model)(torch.from_numpy(images))
+    assert close(run(tmp_path / "x.onnx", images)["logits"], wanted)
