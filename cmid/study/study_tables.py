@@ -66,14 +66,13 @@ def _pivot(
     "One line for each distinct tuple of first cells; nothing without rows"
     if not rows:
         return ""
-    inits = dict.fromkeys(row["init"] for _, row in rows)
+    inits = {row["init"]: _column(row) for _, row in rows}
     pairs, lines = {}, {}
     for _, row in rows:
         pairs.update({(row["init"], against["baseline"]): None for against in row["against"]})
     for cells, row in rows:
         lines.setdefault(cells, {})[row["init"]] = row
-    names = {row["init"]: _column(row) for _, row in rows}
-    columns = (*head, *names.values(), *(f"{init} minus {baseline}" for init, baseline in pairs))
+    columns = (*head, *inits.values(), *(f"{init} minus {baseline}" for init, baseline in pairs))
     body = []
     for cells, by_init in lines.items():
         scores = [score_text(by_init.get(init, {})) for init in inits]

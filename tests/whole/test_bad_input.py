@@ -40,7 +40,7 @@ from cmid.base.runtime import device
 from cmid.data.batches import Batches
 from cmid.data.dataset import Prepared
 from cmid.data.prepare import prepare, prepare_dataset
-from cmid.method.backbones import create
+from cmid.method.backbones import check_pretrainable, create
 from cmid.study.runner import run_notebook
 from cmid.study.smoke import smoke_tasks
 from cmid.study.study import with_set
@@ -850,10 +850,11 @@ MODELS = [
         " is missing",
     ),
     model_case(
-        "architecture that is not supported",
+        "architecture of a network that cannot be pretrained",
         "card.json",
         json_with(architecture="efficientnet_b0"),
-        "'efficientnet_b0' is neither ResNet, Swin nor ViT",
+        "model.safetensors: ",
+        " is missing",
     ),
     model_case(
         "architecture that is a path",
@@ -1071,8 +1072,8 @@ MEETINGS = [
     Case(
         "run: a backbone of another kind",
         nothing,
-        lambda d: create("efficientnet_b0"),
-        ["'efficientnet_b0' is neither ResNet, Swin nor ViT: choose e.g. resnet50"],
+        lambda d: check_pretrainable("efficientnet_b0"),
+        ["'efficientnet_b0' is neither ResNet, Swin nor ViT: it can be a baseline, but cannot be pretrained"],
     ),
     Case(
         "run: side no multiple of 32",
