@@ -7,6 +7,7 @@ __all__ = ['PNG_PIXELS', 'PROBABILITY_STEPS', 'MapLook', 'gdal_writing', 'write_
 
 # %% ../../nbs/7_apply/02_rasters.ipynb #866e52b3
 import json
+import os
 import shutil
 from collections.abc import Iterable
 from contextlib import contextmanager
@@ -103,12 +104,25 @@ def _aux_xml(look, counts):
 
 # %% ../../nbs/7_apply/02_rasters.ipynb #b2724065
 @contextmanager
+def _quiet_library():
+    "Inside this block nothing is printed on the standard error: the TIFF library prints there what it raises, too"
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
+
+
+@contextmanager
 def gdal_writing(
     path,  # of the file that is written
 ):
     "Raise `CmidError` with one line for what GDAL cannot write, a full disk among them."
     try:
-        with writing(path), quiet_decoders():
+        with writing(path), quiet_decoders(), _quiet_library():
             yield
     except Exception as error:
         if type(error).__module__.partition(".")[0] not in ("rasterio", "pyogrio"):
