@@ -12,14 +12,17 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from safetensors.torch import load_file
 
 from cmid.base.errors import CmidError, cli
 from cmid.base.files import write_json, write_whole
 from cmid.data.dataset import Prepared
 from cmid.data.prepare import prepare
 from cmid.method.backbones import create
+from cmid.tasks.card import read_task_card, save_task
 from cmid.train import checkpoint
 from tests.tools.cards import random_card
+from tests.tools.networks import made_card
 
 FACTS = random_card()
 
@@ -121,6 +124,21 @@ def test_export(disk, leave):
     export(1.0)
     stops_and_resumes(disk, lambda: export(2.0), disk / "models/b", leave)
     assert checkpoint.read_card(disk / "models/b").health["value"] == 2
+
+
+@pytest.mark.parametrize("leave", [0, 10_000, 1_000_000, 1_550_000])
+def test_fine_tuned_network(disk, leave):
+    card = made_card("segment", encoder=create("test_resnet", 3, 64))
+
+    def keep(value):
+        network = torch.nn.Linear(1000, 400, bias=False)
+        torch.nn.init.constant_(network.weight, value)
+        save_task(disk / "models/a", network, card)
+
+    keep(1.0)
+    stops_and_resumes(disk, lambda: keep(2.0), disk / "models/a", leave)
+    assert (load_file(disk / "models/a/model.safetensors")["weight"] == 2).all()
+    assert read_task_card(disk / "models/a") == card
 
 
 def test_small_files(disk):
