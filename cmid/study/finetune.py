@@ -88,6 +88,6 @@ def cmid_finetune():
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         fine_tune_study(args.task, args.dataset, args.init, args.code, args.part)
-    except (CmidError, OSError):
-        wait_for_the_first()
+    except (CmidError, OSError) as error:
+        wait_for_the_first(error)
         raise

@@ -93,8 +93,8 @@ def cmid_pretrain():
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         pretrain_study(args.method, args.backbone, args.code)
-    except (CmidError, OSError):
-        wait_for_the_first()
+    except (CmidError, OSError) as error:
+        wait_for_the_first(error)
         raise
 
 # %% ../../nbs/8_study/05_train.ipynb #f97b7693
