@@ -118,6 +118,8 @@ def test_what_is_refused(models, tmp_path, capsys):
     card = json.loads((segment / "card.json").read_text())
     (newer / "card.json").write_text(json.dumps(card | dict(format=99)))
     assert "written by a newer cmid" in refused(capsys, newer, scenes, out)
+    (newer / "card.json").write_text(json.dumps(card))
+    assert "no model.safetensors" in refused(capsys, newer, scenes, out)
     assert "--second: missing" in refused(capsys, change, scenes, out)
     assert "--second: is for change" in refused(capsys, segment, scenes, out, "--second", scenes)
     assert "no such file or folder" in refused(capsys, segment, tmp_path / "nothing", out)

@@ -1,6 +1,7 @@
 "Maps of classes and of change: where pixels lie on the map, what files say, what is left of an interrupted run."
 
 import json
+import os
 import resource
 import signal
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ import torch
 from PIL import Image
 from rasterio.transform import Affine, from_origin
 
+from cmid.apply import rasters as rasters_module
 from cmid.apply.dense import apply_dense
 from cmid.apply.scene import ApplyOptions, open_scene
 from cmid.apply.scene_pairs import ScenePair
@@ -210,6 +212,22 @@ def test_a_disk_that_fills(size, tmp_path):
     assert not [o for o in (tmp_path / "out").iterdir() if not o.name.startswith(".")]
     apply_to(path, tmp_path / "out", vector=True)
     assert (tmp_path / "out" / "scene.tif").read_bytes() == (tmp_path / "once" / "scene.tif").read_bytes()
+
+
+@pytest.mark.parametrize("kept", [0.5, 0.9, 0.99])
+def test_a_file_that_was_written_short_is_not_called_done(kept, tmp_path, monkeypatch):
+    "GDAL does not raise an error for every full disk: the file is read again before it gets its name."
+    finish = rasters_module._finish
+
+    def short(plain, path, resampling):
+        finish(plain, path, resampling)
+        os.truncate(path, int(kept * path.stat().st_size))
+
+    path = write(tmp_path / "scene", blobs(900, 1000), **PLACES["utm"])
+    monkeypatch.setattr(rasters_module, "_finish", short)
+    with pytest.raises(CmidError, match="scene.tif: (cannot be written|was not written whole)"):
+        apply_to(path, tmp_path / "out")
+    assert not [o for o in (tmp_path / "out").iterdir() if not o.name.startswith(".")]
 
 
 def test_change_between_dates_of_unequal_extent(tmp_path):
