@@ -268,14 +268,15 @@ _SHAPES = dict(  # task -> what `load_task` takes and gives
 )
 
 
-def _usage(card):
+def _usage(card, heads):
     "Lines on how the network is used."
+    command = "cmid_apply . FIRST OUT --second SECOND" if card.task == "change" else "cmid_apply . IMAGES OUT"
     takes, gives = (shape.format(count) for shape, count in zip(_SHAPES[card.task], (card.in_chans, len(card.classes))))
     return [
         "New images, with coordinates where they have them:",
         "",
         "```",
-        "cmid_apply . IMAGES OUT",
+        command,
         "```",
         "",
         "```python",
@@ -283,6 +284,7 @@ def _usage(card):
         "",
         'network = load_task(".")',
         f"result = network(images)  # float in [0, 1] {takes} -> {gives}",
+        *(f'network = load_task(".", "{head}")  # another head' for head in heads),
         "```",
         "",
     ]
@@ -328,12 +330,14 @@ def _fact_rows(card):
     backbone = card.backbone or {}
     architecture = [card.network, *filter(None, [backbone.get("architecture")])]
     windows = f"{card.tile} px, {card.overlap} px of overlap" if card.tile else "whole images"
+    thresholds = ("score", "nms") if card.task == "detect" else ()
     facts = dict(
         network=" on ".join(architecture),
         task=card.task,
         dataset=card.dataset,
         init=card.init,
         windows=windows if card.side is None else f"{windows}, resized to {card.side} px",
+        **{f"threshold: {key}": card.settings[key] for key in thresholds},
         resolution="unknown" if card.resolution is None else f"{card.resolution:.4g} m a pixel",
         data=card.data_hash or "unknown",
         commit=card.provenance.get("commit") or "unknown",
@@ -341,7 +345,7 @@ def _fact_rows(card):
     return [readme_row(key, value) for key, value in facts.items()]
 
 
-def _readme(card):
+def _readme(card, heads):
     "The text of README.md."
     stretch = _stretch_rows(card)
     scores = [_score_row(*item) for item in card.scores.items()]
@@ -351,7 +355,7 @@ def _readme(card):
         f"A network of cmid that {_GIVES[card.task].format(len(card.classes))}. Its weights are safetensors: "
         "nothing is unpickled.",
         "",
-        *_usage(card),
+        *_usage(card, heads),
         *readme_table("| class | name | colour |", _class_rows(card)),
         *(readme_table("| score | | 95 % interval | evaluated on |", scores) if scores else []),
         *readme_table("| | |", _fact_rows(card)),
@@ -383,5 +387,5 @@ def save_task(
         for name, values in tensors.items():
             save_tensors(values, part / f"{name}.safetensors")
         (part / "card.json").write_text(text + "\n", encoding="utf8", newline="\n")
-        (part / "README.md").write_text(_readme(card), encoding="utf8", newline="\n")
+        (part / "README.md").write_text(_readme(card, others or ()), encoding="utf8", newline="\n")
     return folder

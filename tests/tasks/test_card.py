@@ -53,6 +53,17 @@ def test_the_card_comes_back_as_it_was_written(tmp_path):
     assert "| score | 0.5000 | 0.4000 to 0.6000 | 10 images |" in text
 
 
+def test_the_text_says_how_each_task_is_used(folders):
+    texts = {task: (folder / "README.md").read_text() for task, folder in folders.items()}
+    assert "cmid_apply . FIRST OUT --second SECOND" in texts["change"]
+    assert 'network = load_task(".", "difference")' in texts["change"]
+    assert all("cmid_apply . IMAGES OUT" in texts[task] for task in ("classify", "segment", "detect"))
+    assert "| threshold: score | 0.05 |" in texts["detect"]
+    assert "logits (B, 3, H, W)" in texts["segment"]
+    assert "| 1 | changed | `#009e73` |" in texts["change"]
+    assert all("| 1 | class 1 | `#009e73` |" in texts[task] for task in ("classify", "segment", "detect"))
+
+
 def test_a_backbone_and_a_network_do_not_replace_each_other(tmp_path):
     encoder = backbones.create("resnet18", 3, 64)
     export_backbone(encoder, tmp_path / "backbone", random_card())
