@@ -209,7 +209,6 @@ def test_detections_finished_from_a_file_are_those_of_the_network(tmp_path, kind
     model = made_network(tmp_path / "detect-objects-random", "detect", 3, 3, NAMES[kind], settings=dict(score=0.2))
     export_onnx(task_graph(model), tmp_path / "x.onnx")
     images, network = images_of(2, 3, 64, 64), load_task(model)
-    network.network.settings.score = 0.2
     found = run(tmp_path / "x.onnx", images)
     with torch.no_grad():
         wanted = network(torch.from_numpy(images))
