@@ -319,6 +319,9 @@ def _fact_rows(card):
     for key in ("method", "architecture", "img_size", "data_hash", "data_licence"):
         value = getattr(card, key)
         rows.append(readme_row(key.replace("_", " "), "unknown" if value is None else value))
+    start = card.parameters.get("start")
+    if isinstance(start, dict):  # weights that pretraining went on from
+        rows.append(readme_row("start", f"{start.get('start')}, {start.get('hash')}"))
     return [*rows, readme_row("commit", card.provenance.get("commit", "unknown"))]
 
 

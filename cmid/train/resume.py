@@ -322,7 +322,7 @@ class TaskRun:
         store: dict,  # of `Stage.store`: folder, root, code, commit, program
         folder,  # models/<init>; None: a network from scratch
         card,  # `Card` of the backbone there, or what stands for it
-        data: str,  # hash of the prepared images
+        data,  # `Prepared` or `Labelled`
         images,  # numbers of the training images
         part: str = "",  # where a stage trains several networks: which one
         **facts,  # further values that the weights depend on, as JSON takes them
@@ -331,7 +331,7 @@ class TaskRun:
         self.root, self.code, self.commit = store["root"], store["code"], store["commit"]
         self.program = [*store["program"], "--code", self.code, *(["--part", part] if part else [])]
         backbone = _backbone_facts(folder, card)
-        self.facts = dict(backbone=backbone, data=data, images=numbers_digest(images), part=part, code=self.code)
+        self.facts = dict(backbone=backbone, data=data.hash, images=numbers_digest(images), part=part, code=self.code)
         self.facts |= facts
 
     def identity(

@@ -126,7 +126,10 @@ def imagenet_statistics(
 
 
 def _from_timm(start, backbone, images):
-    encoder = create(backbone, images.bands, images.side, pretrained=True)
+    try:
+        encoder = create(backbone, images.bands, images.side, pretrained=True)
+    except CmidError as error:
+        raise CmidError(f"params.yaml: pretrain.start: {error}") from None
     weights = encoder.model.state_dict()
     tag = encoder.model.pretrained_cfg.get("tag")
     facts = dict(start=start, hash=tensors_sha256(weights), architecture=backbone, method=f"imagenet, {tag}")
