@@ -353,6 +353,27 @@ examples:
 """
 
 
+def _add_files(add):
+    "Arguments that say what is read and written"
+    add("model", help="folder of a fine-tuned network")
+    add("images", help="a scene, or a folder of scenes; for change, of the first date")
+    add("out", help="folder to write; it must not be among the images")
+    add("--second", default="", metavar="IMAGES", help="change: scenes of the second date, with the same names")
+    add("--overwrite", action="store_true", help="replace results of another network, other options or scenes")
+
+
+def _add_options(add):
+    "Arguments that say how"
+    add("--head", help="change: bit or difference, where the network has both")
+    add("--probabilities", action="store_true", help="segmentation, change: also the probability of each class")
+    add("--vector", action="store_true", help="segmentation, change: also polygons; detection: also a GeoPackage")
+    add("--min-area", type=int, default=0, metavar="PX", help="leave out polygons of fewer pixels")
+    add("--score", type=float, help="detection: least score of an object; otherwise that of the card")
+    add("--tile", type=int, metavar="PX", help="classification: side of a tile, 0: whole images; otherwise the card's")
+    add("--batch", type=int, default=0, metavar="N", help="windows at a time; 0, the default: as the memory allows")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+
+
 def _parser():
     parser = argparse.ArgumentParser(
         prog="cmid_apply",
@@ -360,25 +381,8 @@ def _parser():
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
-    add("model", help="folder of a fine-tuned network")
-    add("images", help="a scene, or a folder of scenes; for change, of the first date")
-    add("out", help="folder to write; it must not be among the images")
-    add("--second", default="", metavar="IMAGES", help="change: scenes of the second date, with the same names")
-    add("--head", help="change: bit or difference, where the network has both")
-    add("--probabilities", action="store_true", help="segmentation, change: also the probability of each class")
-    add("--vector", action="store_true", help="segmentation, change: also polygons; detection: also a GeoPackage")
-    add("--min-area", type=int, default=0, metavar="PX", help="leave out polygons of fewer pixels")
-    add("--score", type=float, help="detection: least score of an object; otherwise that of the card")
-    add(
-        "--tile",
-        type=int,
-        metavar="PX",
-        help="classification: side of a tile, 0 for whole images; otherwise the card's",
-    )
-    add("--batch", type=int, default=0, metavar="N", help="windows at a time; 0, the default: as the memory allows")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    add("--overwrite", action="store_true", help="replace results of another network, other options or scenes")
+    _add_files(parser.add_argument)
+    _add_options(parser.add_argument)
     return parser
 
 
