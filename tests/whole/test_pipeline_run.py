@@ -13,6 +13,7 @@ import timm
 import torch
 import yaml
 
+from cmid.study.smoke import SMOKE_MAPS
 from cmid.tasks.card import task_scores
 from cmid.tasks.load import load_task
 from cmid.train.checkpoint import load_backbone
@@ -62,6 +63,7 @@ def expected(inits):
         *(f"{stage}@scenes-{i}" for stage in ("probe", "classify", "features") for i in inits),
         *(f"{stage}@{i}" for stage in ("attention", "correspondence") for i in inits),
         *(f"{stage}_floor@{dataset}-{i}" for stage, dataset, i in FLOORS),
+        *(f"apply@{entry}" for entry in SMOKE_MAPS),
     }
 
 
@@ -108,6 +110,17 @@ def test_every_stage_is_scored_and_in_the_report(study):
     page = (study.folder / "reports/report.html").read_text()
     assert "<html" in page
     assert "Oriented detection" in page
+
+
+def test_maps_are_drawn_and_in_the_report(study):
+    for entry, values in SMOKE_MAPS.items():
+        assert study.metrics("apply", entry)["scenes"] == 1
+        record = study.json(f"results/apply/{entry}/run.json")
+        assert record["model"] == values["model"]
+        assert all((study.folder / "maps" / entry / file).is_file() for file in record["files"])
+    page = (study.folder / "reports/report.html").read_text()
+    assert page.count('alt="Map ') == len(SMOKE_MAPS)
+    assert '<a href="../maps/land-map/landscape.tif">' in page
 
 
 def test_what_has_no_backbone_is_scored_beside_them(study):
