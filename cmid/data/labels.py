@@ -80,7 +80,7 @@ def _write_boxes(folder, records):
     return [len(o["classes"]) for o in rows], digest.hexdigest()
 
 
-_NOT_HASHED = "audit", "shards", "value_range", "resolution"
+_NOT_HASHED = "audit", "shards", "dtype", "nodata", "value_range", "resolution"
 
 
 def _content_hash(manifest):
