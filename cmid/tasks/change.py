@@ -339,7 +339,7 @@ def fine_tune_change(
     pairs = ChangePairs(labelled, index, s.crop, seed)
     if folder is None:  # a backbone sees both dates as two images
         check_batch_norm(len(index), s.batch, pairs.side, "change", s.processes)
-    run = task_run(store, folder, card, labelled.hash, index, head)
+    run = task_run(store, folder, card, labelled, index, head)
     data = model, pairs, index, s, card.mean, card.std
     epochs = train_dense(*data, "change", linear_decay, seed, on, say, run=run)
     return model, epochs

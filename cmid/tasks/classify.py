@@ -323,7 +323,7 @@ def fine_tune_classifier(
     model = Classifier(encoder, len(images.classes))
     train = np.setdiff1d(index, held_out)
     facts = dict(held_out=numbers_digest(held_out))
-    run = task_run(store, folder, card, images.hash, train, str(fraction), **facts)
+    run = task_run(store, folder, card, images, train, str(fraction), **facts)
     data = model, images, train, settings, card.mean, card.std
     learn = classification_learner(*data, seed, on, held_out, say, run=run)
     _announce(learn, images, settings, say)

@@ -565,7 +565,7 @@ def fine_tune_detection(
     _announce(model, card, say)
     schedule, callbacks = step_decay(s.steps), (FreezeBatchNorm(s.steps[0]),) if s.steps else ()
     data = model, tiles, range(len(tiles)), s, card.mean, card.std
-    run = task_run(store, folder, card, labelled.hash, index)
+    run = task_run(store, folder, card, labelled, index)
     epochs = train_dense(*data, "detect", schedule, seed, on or device(), say, callbacks, run)
     return model.eval(), epochs
 

@@ -368,7 +368,7 @@ def fine_tune_segmentation(
     if labelled.bands != 3:
         say(f"note: saturation and hue need RGB images, and are not distorted for {labelled.bands} bands")
     crops = SegmentationCrops(labelled, settings.crop, settings.scale, card.mean, seed)
-    run = task_run(store, folder, card, labelled.hash, index)
+    run = task_run(store, folder, card, labelled, index)
     data = model, crops, index, settings, card.mean, card.std
     epochs = train_dense(*data, "segment", half_cosine, seed, on, say, run=run)
     model.eval()
