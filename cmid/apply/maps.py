@@ -48,7 +48,8 @@ def _pixel_shares(card, scenes):
     valid = pixels * (1 - np.array([facts["invalid"] for facts in scenes]))
     total = max(valid.sum(), 1e-9)
     shares = {name: sum(v * facts["classes"][name] for v, facts in zip(valid, scenes)) / total for name in card.classes}
-    return {name: round(share, 6) for name, share in shares.items()}, round(1 - valid.sum() / pixels.sum(), 6)
+    invalid = round(float(1 - valid.sum() / pixels.sum()), 6)
+    return {name: round(float(share), 6) for name, share in shares.items()}, invalid
 
 
 def _box_classes(card, out, name):
