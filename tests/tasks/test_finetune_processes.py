@@ -1,8 +1,6 @@
 """Two processes fine-tune as one: against a single process where nothing is random, and against each other where one
 of them is killed, stopped or fails."""
 
-import shutil
-
 import numpy as np
 import pytest
 import torch
@@ -52,31 +50,38 @@ def state_in(folder):
 
 
 @pytest.mark.slow
-def test_a_process_is_killed_fails_or_is_stopped(init, tmp_path):
-    """The other one ends too, and the next run resumes. Two processes end with the bits of a run that nothing
-    disturbed; one process may also go on alone."""
-    run, lines = tmp_path / "disturbed", []
+def test_a_process_is_killed(init, tmp_path):
+    "The other one ends too. The next run resumes, and ends with the bits of a run that nothing disturbed."
+    lines = []
     in_two(quiet, "train", init, tmp_path / "whole", 0, "")
     with pytest.raises(CmidError):
-        in_two(quiet, "train", init, run, 3, "kill")
-    with pytest.raises(CmidError, match="^the second process has no room$"):
-        in_two(lines.append, "train", init, run, 3, "error")
-    with pytest.raises(CmidError, match="stopped at step 4 of 6; a checkpoint is kept: run the same command"):
-        in_two(lines.append, "train", init, run, 4, "stop")
-    assert lines.count("resuming after step 2, epoch 1") == 2
-    shutil.copytree(run, tmp_path / "alone")
-    in_two(lines.append, "train", init, run, 0, "")
-    assert "resuming after step 4, epoch 2" in lines
-    whole, resumed = state_in(tmp_path / "whole"), state_in(run)
+        in_two(quiet, "train", init, tmp_path / "killed", 3, "kill")
+    in_two(lines.append, "train", init, tmp_path / "killed", 0, "")
+    assert "resuming after step 2, epoch 1" in lines
+    whole, resumed = state_in(tmp_path / "whole"), state_in(tmp_path / "killed")
     assert differing(whole["model"], resumed["model"]) == []
     assert whole["progress"]["epochs"] == resumed["progress"]["epochs"]
     assert resumed["ways"] == [dict(step=0, processes=2)]
 
-    _, epochs = train("change", init, tmp_path / "alone", lines.append, batch=4)
+
+@pytest.mark.slow
+def test_a_process_is_stopped(init, tmp_path):
+    "Both stop at the same step, and one process may go on alone."
+    with pytest.raises(CmidError, match="stopped at step 4 of 6; a checkpoint is kept: run the same command"):
+        in_two(quiet, "train", init, tmp_path, 4, "stop")
+    lines, stopped = [], state_in(tmp_path)["progress"]["epochs"]
+    _, epochs = train("change", init, tmp_path, lines.append, batch=4)
     assert any("(processes: 2 then, 1 now)" in line for line in lines)
-    assert epochs[:2] == whole["progress"]["epochs"][:2]
+    assert epochs[:2] == stopped
     assert epochs[2]["step"] == 6
-    assert state_in(tmp_path / "alone")["ways"] == [dict(step=0, processes=2), dict(step=4, processes=1)]
+    assert state_in(tmp_path)["ways"] == [dict(step=0, processes=2), dict(step=4, processes=1)]
+
+
+@pytest.mark.slow
+@pytest.mark.long  # 10 s in which the first process may speak
+def test_an_error_of_one_process_is_one_line(init, tmp_path):
+    with pytest.raises(CmidError, match="^the second process has no room$"):
+        in_two(quiet, "train", init, tmp_path, 3, "error")
 
 
 def test_processes_without_checkpoints_are_refused(init):
