@@ -137,13 +137,15 @@ def _check_scene_bands(path, image, card, reader):
 
 def _limits(path, dtype, card, reader):
     "(low, high) of the pixel type, or None for 8 bits that are taken as they are"
-    stretch = card.source.types.get(dtype)
-    if stretch is None and dtype != "uint8":
-        known = ", ".join(sorted({"uint8", *card.source.types}))
+    known = card.source.types
+    if not known and dtype == "uint8":
+        return None
+    if dtype not in known:
         raise CmidError(
-            f"{path}: has pixels of {dtype}, but {reader} knows {known} only; convert the scene as its training images"
+            f"{path}: has pixels of {dtype}, but {reader} was trained on {', '.join(sorted(known)) or 'uint8'} only; "
+            "give a scene of that type and scale"
         )
-    return stretch and (stretch.low, stretch.high)
+    return None if dtype == "uint8" else (known[dtype].low, known[dtype].high)
 
 
 def _check_resolution(path, metres, card, reader):

@@ -42,7 +42,7 @@ class Source(Section):
     "How a raster becomes the 8-bit bands that the network takes."
 
     bands: Annotated[list[Natural], Field(min_length=1)] | None  # numbers of the bands that are read, from 0; None: all
-    types: dict[str, Limits]  # pixel type -> its stretch; 8-bit files are taken as they are
+    types: dict[str, Limits]  # pixel type in training -> its stretch; empty: 8-bit files, taken as they are
     nodata: Nodata | None  # value that means "no measurement" beside what a file says, or one for each band
 
 
@@ -203,6 +203,8 @@ def _source(images):
         bands, nodata = manifest["bands_read"], manifest["nodata"]
         types = {manifest["dtype"]: stretch} if stretch else {}
     types = {dtype: {key: limits[key] for key in ("low", "high")} for dtype, limits in types.items()}
+    if types and "uint8" in manifest.get("pixel_types", ()):
+        types["uint8"] = dict(low=[0] * images.bands, high=[255] * images.bands)  # as it is
     return dict(bands=bands, types=types, nodata=nodata)
 
 

@@ -224,7 +224,7 @@ def test_images_that_do_not_fit_are_refused(tmp_path, model, capsys):
         tiff(folder / "a.tif", pixels)
     out = tmp_path / "t.parquet"
     assert "has 2 bands, but random-resnet18 was trained on 3" in refused(capsys, model, few, out)
-    assert "has pixels of uint16, but random-resnet18 knows uint8 only" in refused(capsys, model, deep, out)
+    assert "has pixels of uint16, but random-resnet18 was trained on uint8 only" in refused(capsys, model, deep, out)
     stretched = backbone(tmp_path / "stretched", stretch=dict(low=[100.0] * 3, high=[2000.0] * 3))
     run(stretched, deep, out)
     said = refused(capsys, stretched, shares, tmp_path / "u.parquet")

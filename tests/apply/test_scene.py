@@ -131,6 +131,16 @@ def test_grey_pictures_become_rgb_and_other_bands_do_not(tmp_path):
             open_scene(path, card_for())
 
 
+def test_bytes_are_read_as_bytes_by_networks_that_saw_bytes(tmp_path):
+    path = write(tmp_path / "a", np.full((3, 4, 6), 7, np.uint8))
+    with pytest.raises(CmidError, match="pixels of uint8, but the network was trained on uint16 only"):
+        open_scene(path, card_for("uint16"))
+    both = card_for("uint16")
+    both.source.types["uint8"] = Limits(low=[0] * 3, high=[255] * 3)
+    with open_scene(path, both) as scene:
+        assert (scene.read(0, 0, 4, 6)[0] == 7).all()
+
+
 def test_large_tiles_are_read_column_by_column(tmp_path, monkeypatch):
     from cmid.apply import scene as module
 
