@@ -24,7 +24,7 @@ from ..data.labelled import as_rgb
 
 # %% ../../nbs/7_apply/40_overview.ipynb #be0a33df
 OVERVIEW_SIDE, OVERVIEW_DPI = 420, 150  # px, longest side of a reduced picture; px per inch of the figure
-_STRIP = 2**25  # bytes of a strip, about
+_STRIP = 2**23  # bytes of a strip, about
 _NOTHING = 255  # what pixels without a value look like
 
 
