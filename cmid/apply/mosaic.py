@@ -108,7 +108,7 @@ def read_mirrored(
     return pixels, invalid if invalid is None else invalid[rows][:, columns]
 
 # %% ../../nbs/7_apply/01_mosaic.ipynb #1e05dd68
-_CPU_BYTES, _CPU_MOST, _GPU_MOST = 2**30, 4, 64  # memory that windows may take on a CPU; windows at a time
+_CPU_BYTES, _CPU_MOST, _GPU_MOST = 2**29, 4, 64  # memory that windows may take on a CPU; windows at a time
 _PER_PIXEL = 2048  # bytes that a network takes on a CPU, about
 
 
