@@ -18,12 +18,14 @@ from pathlib import Path
 from .dense import apply_dense
 from .items import unfinished_key
 from .objects import apply_objects
+from .places import side_files, stored_place
 from .scene import ApplyOptions, list_scenes, open_scene, scene_notes
 from .scene_pairs import ScenePair, list_pairs
 from .tiles import TABLE, apply_tiles
 from ..base.errors import CmidError, cli
 from ..base.files import existing_folder, write_json
 from ..base.runtime import device
+from ..data.labelled import IGNORE
 from ..tasks.card import read_task_card
 from ..tasks.load import load_task
 
@@ -37,8 +39,9 @@ TASK_OPTIONS = dict(  # option -> tasks that have it
 )
 
 
-def _model_card(model):
-    "The card of a fine-tuned network; refuse a backbone"
+def _model_card(model, out):
+    "The card of a fine-tuned network; refuse a backbone, and a folder that is no place for results"
+    _check_out(out, model)
     path = existing_folder(model) / "card.json"
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
@@ -60,10 +63,24 @@ def _check_options(card, options, second):
             raise CmidError(f"--{option}: is for {' and '.join(tasks)}, but this network is for {card.task}")
     if options.min_area and not options.vector:
         raise CmidError("--min-area: leaves out small polygons; ask for polygons with --vector")
+    if card.task in ("segment", "change") and len(card.classes) > IGNORE:
+        raise CmidError(f"card.json: classes: there are {len(card.classes)}, but a map holds {IGNORE}; use load_task")
     if card.task == "change" and not second:
         raise CmidError("--second: missing; this network compares two dates: name the images of the second one")
     if card.task != "change" and second:
         raise CmidError(f"--second: is for change detection, but this network is for {card.task}")
+
+
+def _check_out(out, model):
+    "Refuse a folder of results that is a file, the network, or has a summary that is not of this command"
+    first = next(path for path in (out, *out.parents) if path.exists())
+    if not first.is_dir():
+        raise CmidError(f"{first}: is a file; name a folder for the results")
+    if out == Path(model).resolve():
+        raise CmidError(f"{out}: is the folder of the network; name another one for the results")
+    summary = out / "summary.json"
+    if summary.exists() and "scenes" not in _read_record(summary):
+        raise CmidError(f"{summary}: exists, and was not written by cmid_apply; name another folder for the results")
 
 
 def _hash(*parts):
@@ -93,6 +110,7 @@ _ENDS = dict(  # task -> what files of a job may be called, behind its name
     detect=(".geojson", ".wgs84.geojson", ".txt", ".gpkg"),
     classify=(".csv", ".parquet", ".skipped.csv"),
 )
+_ASKED = {"-probabilities.tif": "probabilities", ".gpkg": "vector"}  # end -> option that asks for the file
 _TILE_ENDS = ".tif", ".png"  # of the map of a scene that was classified by tiles
 _ENDPIECE = 2**20  # bytes at either end of a file that tell it from others
 _LOOKED_INTO = 1000  # files; of more, sizes and times have to do
@@ -118,13 +136,14 @@ def _file_identity(path, look_inside):
     "What tells a file from another one, and from itself after it was changed"
     stat = os.stat(path)
     if not look_inside:
-        return [path.name, stat.st_size, stat.st_mtime_ns]
+        beside = [_file_identity(side, False) for side in side_files(path)]
+        return [path.name, stat.st_size, stat.st_mtime_ns, *beside]
     digest = blake2b(digest_size=16)
     with open(path, "rb") as file:
         digest.update(file.read(_ENDPIECE))
         file.seek(max(0, stat.st_size - _ENDPIECE))
         digest.update(file.read(_ENDPIECE))
-    return [path.name, stat.st_size, stat.st_mtime_ns, digest.hexdigest()]
+    return [path.name, stat.st_size, stat.st_mtime_ns, digest.hexdigest(), stored_place(path)]
 
 
 def _job_key(job, network, options):
@@ -148,10 +167,12 @@ def _list_jobs(card, images, second, out, say):
 
 
 def _read_record(path):
+    "The content of a JSON file, if it is a dict"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        held = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    return held if isinstance(held, dict) else {}
 
 
 def _sizes(names, out):
@@ -165,22 +186,24 @@ def _is_done(record, key, out):
     return record.get("key") == key and sizes == _sizes(sizes, out)
 
 
-def _targets(job, out, task):
+def _targets(job, out, task, options):
     "Files that a job may write"
-    yield from (Path(out, job.name + end) for end in _ENDS[task])
+    ends = [end for end in _ENDS[task] if end not in _ASKED or getattr(options, _ASKED[end])]
+    yield from (Path(out, job.name + end) for end in ends)
     if task == "classify":
         for name in job.names:
             yield from (Path(out, name + end) for end in _TILE_ENDS)
 
 
-def _set_state(job, out, task, overwrite):
+def _set_state(job, out, task, options, overwrite):
     "Find out whether a job is done; refuse to replace results of another key"
     record = _read_record(job.record(out))
     if _is_done(record, job.key, out):
         job.state = "done"
         return
-    there = [path for path in _targets(job, out, task) if path.exists()]
-    if there and not overwrite and unfinished_key(out, job.name) != job.key:
+    earlier = [Path(out, name) for name in record.get("sizes", {})] if record.get("key") != job.key else []
+    there = [path for path in (*_targets(job, out, task, options), *earlier) if path.exists()]
+    if there and not overwrite and job.key not in (unfinished_key(out, job.name), record.get("begun")):
         raise CmidError(
             f"{there[0]}: exists, and is of another network, other options or another scene; "
             "give --overwrite to replace it, or name another folder"
@@ -240,7 +263,9 @@ def _job_line(name, facts):
 
 def _run_job(network, job, out, options, say):
     "Do one job, write its record, and remove files of an earlier key that are no longer written"
-    before = _read_record(job.record(out)).get("sizes", {})
+    record = _read_record(job.record(out))
+    before = record.get("sizes", {})
+    write_json(job.record(out), record | dict(begun=job.key))  # a run that is killed from here on is resumed
     try:
         facts = APPLIERS[network.card.task](network, job, out, replace(options, key=job.key), say)
     except KeyboardInterrupt as stop:
@@ -269,19 +294,20 @@ def _planned(card, network_hash, images, second, out, options, overwrite, say):
     jobs = _list_jobs(card, images, second, out, say)
     for job in jobs:
         job.key = _job_key(job, network_hash, options)
-        _set_state(job, out, card.task, overwrite)
-    _check_files_apart(jobs, options)
+        _set_state(job, out, card.task, options, overwrite)
+    _check_files_apart(jobs, out, card.task, options)
     _check_scenes(card, jobs)
     return jobs
 
 
-def _check_files_apart(jobs, options):
-    "Refuse a scene that is named like the probabilities of another one"
-    names = {job.name for job in jobs}
+def _check_files_apart(jobs, out, task, options):
+    "Refuse a scene that is named like a further file of another one"
+    seen = {}
     for job in jobs:
-        other = f"{job.name}-probabilities"
-        if options.probabilities and other in names:
-            raise CmidError(f"{other}: has the name that the probabilities of {job.name} would get; rename one")
+        for path in _targets(job, out, task, options):
+            other = seen.setdefault(path, job)
+            if other is not job:
+                raise CmidError(f"{other.name} and {job.name}: both would be written to {path.name}; rename one scene")
 
 
 def _summary(card, network_hash, model, options, jobs, out):
@@ -311,7 +337,7 @@ def apply_network(
 ) -> dict:  # model, network, task, options; scenes: the facts of each by name; the content of OUT/summary.json
     "Apply a network to all scenes; what is done is left alone, what was begun is resumed. Raises `CmidError`."
     options, out = options or ApplyOptions(), Path(out).resolve()
-    card = _model_card(model)
+    card = _model_card(model, out)
     _check_options(card, options, second)
     network_hash = _network_hash(model, head)
     jobs = _planned(card, network_hash, images, second, out, options, overwrite, say)

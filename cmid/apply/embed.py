@@ -22,6 +22,7 @@ import numpy as np
 
 from .encoder import ImageEncoder, embedder, fitted, open_encoder
 from .items import PIECE_ITEMS, make_pieces, plan_items, read_pieces, unfinished_folder
+from .places import side_files
 from .similar import gathered, nearest, row_named, rows_named, similar_figure, split_item, write_neighbours
 from .table import EmbeddingTable, embedding_rows, embedding_schema, write_npz, write_parquet
 from ..base.errors import CmidError, cli
@@ -97,12 +98,12 @@ def _work_key(encoder, files, options):
 
 
 def _state(path):
-    "Size and time of the last change of a file"
+    "Size and time of the last change of a file, and of those beside it"
     try:
-        found = os.stat(path)
+        found = [os.stat(o) for o in (path, *side_files(path))]
     except OSError:  # a link to nothing
         return "none"
-    return f"{found.st_size} {found.st_mtime_ns}"
+    return " ".join(f"{o.st_size} {o.st_mtime_ns}" for o in found)
 
 
 def _counted(items, pieces):

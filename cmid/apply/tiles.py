@@ -194,10 +194,17 @@ def apply_tiles(
     count = make_pieces(items, work, rows_of, schema, _READ, "classify")
     skipped = [(items.path(k), reason) for k, reason in items.reasons.items()]
     _check_any(work, count, skipped)
-    maps = write_tile_maps(items, read_pieces(work, count), work, out) if tile else []
+    maps = write_tile_maps(items, read_pieces(work, count), work, out) if _has_maps(tile, card, say) else []
     facts = write_tables(out, TABLE, schema, read_pieces(work, count), skipped)
     shutil.rmtree(work)
     return facts | dict(files=sorted([*facts["files"], *maps]))
+
+
+def _has_maps(tile, card, say):
+    "Are maps of tiles written?"
+    if tile and len(card.classes) > IGNORE:
+        say(f"note: {len(card.classes)} classes are more than a map holds ({IGNORE}): there are tables only")
+    return tile and len(card.classes) <= IGNORE
 
 
 def _check_any(work, count, skipped):

@@ -104,7 +104,7 @@ def _cut_at_180(ring):
         return [ring]
     shape = shapely.Polygon(np.column_stack([ring[:, 0] % 360, ring[:, 1]]))
     halves = shapely.intersection(shape, [shapely.box(0, -90, 180, 90), shapely.box(180, -90, 360, 90)])
-    shifted = [half for half in halves if not half.is_empty]
+    shifted = [half for half in halves if half.area > 0]  # a box may touch the meridian
     points = [np.array(half.exterior.coords)[:-1] - (360 * (half.bounds[0] >= 180), 0) for half in shifted]
     return [right_handed(o[None])[0] for o in points]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
+from PIL import Image
 from rasterio.transform import from_origin
 
 from cmid.apply.command import apply_network, cmid_apply
@@ -165,6 +166,79 @@ def test_results_of_somebody_else_are_not_replaced(models, tmp_path, capsys):
     (out / "a.tif").write_text("mine")
     assert "give --overwrite" in refused(capsys, models["segment"], scenes, out)
     assert (out / "a.tif").read_text() == "mine"
+
+
+def test_results_of_another_task_stay(models, tmp_path, capsys):
+    "A network of another task neither replaces nor removes what is there."
+    scenes, out = tmp_path / "scenes", tmp_path / "out"
+    picture(scenes / "a.tif")
+    apply_network(models["segment"], scenes, out)
+    for task in ("detect", "classify"):
+        assert "give --overwrite" in refused(
+            capsys, models[task], scenes, out, *["--tile", "64"] * (task == "classify")
+        )
+    assert (out / "a.tif").exists() and not (out / "a.geojson").exists()
+
+
+def test_a_world_file_that_comes_later_is_another_scene(models, tmp_path, capsys):
+    scenes, out = tmp_path / "scenes", tmp_path / "out"
+    scenes.mkdir()
+    Image.fromarray(np.full((40, 50, 3), 99, np.uint8)).save(scenes / "a.png")
+    apply_network(models["segment"], scenes, out)
+    assert (out / "a.png").exists()
+    (scenes / "a.pgw").write_text("2\n0\n0\n-2\n400000\n5000000\n")
+    assert "give --overwrite" in refused(capsys, models["segment"], scenes, out)
+    apply_network(models["segment"], scenes, out, overwrite=True)
+    assert not (out / "a.png").exists()
+    with rasterio.open(out / "a.tif") as file:
+        assert file.transform[:3] == (2, 0, 399999)
+
+
+def test_scenes_that_would_share_a_file_are_refused(models, tmp_path, capsys):
+    for name in ("a", "a.wgs84", "a-probabilities"):
+        picture(tmp_path / "scenes" / f"{name}.tif", 40, 40)
+    scenes, out = tmp_path / "scenes", tmp_path / "out"
+    assert "both would be written to a.wgs84.geojson" in refused(capsys, models["detect"], scenes, out)
+    line = refused(capsys, models["segment"], scenes, out, "--probabilities")
+    assert "both would be written to a-probabilities.tif" in line
+    apply_network(models["segment"], scenes, out)
+
+
+def test_folders_that_are_no_place_for_results(models, tmp_path, capsys):
+    picture(tmp_path / "scenes" / "a.tif", 40, 40)
+    network, scenes, out = models["segment"], tmp_path / "scenes", tmp_path / "out"
+    (tmp_path / "file").write_text("mine")
+    assert "file: is a file" in refused(capsys, network, scenes, tmp_path / "file" / "out")
+    assert "is the folder of the network" in refused(capsys, network, scenes, network)
+    out.mkdir()
+    (out / "summary.json").write_text("[1]")
+    assert "was not written by cmid_apply" in refused(capsys, network, scenes, out)
+    assert (out / "summary.json").read_text() == "[1]"
+
+
+def test_maps_hold_255_classes(tmp_path, capsys):
+    picture(tmp_path / "a.tif", 64, 64)
+    many = made_network(tmp_path / "many", "segment", classes=256)
+    assert "a map holds 255" in refused(capsys, many, tmp_path / "a.tif", tmp_path / "out")
+    many = made_network(tmp_path / "many tiles", "classify", classes=256, tile=32, side=32)
+    summary = apply_network(many, tmp_path / "a.tif", tmp_path / "out")
+    assert summary["scenes"]["classes"]["files"] == ["classes.csv", "classes.parquet"]
+
+
+@pytest.mark.parametrize("task", ["segment", "detect", "classify"])
+def test_a_run_that_is_killed_behind_its_last_file_is_resumed(task, models, tmp_path, monkeypatch):
+    "Between the files with their final names, with nothing unfinished any more, and the record."
+    picture(tmp_path / "a.tif", 40, 40)
+    args = models[task], tmp_path / "a.tif", tmp_path / "out"
+
+    def killed(*args):
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr("cmid.apply.command._sizes", killed)
+        apply_network(*args)
+    apply_network(*args)
+    assert (tmp_path / "out" / "summary.json").exists()
 
 
 def test_the_key_knows_network_scene_and_options(models, tmp_path):

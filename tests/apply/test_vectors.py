@@ -162,6 +162,23 @@ def test_a_polygon_across_180_degrees_is_cut(tmp_path):
     assert math.isclose(feature["properties"]["width_m"], 6000, rel_tol=0.01)
 
 
+@pytest.mark.parametrize("west", [179.9, -180.1, 200.0, 359.0])
+def test_longitudes_are_those_of_geojson(tmp_path, west):
+    "Also of scenes that count from 0 to 360, that cross 180 degrees or end there."
+    transform = Affine(0.001, 0, west, 0, -0.001, 10)
+    scene = SimpleNamespace(name="a", transform=transform, crs=rasterio.CRS.from_epsg(4326))
+    boxes = dict(FOUND, boxes=torch.tensor([[100.0, 30, 30, 10, 0], [95.0, 60, 10, 10, 0], [90.0, 60, 40, 16, 0.6]]))
+    with vectors.box_files(tmp_path, "a", scene, NAMES) as (write, _):
+        write(boxes)
+    shapes = [
+        shapely.geometry.shape(o["geometry"])
+        for o in json.loads((tmp_path / "a.wgs84.geojson").read_text())["features"]
+    ]
+    assert all(o.is_valid and -180 <= o.bounds[0] and o.bounds[2] <= 180 for o in shapes)
+    areas = [o.area / 0.001**2 for o in shapes]
+    assert areas == pytest.approx([300, 100, 640], rel=1e-3)
+
+
 def test_a_box_that_is_nowhere_on_the_earth_has_no_geometry(tmp_path):
     far = SimpleNamespace(transform=Affine(1, 0, 1e30, 0, -1, 1e30), crs=rasterio.CRS.from_epsg(32632))
     with vectors.box_files(tmp_path, "far", far, NAMES) as (write, _):
