@@ -7,6 +7,7 @@ __all__ = ['network_hash', 'holds_task', 'InputCard', 'ImageEncoder', 'open_enco
 
 # %% ../../nbs/7_apply/30_encoder.ipynb #4b900983
 import hashlib
+import sys
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -151,6 +152,16 @@ def _check_scale(files, card, dtype, reader):
         )
 
 
+def _note_of_bytes(encoder):
+    "Say that images of 8 bits are taken as they are by a network that saw stretched ones"
+    if encoder.stretch:
+        print(
+            f"note: {encoder.name} was trained on images that were stretched, and these have 8 bits: "
+            "they are taken as they are, which is right only if they look like its own after their stretch",
+            file=sys.stderr,
+        )
+
+
 def fitted(
     encoder: ImageEncoder,
     files,  # sequence of paths: some of them tell the pixel type
@@ -168,7 +179,9 @@ def fitted(
         raise CmidError(
             f"{chosen[0].parent}: has {' and '.join(types)}, but {encoder.name} has the stretch of one type"
         )
-    if types and encoder.stretch:
+    if not types:
+        _note_of_bytes(encoder)
+    elif encoder.stretch:
         source.types[types[0]] = Limits(**encoder.stretch)
     card = replace(encoder.card, source=source)
     for dtype in set(types) & {*source.types}:

@@ -60,7 +60,7 @@ def test_the_text_says_how_each_task_is_used(folders):
     assert all("cmid_apply . IMAGES OUT" in texts[task] for task in ("classify", "segment", "detect"))
     assert "| threshold: score | 0.05 |" in texts["detect"]
     assert "logits (B, 3, H, W)" in texts["segment"]
-    assert "| 1 | changed | `#009e73` |" in texts["change"]
+    assert "| 1 | changed | `#0072b2` |" in texts["change"]
     assert all("| 1 | class 1 | `#009e73` |" in texts[task] for task in ("classify", "segment", "detect"))
 
 
