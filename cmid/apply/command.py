@@ -10,7 +10,7 @@ import argparse
 import json
 import os
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -28,6 +28,11 @@ from ..base.runtime import device
 from ..data.labelled import IGNORE
 from ..tasks.card import read_task_card
 from ..tasks.load import load_task
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None  # Windows: no lock
 
 # %% ../../nbs/7_apply/20_command.ipynb #315a02eb
 TASK_OPTIONS = dict(  # option -> tasks that have it
@@ -325,6 +330,33 @@ def _network(model, head, options):
     return load_task(model, head).to(on)
 
 
+@contextmanager
+def _only_one(out):
+    "Refuse to write to a folder that another process writes to"
+    out.mkdir(parents=True, exist_ok=True)
+    folder = os.open(out, os.O_RDONLY) if fcntl else None
+    try:
+        if fcntl:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise CmidError(f"{out}: another cmid_apply writes here; wait until it has ended, or name another folder") from None
+    finally:
+        if fcntl:
+            os.close(folder)
+
+
+def _run_jobs(model, head, jobs, out, options, say):
+    "Do all jobs that are not done"
+    network = None
+    for job in jobs:
+        if job.state == "done":
+            say(f"{job.name}: up to date")
+            continue
+        network = network or _network(model, head, options)
+        _run_job(network, job, out, options, say)
+
+
 def apply_network(
     model,  # models/<task>-<dataset>-<init>
     images,  # a PNG, JPEG or TIFF, or a folder of them
@@ -341,15 +373,10 @@ def apply_network(
     _check_options(card, options, second)
     network_hash = _network_hash(model, head)
     jobs = _planned(card, network_hash, images, second, out, options, overwrite, say)
-    network = None
-    for job in jobs:
-        if job.state == "done":
-            say(f"{job.name}: up to date")
-            continue
-        network = network or _network(model, head, options)
-        _run_job(network, job, out, options, say)
-    summary = _summary(card, network_hash, model, options, jobs, out)
-    write_json(out / "summary.json", summary)
+    with _only_one(out):
+        _run_jobs(model, head, jobs, out, options, say)
+        summary = _summary(card, network_hash, model, options, jobs, out)
+        write_json(out / "summary.json", summary)
     return summary
 
 # %% ../../nbs/7_apply/20_command.ipynb #e9fa62a5

@@ -28,12 +28,19 @@ from ..data.labelled import IGNORE
 _ROWS = 64  # of a strip that become classes at a time
 
 
+def _check_finite(logits):
+    "Refuse predictions that are no numbers"
+    if not torch.isfinite(logits).all():
+        raise CmidError("card.json, model.safetensors: the network gives values that are not finite: it is damaged")
+
+
 def _planes(logits, invalid, probabilities):
     "Classes of a strip and, if asked for, probabilities: uint8 (1 or 1 + K, h, w), 255 where it has no value"
     height, width = logits.shape[1:]
     planes = np.empty((1 + probabilities * len(logits), height, width), np.uint8)
     for top in range(0, height, _ROWS):
         part = logits[:, top : top + _ROWS]
+        _check_finite(part)
         planes[0, top : top + _ROWS] = part.argmax(0).byte().numpy()
         if probabilities:
             planes[1:, top : top + _ROWS] = part.softmax(0).mul(PROBABILITY_STEPS).round().byte().numpy()

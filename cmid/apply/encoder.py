@@ -152,14 +152,18 @@ def _check_scale(files, card, dtype, reader):
         )
 
 
-def _note_of_bytes(encoder):
-    "Say that images of 8 bits are taken as they are by a network that saw stretched ones"
-    if encoder.stretch:
-        print(
-            f"note: {encoder.name} was trained on images that were stretched, and these have 8 bits: "
-            "they are taken as they are, which is right only if they look like its own after their stretch",
-            file=sys.stderr,
-        )
+def _stretch_of(types, encoder, folder):
+    "The stretch of the one type of these images, by type; of 8-bit ones there is none, which is said"
+    if len(types) > 1:
+        raise CmidError(f"{folder}: has {' and '.join(types)}, but {encoder.name} has the stretch of one type")
+    if types:
+        return {types[0]: Limits(**encoder.stretch)}
+    print(
+        f"note: {encoder.name} was trained on images that were stretched, and these have 8 bits: "
+        "they are taken as they are, which is right only if they look like its own after their stretch",
+        file=sys.stderr,
+    )
+    return {}
 
 
 def fitted(
@@ -175,14 +179,8 @@ def fitted(
     source = Source(bands=bands or old.bands, types=old.types, nodata=old.nodata if nodata is None else nodata)
     chosen = [files[int(i)] for i in np.unique(np.linspace(0, len(files) - 1, _LOOKED).astype(int))]
     types = sorted({*filter(None, (_stretched_type(path, nodata) for path in chosen))})
-    if len(types) > 1 and encoder.stretch:
-        raise CmidError(
-            f"{chosen[0].parent}: has {' and '.join(types)}, but {encoder.name} has the stretch of one type"
-        )
-    if not types:
-        _note_of_bytes(encoder)
-    elif encoder.stretch:
-        source.types[types[0]] = Limits(**encoder.stretch)
+    if encoder.stretch:
+        source.types.update(_stretch_of(types, encoder, chosen[0].parent))
     card = replace(encoder.card, source=source)
     for dtype in set(types) & {*source.types}:
         _check_scale(chosen, card, dtype, encoder.name)

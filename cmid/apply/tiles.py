@@ -49,6 +49,8 @@ def class_rows(
 ) -> pa.Table:
     "The rows of some images or tiles."
     found = torch.stack(list(runner(batch.pixels()))).cpu().numpy().astype("f4")
+    if not np.isfinite(found).all():
+        raise CmidError("card.json, model.safetensors: the network gives values that are not finite: it is damaged")
     best = found.argmax(1)
     columns = batch.columns() | {"class": [classes[k] for k in best], "probability": found.max(1)}
     columns |= {f"p_{name}": column for name, column in zip(classes, found.T)}

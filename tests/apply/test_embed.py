@@ -229,6 +229,9 @@ def test_images_that_do_not_fit_are_refused(tmp_path, model, capsys):
     run(stretched, deep, out)
     said = refused(capsys, stretched, shares, tmp_path / "u.parquet")
     assert "100% of the values of such files are outside of 100 to 2000" in said
+    capsys.readouterr()
+    run(stretched, folder_of_images(tmp_path / "bytes", 2), tmp_path / "v.parquet")
+    assert "note: stretched was trained on images that were stretched, and these have 8 bits" in capsys.readouterr().err
 
 
 def test_a_network_without_backbone_is_refused(tmp_path):
