@@ -340,7 +340,7 @@ def _only_one(out):
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
-        raise CmidError(f"{out}: another cmid_apply writes here; wait until it has ended, or name another folder") from None
+        raise CmidError(f"{out}: another cmid_apply writes here; wait for its end, or name another folder") from None
     finally:
         if fcntl:
             os.close(folder)

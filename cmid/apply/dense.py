@@ -21,6 +21,7 @@ from .mosaic import BatchRunner, WindowGrid, blended_strips
 from .polygons import write_polygons
 from .rasters import PROBABILITY_STEPS, MapLook, write_class_map, write_probability_map
 from .scene import ApplyOptions
+from ..base.errors import CmidError
 from ..base.files import write_whole
 from ..data.labelled import IGNORE
 

@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
+import torch
 from PIL import Image
 from rasterio.transform import from_origin
+from safetensors.torch import load_file, save_file
 
 from cmid.apply.command import apply_network, cmid_apply
 from cmid.apply.scene import ApplyOptions
@@ -239,6 +241,32 @@ def test_a_run_that_is_killed_behind_its_last_file_is_resumed(task, models, tmp_
         apply_network(*args)
     apply_network(*args)
     assert (tmp_path / "out" / "summary.json").exists()
+
+
+def test_one_process_at_a_time(models, tmp_path, capsys):
+    picture(tmp_path / "a.tif", 40, 40)
+    seen = []
+
+    def another(line):
+        seen.append(line)
+        assert "another cmid_apply writes here" in refused(capsys, *args, "--overwrite")
+
+    args = models["segment"], tmp_path / "a.tif", tmp_path / "out"
+    apply_network(*args, say=another)
+    assert len(seen) == 1
+    apply_network(*args)
+
+
+@pytest.mark.parametrize("task", ["segment", "classify"])
+def test_a_network_that_gives_no_numbers_is_refused(task, tmp_path, capsys):
+    picture(tmp_path / "a.tif", 40, 40)
+    network = made_network(tmp_path / task, task)
+    weights = load_file(network / "model.safetensors")
+    damaged = {key: torch.full_like(o, float("nan")) if o.is_floating_point() else o for key, o in weights.items()}
+    save_file(damaged, network / "model.safetensors")
+    line = refused(capsys, network, tmp_path / "a.tif", tmp_path / "out")
+    assert "values that are not finite" in line
+    assert not [path for path in (tmp_path / "out").iterdir() if not path.name.startswith(".")]
 
 
 def test_the_key_knows_network_scene_and_options(models, tmp_path):
