@@ -102,7 +102,7 @@ class PillowImage:
         nodata=None,  # value that means "no measurement", or one for each band; None: only what the file says
     ):
         self.path, self.nodata = path, nodata
-        self.file = Image.open(path, formats=["PNG", "JPEG", "MPO"])
+        self.file = Image.open(path, formats=["PNG", "JPEG"])  # JPEG opens MPO, too
         self._check()
         self.orientation = _orientation(self.file)
         width, height = self.file.size

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from cmid.data import rasters
+from cmid.data.formats import read_failure
 
 
 def noise(*shape, seed=0, high=256, dtype="uint8"):
@@ -213,3 +214,15 @@ def test_mixed_band_counts_keep_the_most(images):
         "3.tif": "band count 1, most files have 4",
     }
     assert "mixed-bands" in {finding["kind"] for finding in prepared.audit}
+
+
+def test_a_broken_picture_says_so_and_two_pictures_in_one_file_are_read(tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nxx")
+    with pytest.raises(OSError) as broken:
+        rasters.open_image(tmp_path / "broken.png")
+    assert read_failure(broken.value, tmp_path / "broken.png") == "cannot identify image file 'broken.png'"
+    red, blue = (Image.new("RGB", (8, 9), colour) for colour in ("red", "blue"))
+    red.save(tmp_path / "two.jpg", format="MPO", save_all=True, append_images=[blue])
+    image = rasters.open_image(tmp_path / "two.jpg")
+    assert (image.height, image.width, image.bands) == (9, 8, 3)
+    image.close()
