@@ -180,6 +180,13 @@ def _read_record(path):
     return held if isinstance(held, dict) else {}
 
 
+def _recorded_sizes(record, out):
+    "Bytes of files by name, as a record has them; names that lead out of the folder do not count"
+    sizes = record.get("sizes")
+    found = sizes.items() if isinstance(sizes, dict) else ()
+    return {name: size for name, size in found if Path(out, name).resolve().is_relative_to(Path(out).resolve())}
+
+
 def _sizes(names, out):
     "Bytes of the files that exist, by name"
     return {name: Path(out, name).stat().st_size for name in names if Path(out, name).is_file()}
@@ -187,7 +194,7 @@ def _sizes(names, out):
 
 def _is_done(record, key, out):
     "Were these files written with this key, and are they still there?"
-    sizes = record.get("sizes", {})
+    sizes = _recorded_sizes(record, out)
     return record.get("key") == key and sizes == _sizes(sizes, out)
 
 
@@ -206,7 +213,7 @@ def _set_state(job, out, task, options, overwrite):
     if _is_done(record, job.key, out):
         job.state = "done"
         return
-    earlier = [Path(out, name) for name in record.get("sizes", {})] if record.get("key") != job.key else []
+    earlier = [] if record.get("key") == job.key else [Path(out, name) for name in _recorded_sizes(record, out)]
     there = [path for path in (*_targets(job, out, task, options), *earlier) if path.exists()]
     if there and not overwrite and job.key not in (unfinished_key(out, job.name), record.get("begun")):
         raise CmidError(
@@ -269,7 +276,7 @@ def _job_line(name, facts):
 def _run_job(network, job, out, options, say):
     "Do one job, write its record, and remove files of an earlier key that are no longer written"
     record = _read_record(job.record(out))
-    before = record.get("sizes", {})
+    before = _recorded_sizes(record, out)
     write_json(job.record(out), record | dict(begun=job.key))  # a run that is killed from here on is resumed
     try:
         facts = APPLIERS[network.card.task](network, job, out, replace(options, key=job.key), say)

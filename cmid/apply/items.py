@@ -193,7 +193,7 @@ def unfinished_key(
 ) -> str | None:  # None: there is no unfinished work
     "The key that unfinished work was begun with."
     told = _key_file(out, name)
-    return told.read_text(encoding="utf-8") if told.is_file() else None
+    return told.read_text(encoding="utf-8", errors="replace") if told.is_file() else None
 
 
 def unfinished_folder(

@@ -269,6 +269,19 @@ def test_a_network_that_gives_no_numbers_is_refused(task, tmp_path, capsys):
     assert not [path for path in (tmp_path / "out").iterdir() if not path.name.startswith(".")]
 
 
+@pytest.mark.parametrize("sizes", [{"../a.tif": 1}, {"../mine": 4, "a.tif": 7}, 5, ["a"], None])
+def test_a_strange_record_removes_nothing_outside(sizes, models, tmp_path, capsys):
+    picture(tmp_path / "a.tif", 40, 40)
+    out = tmp_path / "results" / "out"
+    picture(out.parent / "a.tif", 40, 40)
+    (out.parent / "mine").write_text("mine")
+    out.mkdir()
+    (out / ".a.done.json").write_text(json.dumps(dict(sizes=sizes, key="x")))
+    apply_network(models["segment"], tmp_path / "a.tif", out, overwrite=True)
+    assert (out.parent / "a.tif").exists() and (out.parent / "mine").read_text() == "mine"
+    assert set(json.loads((out / ".a.done.json").read_text())["sizes"]) == {"a.tif", "a.tif.aux.xml"}
+
+
 def test_the_key_knows_network_scene_and_options(models, tmp_path):
     "Unfinished work of another network, another scene or other options is not resumed."
     scenes, out, lines = tmp_path / "scenes", tmp_path / "out", []
