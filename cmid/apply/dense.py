@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .items import unfinished_folder
+from .items import unfinished_file, unfinished_folder
 from .mosaic import BatchRunner, WindowGrid, blended_strips
 from .polygons import write_polygons
 from .rasters import PROBABILITY_STEPS, MapLook, write_class_map, write_probability_map
@@ -84,7 +84,8 @@ class PartFolder:
         for row in range(count):
             parts = []
             for panel in range(len(grid.panels)):
-                with np.load(self._path(panel * count + row), allow_pickle=False) as held:
+                path = self._path(panel * count + row)
+                with unfinished_file(path), np.load(path, allow_pickle=False) as held:
                     parts.append(held[f"arr_{plane}"])
             yield np.concatenate(parts, 1)
 

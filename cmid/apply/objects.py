@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .items import unfinished_folder
+from .items import unfinished_file, unfinished_folder
 from .mosaic import BatchRunner
 from .scene import ApplyOptions, Scene
 from .vectors import box_files
@@ -224,7 +224,7 @@ def _row_file(folder, number):
 
 
 def _read_row(path):
-    with np.load(path, allow_pickle=False) as stored:
+    with unfinished_file(path), np.load(path, allow_pickle=False) as stored:
         return dict(stored)
 
 

@@ -282,6 +282,22 @@ def test_a_strange_record_removes_nothing_outside(sizes, models, tmp_path, capsy
     assert set(json.loads((out / ".a.done.json").read_text())["sizes"]) == {"a.tif", "a.tif.aux.xml"}
 
 
+@pytest.mark.parametrize("task, part", [("segment", "strip-0*"), ("detect", "row-0*"), ("classify", "000000.*")])
+def test_damaged_parts_of_unfinished_work_are_named(task, part, models, tmp_path, capsys, monkeypatch):
+    picture(tmp_path / "a.tif", 40, 40)
+    args = models[task], tmp_path / "a.tif", tmp_path / "out"
+    module, step = dict(
+        segment=("dense", "_write_files"), detect=("objects", "box_files"), classify=("tiles", "_check_any")
+    )[task]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(f"cmid.apply.{module}.{step}", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        apply_network(*args)
+    path = next((tmp_path / "out").glob(f".*.part/{part}"))
+    path.write_bytes(b"PK\x03\x04 junk")
+    line = refused(capsys, *args)
+    assert f"{path}: is damaged" in line and f"remove {path.parent}" in line
+
+
 def test_the_key_knows_network_scene_and_options(models, tmp_path):
     "Unfinished work of another network, another scene or other options is not resumed."
     scenes, out, lines = tmp_path / "scenes", tmp_path / "out", []
