@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 import cmid
 from .encoder import holds_task, network_hash
-from .graphs import BackboneGraph, DetectionGraph, LogitsGraph
+from .graphs import BackboneGraph, DetectionGraph, LogitsGraph, detection_difference, relative_difference
 from ..base.errors import CmidError, cli, one_line, writing
 from ..method.backbones import Encoder, ResNetEncoder
 from ..tasks.detect import NMS_CANDIDATES, PROPOSAL_NMS_IOU
@@ -84,7 +84,9 @@ _OUTPUT = dict(
     classify="logits (batch, classes), and probabilities, their softmax",
     segment="logits (batch, classes, height, width); the class of a pixel is the one with the highest",
     change="logits (batch, 2, height, width); a pixel changed where the second is higher",
-    detect="boxes (batch, k, 5): cx, cy, width, height in px and angle in radians; scores (batch, k, classes)",
+    detect="boxes (batch, k, 5): cx, cy, width, height in px and angle in radians; scores (batch, k, classes). "
+    "What they were made of: proposals (batch, k, 5), numbers of their anchors (batch, k), -1 where all scores are 0; "
+    "objectness (batch, n) and offsets (batch, n, 6) of all anchors",
 )
 _REST = (
     f"take the pairs of box and class with a score above `score`, the best {NMS_CANDIDATES}; of each class "
@@ -219,39 +221,6 @@ def _check_images(shape, seed):
     return noise, smooth
 
 
-def _difference(wanted, found):
-    "Largest difference of two arrays, as a share of the largest value, or of 1"
-    if wanted.shape != found.shape:
-        return np.inf
-    return float(np.abs(wanted - found).max(initial=0) / max(1, np.abs(wanted).max(initial=0)))
-
-
-def _paired(wanted, found):
-    "Rows of two sets (n, k) in pairs: each found one with the nearest that is wanted"
-    nearest = torch.cdist(torch.from_numpy(found), torch.from_numpy(wanted)).argmin(1)
-    return wanted[nearest.numpy()], found
-
-
-_LOST = 0.01  # share of the boxes that may differ: where overlaps are almost at the threshold
-
-
-def _set_difference(wanted, found):
-    "As `_difference` for boxes and scores of several images, but for their order and a hundredth of them"
-    worst = 0.0
-    for image in range(len(wanted[0])):
-        sets = []
-        for boxes, scores in (wanted, found):
-            real = scores[image].max(1) > 0
-            scale = max(1, np.abs(wanted[0][image]).max(initial=0))
-            sets.append(np.concatenate([boxes[image][real] / scale, scores[image][real]], 1))
-        if abs(len(sets[0]) - len(sets[1])) > _LOST * len(sets[0]):
-            return np.inf
-        pairs = _paired(*sets)
-        differences = np.sort(np.abs(pairs[0] - pairs[1]).max(1, initial=0))
-        worst = max([worst, *differences[: len(differences) - int(_LOST * len(differences))]])
-    return float(worst)
-
-
 def _cases(graph, any_size):
     "Batches of images that are compared"
     batches = [part for images in _check_images(graph.shape, 0) for part in (images[:1], images)]
@@ -261,22 +230,29 @@ def _cases(graph, any_size):
     return batches
 
 
+def _difference(module, images, found):
+    "Largest difference of a file's results from the network's"
+    if isinstance(module, DetectionGraph):
+        return detection_difference(module, images, found)
+    with torch.no_grad():
+        return max(relative_difference(*pair) for pair in zip(module(images), found))
+
+
+_OTHER = "not numbers, of another shape, or of proposals that its own scores do not allow"
+
+
 def _compare(graph, any_size, path):
     "The largest difference between the network and its file"
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
+    options.enable_cpu_mem_arena = False  # or it keeps gigabytes while PyTorch computes
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     worst = 0.0
     for images in _cases(graph, any_size):
-        with torch.no_grad():
-            wanted = [o.numpy() for o in graph.module(images)]
-        found = session.run(None, dict(images=images.numpy()))
-        if isinstance(graph.module, DetectionGraph):
-            worst = max(worst, _set_difference(wanted, found))
-        else:
-            worst = max(worst, *(_difference(*pair) for pair in zip(wanted, found)))
+        found = session.run(graph.module.outputs, dict(images=images.numpy()))
+        worst = max(worst, _difference(graph.module, images, found))
     return worst
 
 # %% ../../nbs/7_apply/35_export.ipynb #ab3b3a71
@@ -308,6 +284,8 @@ def _checked_file(graph, any_size, path, name):
         raise CmidError(
             f"{name}: was not written, the file does not run in ONNX Runtime ({_first_line(error)})"
         ) from None
+    if worst == np.inf:
+        raise CmidError(f"{name}: was not written, its results are {_OTHER}")
     if not worst <= TOLERANCE:
         raise CmidError(
             f"{name}: was not written, its results differ from the network's by {worst:.2g} of their largest"

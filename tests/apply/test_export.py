@@ -9,7 +9,13 @@ import torch
 
 import cmid.apply.export as export
 from cmid.apply.export import TOLERANCE, backbone_graph, cmid_export, export_onnx, task_graph
-from cmid.apply.graphs import BackboneGraph, finish_detections
+from cmid.apply.graphs import (
+    BackboneGraph,
+    box_difference,
+    detection_difference,
+    finish_detections,
+    relative_difference,
+)
 from cmid.base.errors import CmidError
 from cmid.tasks.boxes import rotated_iou
 from cmid.tasks.card import save_task, task_card
@@ -220,6 +226,37 @@ def test_detections_finished_from_a_file_are_those_of_the_network(tmp_path, kind
         assert len(want["scores"]) > 3
         assert torch.allclose(got["scores"].sort().values, want["scores"].sort().values, atol=1e-5)
         assert (rotated_iou(want["boxes"], got["boxes"]).max(1).values > 0.99).all()
+
+
+MANY = dict(channels=64, head_hidden=64, proposals=400, score=0.2)  # so many that rounding decides which are kept
+
+
+@pytest.mark.slow
+def test_a_detector_of_many_proposals_agrees_whatever_way_ties_went(tmp_path):
+    model = made_network(tmp_path / "detect-objects-random", "detect", 15, side=128, settings=MANY)
+    facts = export_onnx(task_graph(model), tmp_path / "x.onnx")
+    assert facts["difference"] <= TOLERANCE / 10
+    black = np.zeros((3, 3, 128, 128), np.float32)  # every anchor of a kind has the same objectness
+    found, graph = run(tmp_path / "x.onnx", black), task_graph(model).module
+    assert [*found] == graph.outputs
+    assert detection_difference(graph, torch.from_numpy(black), [*found.values()]) <= TOLERANCE
+
+
+@pytest.mark.slow
+def test_a_file_that_keeps_other_proposals_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "PROPOSAL_NMS_IOU", 0.75)
+    model = made_network(tmp_path / "detect-objects-random", "detect", 3, side=64)
+    with pytest.raises(CmidError, match="was not written, its results are .* proposals that its own scores do not"):
+        export_onnx(task_graph(model), tmp_path / "x.onnx")
+    assert not (tmp_path / "x.onnx").exists()
+
+
+def test_what_is_not_a_number_never_agrees():
+    a = torch.tensor([1.0, 2])
+    assert relative_difference(a, torch.tensor([1.0, torch.nan])) == torch.inf
+    assert relative_difference(a, torch.tensor([1.0, torch.inf])) == torch.inf
+    box = torch.tensor([[5.0, 5, 4, 2, 0]])
+    assert box_difference(box, box * torch.nan) == torch.inf
 
 
 @pytest.mark.slow
