@@ -9,12 +9,13 @@ __all__ = ['TASK_FORMAT', 'NETWORKS', 'UNCHANGED_COLOUR', 'TASK_FILES', 'Limits'
 # %% ../../nbs/5_tasks/02_card.ipynb #4da525f7
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from unicodedata import category
 
 import torch
 from pydantic import Field, ValidationError
 
 from ..base.bootstrap import bootstrap_scores, score_interval
-from ..base.errors import CmidError
+from ..base.errors import CmidError, one_line
 from ..base.files import existing_folder, whole_folder
 from ..base.params import Count, Names, Natural, Nodata, Pair, Positive, Section, schema
 from ..data.labelled import palette
@@ -90,6 +91,10 @@ class TaskCard(Section):
     scores: dict[str, Score]
 
 # %% ../../nbs/5_tasks/02_card.ipynb #6b3a45f1
+_LEAST_TILE = 32  # px of a window: encoders halve it five times
+_CONTROL = "Cc", "Zl", "Zp"  # categories of Unicode: control characters, line and paragraph separators
+
+
 def _first_mistake(invalid):
     "Key and message of a pydantic error."
     error = invalid.errors()[0]
@@ -123,19 +128,44 @@ def _lengths(card):
         yield f"source.types.{dtype}.high", len(limits.high), bands
 
 
+def _check_pairs(card, where):
+    "Raise `CmidError` where a low value is not below its high one."
+    for dtype, limits in card.source.types.items():
+        for band, (low, high) in enumerate(zip(limits.low, limits.high)):
+            if low >= high:
+                raise CmidError(f"{where}: source.types.{dtype}.low.{band}: {low:g} must be below its high: {high:g}")
+    for band, (low, high) in enumerate(card.valid_range or ()):
+        if low > high:
+            raise CmidError(f"{where}: valid_range.{band}: {low:g} is above {high:g}")
+
+
+def _check_classes(card, where):
+    "Raise `CmidError` where a name is listed twice, or is more than a line of text."
+    if len(set(card.classes)) < len(card.classes):
+        raise CmidError(f"{where}: classes: a name is listed twice")
+    for i, name in enumerate(card.classes):
+        if any(category(letter) in _CONTROL for letter in name):
+            raise CmidError(f"{where}: classes.{i}: {one_line(repr(name))} has a control character; take it out")
+
+
+def _check_windows(card, where):
+    "Raise `CmidError` where windows are too small, or do not advance."
+    if card.task != "classify" and card.tile < _LEAST_TILE:
+        raise CmidError(f"{where}: tile: must be {_LEAST_TILE} or more for {card.task}, got {card.tile}")
+    if card.tile and card.overlap >= card.tile:
+        raise CmidError(f"{where}: overlap: {card.overlap} must be smaller than tile: {card.tile}")
+    if (card.side is None) == (card.task == "classify"):
+        raise CmidError(f"{where}: side: only networks for classification have it")
+
+
 def _check_values(card, where):
     "Raise `CmidError` where lists have another length, windows do not advance, or settings are not the section's."
     for key, count, due in _lengths(card):
         if count != due:
             raise CmidError(f"{where}: {key}: has {count} values, but {due} are due")
-    if len(set(card.classes)) < len(card.classes):
-        raise CmidError(f"{where}: classes: a name is listed twice")
-    if card.tile and card.overlap >= card.tile:
-        raise CmidError(f"{where}: overlap: {card.overlap} must be smaller than tile: {card.tile}")
-    if (card.side is None) == (card.task == "classify"):
-        raise CmidError(f"{where}: side: only networks for classification have it")
-    if card.task != "classify" and not card.tile:
-        raise CmidError(f"{where}: tile: must be 1 or more")
+    _check_pairs(card, where)
+    _check_classes(card, where)
+    _check_windows(card, where)
     try:
         schema(card.task)(**card.settings)
     except ValidationError as invalid:

@@ -138,7 +138,7 @@ class TaskNetwork(nn.Module):
 
     def forward(
         self,
-        images: torch.Tensor,  # float in [0, 1], (B, C, H, W); for change detection (B, 2, C, H, W)
+        images: torch.Tensor,  # float in [0, 1] without NaN, (B, C, H, W); for change detection (B, 2, C, H, W)
     ):
         "Logits (B, classes), or (B, classes, H, W); for detection of each image boxes, scores and classes."
         self._check(images)
@@ -152,12 +152,14 @@ class TaskNetwork(nn.Module):
         return found[..., :height, :width]
 
     def _check(self, images):
-        "Raise `CmidError` where images have another shape or type than the network takes."
+        "Raise `CmidError` where images are empty, or of another shape or type than the network takes."
         card = self.card
         due = (2, card.in_chans) if card.task == "change" else (card.in_chans,)
         if images.ndim != 3 + len(due) or images.shape[1:-2] != due:
             shape = ", ".join(map(str, ("B", *due, "H", "W")))
             raise CmidError(f"images are {tuple(images.shape)}, but this network takes ({shape})")
+        if 0 in images.shape[-2:]:
+            raise CmidError(f"images are {tuple(images.shape)}: without a pixel; give images of 1 px or more")
         if not images.is_floating_point():
             raise CmidError(f"images are {images.dtype}: divide bytes by 255, so that they are float in [0, 1]")
 

@@ -89,6 +89,7 @@ def test_files_of_others_are_not_lost(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
+GAP = dict(detect=dict(gap=0))
 WRONG = {
     "newer cmid": dict(format=TASK_FORMAT + 1),
     "task": dict(task="tell"),
@@ -102,7 +103,15 @@ WRONG = {
     "source.types.uint16.low: has 1 values": dict(
         source=dict(bands=None, types={"uint16": dict(low=[0], high=[1, 1, 1])}, nodata=None)
     ),
-    "tile: must be 1 or more": dict(tile=0),
+    "source.types.uint16.low.1: 9 must be below its high: 9": dict(
+        source=dict(bands=None, types={"uint16": dict(low=[0, 9, 0], high=[1, 9, 1])}, nodata=None)
+    ),
+    "valid_range.2: 5 is above 4": dict(valid_range=[[0.0, 1.0], [4.0, 4.0], [5.0, 4.0]]),
+    r"classes.1: 'b\nc' has a control character": dict(classes=["a", "b\nc", "d"]),
+    r"classes.2: 'd\x1b[2J' has a control character": dict(classes=["a", "b", "d\x1b[2J"]),
+    r"classes.0: 'a\u2028b' has a control character": dict(classes=["a\u2028b", "b", "d"]),
+    "tile: must be 32 or more for segment, got 0": dict(tile=0),
+    "tile: must be 32 or more for segment, got 31": dict(tile=31, overlap=1),
     "overlap: 64 must be smaller than tile: 64": dict(overlap=64),
     "side: only": dict(side=64),
     "settings.train: Field required": dict(settings=dict(crop=5)),
@@ -125,6 +134,20 @@ def test_a_wrong_card_is_named_in_one_line(folders, tmp_path, message):
     assert message in str(caught.value)
     assert str(tmp_path / "card.json") in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("task, key", [("segment", "crop"), ("change", "crop"), ("detect", "tile")])
+def test_card_and_settings_have_one_least_tile(folders, tmp_path, task, key):
+    "What the settings allow is a card that can be read, and what they refuse is refused in the card."
+    held = json.loads((folders[task] / "card.json").read_text())
+    for tile, accepted in ((32, True), (31, False), (1, False)):
+        for values in (dict(tile=tile, overlap=0), dict(settings=held["settings"] | {key: tile} | GAP.get(task, {}))):
+            (tmp_path / "card.json").write_text(json.dumps(held | values))
+            if accepted:
+                assert read_task_card(tmp_path)
+                continue
+            with pytest.raises(CmidError, match=f"(tile|settings.{key}): "):
+                read_task_card(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"[1]", b"{", b"\xff", b"[" * 100_000, b'{"task": 1}'])

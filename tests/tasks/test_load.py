@@ -219,6 +219,9 @@ def test_images_of_another_shape_or_type_are_refused(tmp_path):
         network(torch.rand(1, 3, 64, 64))
     with pytest.raises(CmidError, match="divide bytes by 255"):
         network(torch.zeros(1, 5, 64, 64, dtype=torch.uint8))
+    for shape in ((1, 5, 0, 64), (1, 5, 64, 0)):
+        with pytest.raises(CmidError, match="without a pixel"):
+            network(torch.zeros(shape))
 
 
 def test_weights_of_a_stranger_are_refused_in_one_line(tmp_path):
