@@ -233,10 +233,10 @@ MANY = dict(channels=64, head_hidden=64, proposals=400, score=0.2)  # so many th
 
 @pytest.mark.slow
 def test_a_detector_of_many_proposals_agrees_whatever_way_ties_went(tmp_path):
-    model = made_network(tmp_path / "detect-objects-random", "detect", 15, side=128, settings=MANY)
+    model = made_network(tmp_path / "detect-objects-random", "detect", 15, side=256, settings=MANY)
     facts = export_onnx(task_graph(model), tmp_path / "x.onnx")
     assert facts["difference"] <= TOLERANCE / 10
-    black = np.zeros((3, 3, 128, 128), np.float32)  # every anchor of a kind has the same objectness
+    black = np.zeros((3, 3, 256, 256), np.float32)  # every anchor of a kind has the same objectness
     found, graph = run(tmp_path / "x.onnx", black), task_graph(model).module
     assert [*found] == graph.outputs
     assert detection_difference(graph, torch.from_numpy(black), [*found.values()]) <= TOLERANCE
