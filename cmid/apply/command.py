@@ -10,13 +10,13 @@ import argparse
 import json
 import os
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
 from hashlib import blake2b
 from pathlib import Path
 
 from .dense import apply_dense
-from .items import unfinished_key
+from .items import only_writer, unfinished_key
 from .objects import apply_objects
 from .places import side_files, stored_place
 from .scene import ApplyOptions, list_scenes, open_scene, scene_notes
@@ -28,11 +28,6 @@ from ..base.runtime import device
 from ..data.labelled import IGNORE
 from ..tasks.card import read_task_card
 from ..tasks.load import load_task
-
-try:
-    import fcntl
-except ImportError:
-    fcntl = None  # Windows: no lock
 
 # %% ../../nbs/7_apply/20_command.ipynb #315a02eb
 TASK_OPTIONS = dict(  # option -> tasks that have it
@@ -337,22 +332,6 @@ def _network(model, head, options):
     return load_task(model, head).to(on)
 
 
-@contextmanager
-def _only_one(out):
-    "Refuse to write to a folder that another process writes to"
-    out.mkdir(parents=True, exist_ok=True)
-    folder = os.open(out, os.O_RDONLY) if fcntl else None
-    try:
-        if fcntl:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise CmidError(f"{out}: another cmid_apply writes here; wait for its end, or name another folder") from None
-    finally:
-        if fcntl:
-            os.close(folder)
-
-
 def _run_jobs(model, head, jobs, out, options, say):
     "Do all jobs that are not done"
     network = None
@@ -378,9 +357,10 @@ def apply_network(
     options, out = options or ApplyOptions(), Path(out).resolve()
     card = _model_card(model, out)
     _check_options(card, options, second)
+    head = None if head == card.network else head  # one key for the first head, named or not
     network_hash = _network_hash(model, head)
     jobs = _planned(card, network_hash, images, second, out, options, overwrite, say)
-    with _only_one(out):
+    with only_writer(out, out, "cmid_apply"):
         _run_jobs(model, head, jobs, out, options, say)
         summary = _summary(card, network_hash, model, options, jobs, out)
         write_json(out / "summary.json", summary)

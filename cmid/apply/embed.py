@@ -21,7 +21,15 @@ from pathlib import Path
 import numpy as np
 
 from .encoder import ImageEncoder, embedder, fitted, open_encoder
-from .items import PIECE_ITEMS, make_pieces, plan_items, read_pieces, unfinished_folder
+from cmid.apply.items import (
+    PIECE_ITEMS,
+    make_pieces,
+    only_writer,
+    plan_items,
+    read_pieces,
+    unfinished_folder,
+    unfinished_path,
+)
 from .places import side_files
 from .similar import gathered, nearest, row_named, rows_named, similar_figure, split_item, write_neighbours
 from .table import EmbeddingTable, embedding_rows, embedding_schema, write_npz, write_parquet
@@ -141,6 +149,19 @@ def _make_rows(encoder, items, schema, options, work, piece):
     return make_pieces(items, work, rows_of, schema, max(_READ, options.batch), "embed", piece)
 
 
+def _write_rows(encoder, items, path, schema, options, piece, key):
+    "Write the table; its rows, and (name, reason) of what has none"
+    work = unfinished_folder(path.parent, f"{path.name}.rows", key)
+    count = _make_rows(encoder, items, schema, options, work, piece)
+    rows, skipped = _counted(items, read_pieces(work, count))
+    if rows:
+        write = write_npz if path.suffix == ".npz" else write_parquet
+        write(path, schema, lambda: (table for table, _ in read_pieces(work, count)))
+        _list_skipped(path, skipped)
+    shutil.rmtree(work)
+    return rows, skipped
+
+
 def write_embeddings(
     encoder: ImageEncoder,  # fitted to the images
     files: ImageFiles,
@@ -152,14 +173,9 @@ def write_embeddings(
     path = Path(path)
     items = plan_items(files, encoder.card, encoder.side, options.tile, encoder.name)
     schema = embedding_schema(encoder.width, options.half, _facts(encoder, options))
-    work = unfinished_folder(path.parent, f"{path.name}.rows", _work_key(encoder, files, options))
-    count = _make_rows(encoder, items, schema, options, work, piece)
-    rows, skipped = _counted(items, read_pieces(work, count))
-    if rows:
-        write = write_npz if path.suffix == ".npz" else write_parquet
-        write(path, schema, lambda: (table for table, _ in read_pieces(work, count)))
-        _list_skipped(path, skipped)
-    shutil.rmtree(work)
+    key = _work_key(encoder, files, options)
+    with only_writer(unfinished_path(path.parent, f"{path.name}.rows"), path, "cmid_embed"):
+        rows, skipped = _write_rows(encoder, items, path, schema, options, piece, key)
     if not rows:
         raise CmidError(f"not one image can be used (first: {': '.join(skipped[0])})")
     return rows
@@ -255,11 +271,21 @@ def _checked_table(path, encoder, options, backbone):
     return table
 
 
+def _answer_name(table, images, to):
+    "Name of the files of an answer: table, image, corner of the window, and a hash of the whole path"
+    exists = os.path.exists(to)
+    name, window = (to, None) if exists else split_item(to)
+    path = Path(to).resolve() if exists else Path(images).resolve() / name
+    told = f"{table.path.name}\0{_relative(path, images) or path}\0{window}".encode("utf-8", "surrogateescape")
+    corner = [] if window is None else map(str, window[:2])
+    return "-".join([table.path.stem, "like", path.stem, *corner, hashlib.sha256(told).hexdigest()[:6]])
+
+
 def _answer(table, encoder, images, to, count, options):
     "Search, and write the sheet and the CSV file beside the table"
     answers = find_similar(table, encoder, images, to, count, options)
-    path = table.path.with_name(f"{table.path.stem}-like-{Path(split_item(to)[0]).resolve().stem}")
-    sheet, text = (path.with_name(path.name + suffix) for suffix in (".png", ".csv"))
+    name = _answer_name(table, images, to)
+    sheet, text = (table.path.with_name(name + suffix) for suffix in (".png", ".csv"))
     write_neighbours(text, answers)
     picture = io.BytesIO()
     similar_figure(answers, images, encoder.card).savefig(picture, format="png", metadata={"Software": None})
@@ -278,7 +304,8 @@ IMAGES is a PNG, JPEG or TIFF, or a folder of them with everything below it. OUT
 
 Images go the same way as in pretraining. What cannot be used is listed in NAME.skipped.csv. A run that was stopped is
 resumed by the same command. With --similar a table that exists is searched, otherwise it is made first:
-NAME-like-TO.png shows what is nearest, NAME-like-TO.csv has the distances, one minus the cosine.
+NAME-like-TO-HASH.png shows what is nearest, NAME-like-TO-HASH.csv has the distances, one minus the cosine; HASH stands
+for table and path of TO.
 """
 _EXAMPLES = """\
 examples:

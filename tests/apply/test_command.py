@@ -313,6 +313,18 @@ def test_the_key_knows_network_scene_and_options(models, tmp_path):
     assert len(keys) == 4
 
 
+def test_the_first_head_is_up_to_date_by_its_name(tmp_path, capsys):
+    model = made_network(tmp_path / "model", "change", heads=("bit", "difference"))
+    picture(tmp_path / "1.tif", 40, 40)
+    picture(tmp_path / "2.tif", 40, 40, seed=1)
+    args = [str(o) for o in (model, tmp_path / "1.tif", tmp_path / "out", "--second", tmp_path / "2.tif")]
+    cmid_apply(args)
+    capsys.readouterr()
+    cmid_apply([*args, "--head", "bit"])
+    assert ": up to date" in capsys.readouterr().out
+    assert "--overwrite" in refused(capsys, *args, "--head", "difference")
+
+
 def test_notes_about_a_scene_of_another_scale(tmp_path, capsys):
     source = dict(bands=None, types=dict(uint16=dict(low=[100.0] * 3, high=[3000.0] * 3)), nodata=None)
     model = made_network(tmp_path / "model", "segment", source=source, valid_range=[[50.0, 9000.0]] * 3)

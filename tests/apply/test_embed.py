@@ -149,6 +149,22 @@ def test_a_stopped_run_resumes_and_a_changed_one_begins_again(tmp_path, model, m
     assert whole.read_bytes() == path.read_bytes()
 
 
+def test_one_process_at_a_time_makes_a_table(tmp_path, model, monkeypatch, capsys):
+    images, path, plain, seen = folder_of_images(tmp_path / "images", 2), tmp_path / "t.parquet", embed.make_pieces, []
+
+    def meanwhile(*arguments):
+        monkeypatch.setattr(embed, "make_pieces", plain)
+        seen.append(refused(capsys, model, images, path, "--half"))
+        run(model, images, tmp_path / "other.parquet")
+        return plain(*arguments)
+
+    monkeypatch.setattr(embed, "make_pieces", meanwhile)
+    run(model, images, path)
+    assert len(seen) == 1 and f"{path}: another cmid_embed writes here" in seen[0]
+    assert path.read_bytes() == (tmp_path / "other.parquet").read_bytes()
+    assert sorted(o.name for o in tmp_path.iterdir()) == ["images", "other.parquet", "t.parquet"]
+
+
 def test_pieces_of_other_images_are_not_used(tmp_path, model, monkeypatch):
     images = folder_of_images(tmp_path / "images", 3)
     files = ImageFiles(images)

@@ -83,7 +83,9 @@ def searched(tmp_path_factory):
     return model, images, folder / "t.parquet"
 
 
-def answer(path):
+def answer(folder, name):
+    "Rows of the one answer of this name, which ends with a hash"
+    (path,) = folder.glob(f"{name}-??????.csv")
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
 
@@ -92,12 +94,13 @@ def test_an_image_of_the_table_does_not_find_itself(searched):
     model, images, table = searched
     for to in (images / "2.tif", "2.tif"):
         run(model, images, table, "--similar", to, "--neighbours", 3)
-        found = answer(table.with_name("t-like-2.csv"))
+        found = answer(table.parent, "t-like-2")
         assert [row["rank"] for row in found] == ["1", "2", "3"]
         assert found[0]["path"] == "twin.tif"
         assert float(found[0]["distance"]) < 1e-5
         assert "2.tif" not in [row["path"] for row in found]
-    with Image.open(table.with_name("t-like-2.png")) as sheet:
+    (sheet,) = table.parent.glob("t-like-2-*.png")
+    with Image.open(sheet) as sheet:
         assert sheet.format == "PNG"
 
 
@@ -105,7 +108,7 @@ def test_a_folder_is_as_many_queries_as_it_has_images(searched, tmp_path):
     model, images, table = searched
     others = folder_of_images(tmp_path / "others", 4)
     run(model, images, table, "--similar", others, "--neighbours", 1)
-    found = answer(table.with_name("t-like-others.csv"))
+    found = answer(table.parent, "t-like-others")
     assert [row["query"] for row in found] == ["0.tif", "1.tif", "2.tif", "3.tif"]
     assert [row["path"] for row in found] == ["0.tif", "1.tif", "2.tif", "3.tif"]  # equal pixels in another place
 
@@ -114,11 +117,27 @@ def test_tiles_are_searched_by_tiles(searched, tmp_path):
     model, images, _ = searched
     table = tmp_path / "tiles.npz"
     run(model, images, table, "--tile", 48, "--similar", "2.tif[0:48, 22:70]", "--neighbours", 2)
-    found = answer(tmp_path / "tiles-like-2.csv")
+    found = answer(tmp_path, "tiles-like-2-0-22")
     assert (found[0]["path"], found[0]["window"]) == ("twin.tif", "0:48, 22:70")
     run(model, images, table, "--tile", 48, "--similar", images / "twin.tif", "--neighbours", 1)
-    found = answer(tmp_path / "tiles-like-twin.csv")
+    found = answer(tmp_path, "tiles-like-twin")
     assert [row["path"] for row in found] == ["2.tif"] * 4
+
+
+def test_no_answer_replaces_that_of_another_query(searched, tmp_path):
+    "Equal names in two folders or of two formats, other windows of an image, and tables of one name."
+    model, images, _ = searched
+    folders = [folder_of_images(tmp_path / name, 1) for name in "ab"]
+    Image.open(images / "0.tif").convert("RGB").save(folders[0] / "0.png")
+    queries = [folder / "0.tif" for folder in folders] + [
+        folders[0] / "0.png",
+        "0.tif[0:48, 0:48]",
+        "0.tif[0:48, 22:70]",
+    ]
+    for suffix in (".npz", ".parquet"):
+        for to in [*queries, *queries]:
+            run(model, images, tmp_path / f"t{suffix}", "--tile", 48, "--similar", to, "--neighbours", 1)
+    assert len([*tmp_path.glob("t-like-0-*.csv")]) == len([*tmp_path.glob("t-like-0-*.png")]) == 2 * len(queries)
 
 
 def test_a_table_of_another_network_or_form_is_refused(searched, tmp_path, capsys):
