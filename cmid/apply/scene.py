@@ -12,6 +12,7 @@ from unicodedata import normalize
 
 import numpy as np
 import rasterio
+from rasterio.enums import ColorInterp
 from rasterio.transform import Affine
 
 from ..base.errors import CmidError
@@ -124,6 +125,16 @@ def _band_words(card):
     return f"{card.in_chans} {'band' if card.in_chans == 1 else 'bands'}{named}"
 
 
+def _alpha_hint(image, due):
+    "How to drop a band that is called alpha and counts as a band, where the others would do"
+    if "transparency-kept" not in image.notes or image.bands - 1 != due:
+        return ""
+    colours = image.source.colorinterp
+    alpha = colours.index(ColorInterp.alpha) + 1
+    kept = " ".join(f"-b {band}" for band in range(1, len(colours) + 1) if band != alpha)
+    return f"; its band {alpha} is called alpha but is no mask: drop it with gdal_translate {kept} IN.tif OUT.tif"
+
+
 def _check_scene_bands(path, image, card, reader):
     "Refuse a file that lacks a band, or has others than the training images had"
     bands, count = card.source.bands, image.bands
@@ -132,7 +143,8 @@ def _check_scene_bands(path, image, card, reader):
         if max(bands) >= count:
             raise CmidError(f"{has}, but {reader} reads bands {bands}, counted from 0; give a scene with these bands")
     elif count != card.in_chans and not (image.grey and card.in_chans == 3):
-        raise CmidError(f"{has}, but {reader} was trained on {_band_words(card)}; give a scene with these bands alone")
+        hint = _alpha_hint(image, card.in_chans) or "; give a scene with these bands alone"
+        raise CmidError(f"{has}, but {reader} was trained on {_band_words(card)}{hint}")
 
 
 def _limits(path, dtype, card, reader):

@@ -131,6 +131,19 @@ def test_grey_pictures_become_rgb_and_other_bands_do_not(tmp_path):
             open_scene(path, card_for())
 
 
+def test_an_alpha_that_is_no_mask_is_named(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 40, 60), np.uint8)
+    path = write(tmp_path / "a", pixels, photometric="RGB", alpha="YES")
+    hint = "its band 4 is called alpha but is no mask: drop it with gdal_translate -b 1 -b 2 -b 3 IN.tif OUT.tif"
+    with pytest.raises(CmidError, match=f"has 4 bands, .*; {hint}$"):
+        open_scene(path, card_for())
+    for other in (card_for(channels=2), card_for(channels=5)):
+        with pytest.raises(CmidError, match="give a scene with these bands alone"):
+            open_scene(path, other)
+    with open_scene(path, card_for(channels=4)) as scene:
+        assert (scene.read(0, 0, 40, 60)[0] == pixels).all()
+
+
 def test_bytes_are_read_as_bytes_by_networks_that_saw_bytes(tmp_path):
     path = write(tmp_path / "a", np.full((3, 4, 6), 7, np.uint8))
     with pytest.raises(CmidError, match="pixels of uint8, but the network was trained on uint16 only"):
