@@ -83,6 +83,16 @@ def _check_out(out, model):
         raise CmidError(f"{summary}: exists, and was not written by cmid_apply; name another folder for the results")
 
 
+def _check_summary(out, network_hash, overwrite):
+    "Refuse to replace the summary of another network"
+    held = _read_record(out / "summary.json")
+    if held and held.get("network") != network_hash and not overwrite:
+        raise CmidError(
+            f"{out}: holds the results of {held.get('model')}, which summary.json tells of; "
+            "name another folder, or give --overwrite to replace the summary"
+        )
+
+
 def _hash(*parts):
     return blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
@@ -234,7 +244,8 @@ def _object_job(network, job, out, options, say):
         notes = scene_notes(scene)
         for note in notes:
             say(f"note: {job.name}: {note}")
-        return apply_objects(network, scene, out, options, say) | dict(notes=notes)
+        least = network.card.settings["score"] if options.score is None else options.score
+        return apply_objects(network, scene, out, options, say) | dict(notes=notes, score=least)
 
 
 def _tile_job(network, job, out, options, say):
@@ -263,7 +274,8 @@ def _job_line(name, facts):
     if "boxes" in facts:
         dropped = facts["boxes_on_invalid"]
         where = f"; left out {dropped:,} of windows whose centre has no value" if dropped else ""
-        return f"{name}: {facts['boxes']:,} object{'s' * (facts['boxes'] != 1)}{where}"
+        found = f"{facts['boxes']:,} object{'s' * (facts['boxes'] != 1)} of score {facts['score']:g} or more"
+        return f"{name}: {found}{where}"
     skipped = f"; skipped {facts['skipped']:,}, see {name}.skipped.csv" if facts["skipped"] else ""
     return f"{name}: {facts['rows']:,} row{'s' * (facts['rows'] != 1)}{skipped}"
 
@@ -360,6 +372,7 @@ def apply_network(
     head = None if head == card.network else head  # one key for the first head, named or not
     network_hash = _network_hash(model, head)
     jobs = _planned(card, network_hash, images, second, out, options, overwrite, say)
+    _check_summary(out, network_hash, overwrite)
     with only_writer(out, out, "cmid_apply"):
         _run_jobs(model, head, jobs, out, options, say)
         summary = _summary(card, network_hash, model, options, jobs, out)
@@ -377,7 +390,11 @@ OUT gets files named after each scene, and summary.json:
                 NAME-probabilities.tif (a band for each class), --vector adds polygons as NAME.gpkg.
   detection     NAME.geojson in the coordinates of the scene, NAME.wgs84.geojson in degrees, NAME.txt in pixels as
                 DOTA has it. --vector adds NAME.gpkg.
-  classes       classes.csv and classes.parquet, a row for each image or tile; a map NAME.tif of scenes in tiles.
+  classes       classes.csv and classes.parquet, a row for each image or tile; with tiles, NAME.tif: a pixel a tile,
+                of which the last row and column reach beyond the scene: they tell of the tiles that end at its edge.
+
+The values of a map are positions in the list of classes, from 0; they need not be the values of the masks that the
+network was trained on. A large scene that is to be classified should be cut with --tile.
 
 Scenes may be of any size: they are read and written in parts. Bands, stretch and values that mean "no
 measurement" are those of the network's card. A run that was stopped is resumed by the same command. Results that

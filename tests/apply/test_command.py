@@ -182,6 +182,20 @@ def test_results_of_another_task_stay(models, tmp_path, capsys):
     assert (out / "a.tif").exists() and not (out / "a.geojson").exists()
 
 
+def test_the_summary_of_another_network_stays(models, tmp_path, capsys):
+    "Also where no scene of one run has the name of a scene of the other."
+    out = tmp_path / "out"
+    for scene in ("a", "b"):
+        picture(tmp_path / f"{scene}.tif")
+    apply_network(models["segment"], tmp_path / "a.tif", out, say=lambda line: None)
+    before = (out / "summary.json").read_bytes()
+    assert "holds the results of" in refused(capsys, models["detect"], tmp_path / "b.tif", out)
+    assert (out / "summary.json").read_bytes() == before
+    apply_network(models["segment"], tmp_path / "b.tif", out, say=lambda line: None)
+    summary = apply_network(models["detect"], tmp_path / "b.tif", out, overwrite=True, say=lambda line: None)
+    assert summary["task"] == "detect" and 0 < summary["scenes"]["b"]["score"] < 1
+
+
 def test_a_world_file_that_comes_later_is_another_scene(models, tmp_path, capsys):
     scenes, out = tmp_path / "scenes", tmp_path / "out"
     scenes.mkdir()
