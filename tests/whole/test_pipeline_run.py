@@ -245,7 +245,7 @@ def test_a_run_that_collapses_fails_in_one_line_and_leaves_the_old_model(study):
 def test_a_study_without_labels(study):
     path = study.folder / "params.yaml"
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    values["study"] |= dict(probes=[], segment=[], change=[], detect=[])
+    values["study"] |= dict(probes=[], segment=[], change=[], detect=[], apply={})
     del values["datasets"]["scenes"]
     values["tasks"] = {}
     for section, key in (("health", "labelled"), ("attention", "dataset"), ("correspondence", "dataset")):
