@@ -439,7 +439,7 @@ def _write(plan, gathered, listed, left_out, state, partial_folder):
         std=std,
         pixel_types={dtype: sample.files for dtype, sample in plan.samples.items()},
         value_range=_value_range(plan),
-        resolution=median_metres(plan.headers.metres[used]),
+        resolution=None if plan.headers.metres is None else median_metres(plan.headers.metres[used]),
         stretch=stretch_record(plan),
         look=look_record(plan.headers, plan.samples, plan.conversion.channels, valid),
         parameters=_parameters(request),

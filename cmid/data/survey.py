@@ -161,7 +161,7 @@ class Headers:
     grey: np.ndarray  # (F,) True: a picture of one band, which can become RGB
     reordered: np.ndarray  # (F,) True: red, green and blue are the first three bands, in another order
     sha: np.ndarray  # (F,) SHA-256; (0,) without tiles
-    metres: np.ndarray | None = None  # (F,) side of a pixel on the ground; NaN: not known
+    metres: np.ndarray | None = None  # (F,) side of a pixel on the ground; NaN: not known; None: of no file
     dtypes: list = field(default_factory=list)  # names of the pixel types that occur
     reasons: dict = field(default_factory=dict)  # file -> why it cannot be used
     notes: dict = field(default_factory=dict)  # for the audit: kind -> [count, first names]
@@ -180,7 +180,8 @@ class Headers:
         self.dtype[i] = self.dtypes.index(row["dtype"])
         if len(self.sha):
             self.sha[i] = row["sha"]
-        if self.metres is not None and row.get("metres"):
+        if row.get("metres"):
+            self.metres = np.full(len(self.width), np.nan) if self.metres is None else self.metres
             self.metres[i] = row["metres"]
         for kind in row["notes"]:
             tally(self.notes, kind, name)
@@ -209,7 +210,6 @@ def survey(
         grey=np.zeros(n, bool),
         reordered=np.zeros(n, bool),
         sha=np.zeros(n if request.tile else 0, "S64"),
-        metres=np.full(n, np.nan),
     )
     for i, row in enumerate(journal_rows(journal)):
         headers.add(i, row, names[i])
