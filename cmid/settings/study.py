@@ -138,7 +138,7 @@ class Study(Section):
             if entry.model not in known:
                 raise CmidError(
                     f"{key}.model: no stage produces {entry.model!r}{near(entry.model, known)}; "
-                    "name a network of the study: <stage>-<dataset>-<init>"
+                    "name a network of the study (<stage>-<dataset>-<init>), or remove the entry (apply: {} for none)"
                 )
             _check_dates(key, entry, known[entry.model][0])
 

@@ -293,7 +293,7 @@ PARAMS = [
     ),
     parameters_case(
         "tasks of nothing that are not run",
-        lambda: smoke_values(study=dict(segment=[], change=[], detect=[], apply={})) | dict(tasks=None),
+        lambda: smoke_values("study.apply={}", study=dict(segment=[], change=[], detect=[])) | dict(tasks=None),
         "params.yaml: tasks: must hold images with labels by name; {} for none",
     ),
     parameters_case(
