@@ -233,6 +233,13 @@ def smoke_values(*sets, **over):
     return merge(values, over)
 
 
+def without_labels():
+    "The parameters of a study of images alone."
+    values = smoke_values(study=dict(segment=[], change=[], detect=[]))
+    values["study"]["apply"] = {}
+    return values
+
+
 def text(values):
     return yaml.safe_dump(deepcopy(values), sort_keys=False)
 
@@ -293,7 +300,7 @@ PARAMS = [
     ),
     parameters_case(
         "tasks of nothing that are not run",
-        lambda: smoke_values("study.apply={}", study=dict(segment=[], change=[], detect=[])) | dict(tasks=None),
+        lambda: without_labels() | dict(tasks=None),
         "params.yaml: tasks: must hold images with labels by name; {} for none",
     ),
     parameters_case(
