@@ -352,9 +352,10 @@ def test_notes_about_a_scene_of_another_scale(tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_command_that_is_stopped_is_resumed(kind, models, tmp_path):
-    picture(tmp_path / "scenes" / "a.tif", 4000, 900)
+    picture(tmp_path / "scenes" / "a.tif", 1200, 900)
     args = [str(o) for o in (models["segment"], tmp_path / "scenes")]
-    command = [sys.executable, "-c", "from cmid.apply.command import cmid_apply; cmid_apply()", *args]
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # a shell's background ignores it
+    command = [sys.executable, "-c", f"{heard}; from cmid.apply.command import cmid_apply; cmid_apply()", *args]
     environment = os.environ | dict(OMP_NUM_THREADS="1")
     running = subprocess.Popen([*command, str(tmp_path / "out")], stderr=subprocess.PIPE, text=True, env=environment)
     part = tmp_path / "out" / ".a.part"
