@@ -14,6 +14,7 @@ import json
 import math
 import pickle
 import re
+import stat
 import sys
 import zipfile
 from collections import OrderedDict
@@ -286,7 +287,12 @@ def save_tensors(
 ):
     "Writes a safetensors file; with one metadata key only, so that equal tensors give equal bytes."
     plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    path = Path(path)
+    path.touch()
+    mode = path.stat().st_mode  # that the umask gives; `save_file` lets nobody but the owner read
     save_file(plain, path, metadata={"format": "pt"})
+    if path.stat().st_mode != mode:
+        path.chmod(stat.S_IMODE(mode))
 
 # %% ../../nbs/4_train/04_checkpoint.ipynb #4ec30e63
 def readme_row(

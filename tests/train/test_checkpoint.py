@@ -1,6 +1,7 @@
 "Checkpoints of whole processes: killed while writing, damaged, read by timm alone, converted on the command line."
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -133,6 +134,18 @@ def test_timm_loads_exports_in_another_process(tmp_path):
         torch.save(dict(x=x, y=y, name=name, size=size), tmp_path / name / "io.pt")
     done = python(LOAD, *(tmp_path / name for name in sizes))
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
+def test_weights_have_the_mode_of_other_files(umask, tmp_path):
+    before = os.umask(umask)
+    try:
+        export_backbone(create(SMALL, in_chans=3, img_size=64), tmp_path / "b", FACTS | dict(provenance=provenance()))
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "b").iterdir()}
+    assert modes == dict.fromkeys(modes, 0o666 & ~umask)
+    assert "model.safetensors" in modes
 
 
 EXPORT = """
