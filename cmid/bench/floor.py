@@ -255,21 +255,24 @@ def over_floor(
 
 # %% ../../nbs/9_bench/00_floor.ipynb #98578498
 def interleave(
-    step: StepRunner,
-    floor: Floor,
+    step,  # what is compared with the floor, such as a `StepRunner`
+    floor,  # such as a `Floor`
     turns: int,  # how often each is measured
     wait,  # for the device
     times: int = 1,  # calls in a row, in each turn
     quiet: bool = True,  # no progress bar
+    parts_of=step_parts,  # takes step and clock, gives the seconds of each part
+    settle=lambda: None,  # called before each step that is timed
 ) -> dict:  # floor_s, step_s, step_over_floor, parts, parts_over_floor
     "Measure floor and step in alternation (medians), and the parts of the step."
     floors, steps, parts, clock = [], [], [], PartsClock(wait)
     for _ in tqdm(range(turns), desc="steps", disable=quiet, leave=False):
         floors.append(seconds_per_call(floor, wait, times))
+        settle()
         steps.append(seconds_per_call(step, wait, times))
-        parts.append(step_parts(step, clock))
+        parts.append(parts_of(step, clock))
     floors.append(seconds_per_call(floor, wait, times))
-    by_part = {part: [found[part] for found in parts] for part in PARTS}
+    by_part = {part: [found[part] for found in parts] for part in parts[0]}
     return dict(
         floor_s=median(floors),
         step_s=median(steps),
