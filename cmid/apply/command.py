@@ -390,8 +390,9 @@ OUT gets files named after each scene, and summary.json:
                 NAME-probabilities.tif (a band for each class), --vector adds polygons as NAME.gpkg.
   detection     NAME.geojson in the coordinates of the scene, NAME.wgs84.geojson in degrees, NAME.txt in pixels as
                 DOTA has it. --vector adds NAME.gpkg.
-  classes       classes.csv and classes.parquet, a row for each image or tile; with tiles, NAME.tif: a pixel a tile,
-                of which the last row and column reach beyond the scene: they tell of the tiles that end at its edge.
+  classes       classes.csv and classes.parquet, a row for each image or tile; with tiles, NAME.tif as above: all
+                pixels of a tile have its class. The last tile of a row or column ends at the edge of the scene, and
+                may overlap the one before it; pixels of both have the class of the one before.
 
 The values of a map are positions in the list of classes, from 0; they need not be the values of the masks that the
 network was trained on. A large scene that is to be classified should be cut with --tile.

@@ -18,7 +18,6 @@ from cmid.apply.overview import (
     Frame,
     Panel,
     coloured,
-    enlarged_tiles,
     faded,
     legend_entries,
     overview_figure,
@@ -141,14 +140,14 @@ def _object_panel(card, out, name, picture):
     return Panel("objects", faded(picture), corners, colours[classes])
 
 
-def _map_panels(card, out, name, tile, frame, picture):
+def _map_panels(card, out, name, tile, picture):
     "The panel of the map; none where a whole image was classified"
     if card.task == "detect":
         return [_object_panel(card, out, name, picture)]
-    path, shape = _map_file(out, name), picture.shape[:2]
+    path = _map_file(out, name)
     if path is None:
         return []
-    classes = reduced_classes(path, shape) if card.task != "classify" else enlarged_tiles(path, tile, frame, shape)
+    classes = reduced_classes(path, picture.shape[:2])
     title = dict(segment="classes", change="change", classify=f"class of each tile of {tile} px")[card.task]
     return [Panel(title, coloured(classes, card.colours))]
 
@@ -177,5 +176,5 @@ def map_overview(
     titles = ["first date", "second date"] if second is not None else ["scene"]
     panels = [Panel(title, picture) for title, picture in zip(titles, pictures)]
     tile = summary["options"].get("tile")
-    panels += _map_panels(card, out, name, card.tile if tile is None else tile, frame, pictures[-1])
+    panels += _map_panels(card, out, name, card.tile if tile is None else tile, pictures[-1])
     return overview_figure(panels, frame, _entries(card, summary, out, name)), name

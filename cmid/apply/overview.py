@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OVERVIEW_SIDE', 'OVERVIEW_DPI', 'LEGEND_CLASSES', 'NORTH', 'reduction', 'reduced_scene', 'reduced_classes',
-           'enlarged_tiles', 'coloured', 'read_detections', 'faded', 'Frame', 'bar_length', 'corner_texts',
-           'place_text', 'Panel', 'legend_entries', 'overview_figure']
+           'coloured', 'read_detections', 'faded', 'Frame', 'bar_length', 'corner_texts', 'place_text', 'Panel',
+           'legend_entries', 'overview_figure']
 
 # %% ../../nbs/7_apply/40_overview.ipynb #c04c51b0
 import math
@@ -68,22 +68,6 @@ def reduced_classes(
     "A map of classes, reduced to the most frequent class of each pixel."
     with quiet_decoders(), rasterio.open(path) as file:
         return file.read(1, out_shape=shape, resampling=Resampling.mode)
-
-
-def enlarged_tiles(
-    path,  # map with a pixel for each tile of a scene
-    tile: int,  # px
-    frame,  # `Frame` of the scene
-    shape: tuple,  # (h, w) in px, of the picture
-) -> np.ndarray:  # uint8 (h, w), 255 where there is no value
-    "A map of tiles, each as large as in the scene."
-    with quiet_decoders(), rasterio.open(path) as file:
-        grid = file.read(1)
-    places = []
-    for picture, scene, tiles in zip(shape, (frame.height, frame.width), grid.shape):
-        middles = (np.arange(picture) + 0.5) * scene / picture
-        places.append(np.minimum((middles // tile).astype(int), tiles - 1))
-    return grid[np.ix_(*places)]
 
 
 def coloured(

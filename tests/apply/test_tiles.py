@@ -1,4 +1,4 @@
-"Classes of images and tiles: the pixels of `prepare`, places to half a pixel, and a map of tiles."
+"Classes of images and tiles: the pixels of `prepare`, places to half a pixel, and a map of their classes."
 
 import csv
 import json
@@ -88,10 +88,9 @@ def test_a_kept_network_classifies_as_in_scoring(images, tmp_path):
 
 @pytest.mark.parametrize("place", PLACES)
 def test_places_and_map_of_tiles(images, tmp_path, place):
-    "One tile is bright: its centre, and its pixel of the map, lie where the scene has it."
+    "One tile is bright: its centre and its pixels of the map lie where the scene has it; nothing leaves the scene."
     pixels = np.full((3, 100, 130), 10, np.uint8)
     pixels[:, 32:64, 64:96] = 250
-    pixels[:, 96:, 98:] = 250  # the last tile ends at the edge, and begins before it
     write_scene(images / "north" / "a.tif", pixels, place)
     facts, rows = run(Brightness(tile=32), images, tmp_path / "out")
     (bright,) = (row for row in rows if row["class"] == "bright")
@@ -102,14 +101,16 @@ def test_places_and_map_of_tiles(images, tmp_path, place):
     assert facts["files"][2:] == [f"north/a.{suffix}", f"north/a.{suffix}.aux.xml"]
     with rasterio.open(tmp_path / "out" / "north" / f"a.{suffix}") as file:
         grid, table, tags = file.read(1), file.colormap(1), file.tags()
-        assert (file.shape, file.nodata if crs else 255) == ((4, 5), 255)
-        assert np.argwhere(grid == 1).tolist() == [[1, 2]] and (grid == 0).sum() == 19
+        assert (file.shape, file.nodata if crs else 255) == ((100, 130), 255)
+        assert np.array_equal(grid == 1, pixels[0] == 250) and (grid != 1).sum() == (grid == 0).sum()
         if crs is None:
             assert bright["x"] is bright["lon"] is None
             return
         assert (file.crs, json.loads(tags["classes"])) == (crs, ["dark", "bright"])
+        assert file.transform.almost_equals(PLACES[place][1], 1e-9)
         assert table[1][:3] == (255, 255, 255) and "32 px" in tags["tile"]
-        centre = file.xy(1, 2)
+        corners = file.xy(32, 64, offset="ul"), file.xy(63, 95, offset="lr")
+        centre = np.mean(corners, 0)
     due = transform @ (64 + 16, 32 + 16)
     half = 0.5 * max(abs(transform.a), abs(transform.e))
     assert np.allclose(centre, due, atol=1e-3 * half) and np.allclose((bright["x"], bright["y"]), due, atol=1e-3 * half)
@@ -123,8 +124,10 @@ def test_the_last_tile_ends_at_the_edge(images, tmp_path):
     write_scene(images / "a.tif", pixels, "utm")
     _, rows = run(Brightness(tile=32), images, tmp_path / "out")
     assert [(row["row"], row["column"], row["class"]) for row in rows][-1] == (8, 18, "bright")
+    due = np.zeros((40, 50), np.uint8)
+    due[:, 32:] = 1  # columns 18 to 31 belong to the dark tiles before them, too
     with rasterio.open(tmp_path / "out" / "a.tif") as file:
-        assert file.read(1)[1, 1] == 1 and file.shape == (2, 2)
+        assert np.array_equal(file.read(1), due)
 
 
 def test_tiles_without_a_value_have_none(images, tmp_path):
@@ -134,7 +137,10 @@ def test_tiles_without_a_value_have_none(images, tmp_path):
     facts, rows = run(Brightness(tile=32), images, tmp_path / "out")
     assert (facts["rows"], facts["empty"], facts["skipped"], len(rows)) == (4, 2, 0, 4)
     with rasterio.open(tmp_path / "out" / "a.tif") as file:
-        assert file.read(1).tolist() == [[255, 255, 0], [0, 0, 0]]
+        found = file.read(1)
+    due = np.zeros((64, 96), np.uint8)
+    due[:32, :64] = 255
+    assert np.array_equal(found, due)
 
 
 def test_what_cannot_be_read_is_listed(images, tmp_path):
