@@ -15,9 +15,9 @@ from ..base.errors import CmidError
 
 # %% ../../nbs/3_method/00_images.ipynb #044f214e
 def repeat_to(
-    masks: torch.Tensor,  # (B, h, w)
+    masks: torch.Tensor,  # (..., h, w)
     size: tuple,  # (H, W), multiples of (h, w)
-) -> torch.Tensor:  # (B, H, W)
+) -> torch.Tensor:  # (..., H, W)
     "Repeat each block of a mask over a finer grid; raises `CmidError` where the mask's grid does not divide it."
     (h, w), (H, W) = masks.shape[-2:], size
     if H % h or W % w:

@@ -41,9 +41,9 @@ def block_masks(
 
 # %% ../../nbs/3_method/01_masking.ipynb #67bb6466
 def fill_mean(
-    images: torch.Tensor,  # (B, C, H, W)
-    masks: torch.Tensor,  # bool (B, h, w), True = masked, on any grid that divides (H, W)
-) -> torch.Tensor:  # (B, C, H, W)
+    images: torch.Tensor,  # (..., C, H, W)
+    masks: torch.Tensor,  # bool (..., h, w), True = masked, on any grid that divides (H, W)
+) -> torch.Tensor:  # (..., C, H, W)
     "Images whose masked blocks hold the image's own per-channel mean (section III)."
-    pixels = repeat_to(masks, images.shape[-2:]).unsqueeze(1)
-    return torch.where(pixels, images.mean((2, 3), keepdim=True), images)
+    pixels = repeat_to(masks, images.shape[-2:]).unsqueeze(-3)
+    return torch.where(pixels, images.mean((-2, -1), keepdim=True), images)
