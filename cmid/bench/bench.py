@@ -11,7 +11,9 @@ import json
 from fastcore.script import call_parse, store_true
 
 from ..base.errors import cli
-from .measure import measure
+from ..base.runtime import device as find_device
+from .measure import bench_settings, measure
+from .operators import count_operators, operators_table, write_operators
 from .plan import plan_pretraining, plan_table
 from .targets import run_grid
 
@@ -70,10 +72,15 @@ def cmid_bench(
     disk: store_true = False,  # also from disk: loader alone, end to end, JPEGs
     json: store_true = False,  # one line of JSON
     grid: store_true = False,  # measure everything that this device can do, and write results/bench
+    operators: store_true = False,  # count the operators of a step instead; with --grid: of three networks
 ):
     "Measure what a training step costs, against its floor: the encoder's forward and backward passes alone."
     if grid:
-        print(f"wrote {run_grid(device)}")
+        print(f"wrote {write_operators() if operators else run_grid(device)}")
+        return
+    if operators:
+        settings = bench_settings(batch, precision, compile, accumulate, gradient_checkpointing)
+        _print(count_operators(backbone, settings, side, bands, find_device(device)), json, operators_table)
         return
     how = dict(precision=precision, compile=compile, device=device, accumulate=accumulate, disk=disk)
     how |= dict(gradient_checkpointing=gradient_checkpointing, quiet=json)
