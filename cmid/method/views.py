@@ -7,6 +7,7 @@ __all__ = ['RGB_MEAN', 'RGB_STD', 'cell_centres', 'published_centres', 'Colours'
            'stack_views', 'Draws', 'TwoViews']
 
 # %% ../../nbs/3_method/02_views.ipynb #6da166a6
+import random
 from typing import NamedTuple
 
 import torch
@@ -55,9 +56,8 @@ class Colours(NamedTuple):
 
 
 def _jitter_order(generator):
-    "Order of the parts of jitter, drawn on the CPU, so that the CPU need not wait for the GPU"
-    cpu_generator = torch.Generator().manual_seed(generator.initial_seed() % 2**63)
-    return torch.rand(4, generator=cpu_generator).argsort().tolist()
+    "Order of the parts of jitter, drawn without a tensor, whose value the CPU would have to read"
+    return random.Random(generator.initial_seed()).sample(range(4), 4)
 
 
 def draw_colours(
