@@ -31,7 +31,7 @@ from ..data.dataset import Prepared
 from ..data.prepare import prepare
 from ..data.rasters import resized
 from ..data.scenes import scene
-from ..method.views import View
+from ..method.views import Views
 from ..settings.pretrain import Pretrain
 from ..train.pretrain import build_cmid
 
@@ -45,14 +45,11 @@ def _meta_views(model, batch):
     "Views that have shapes and no numbers"
     side, cells = model.img_size, (model.img_size // model.stride) ** 2
     with torch.device("meta"):
-        return [
-            View(
-                torch.empty(batch, model.in_chans, side, side),
-                torch.empty(batch, side // 32, side // 32, dtype=torch.bool),
-                torch.empty(batch, cells, 2),
-            )
-            for _ in range(2)
-        ]
+        return Views(
+            torch.empty(2, batch, model.in_chans, side, side),
+            torch.empty(2, batch, side // 32, side // 32, dtype=torch.bool),
+            torch.empty(2, batch, cells, 2),
+        )
 
 
 def _operations(function):

@@ -20,7 +20,7 @@ from ..base.errors import CmidError
 from ..base.runtime import step_generator
 from ..method import teacher
 from ..method.distillation import temperature_at
-from ..method.views import TwoViews
+from ..method.views import TwoViews, Views
 from ..settings.pretrain import Pretrain
 from .processes import rank, world
 from .training import lr_at
@@ -115,13 +115,13 @@ class CMIDCallback(Callback):
         self,
         images,  # uint8 (B, C, S, S), a micro-batch of this process
         number: int = 0,  # of the micro-batch in this process, from 0
-    ) -> list:  # two `View`s
+    ) -> Views:  # channels-last on a CPU and on CUDA
         "Two views, from a random generator that is seeded by the step, the process and the micro-batch."
         stream = rank() * self.settings.accumulate + number
         views = self.views(images, step_generator(self.seed, self.done, stream, self.on))
-        if self.on.type not in ("cpu", "cuda"):
+        if self.on.type in ("cpu", "cuda"):
             return views
-        return [view._replace(images=view.images.contiguous(memory_format=torch.channels_last)) for view in views]
+        return views._replace(images=views.images.contiguous())
 
     def autocast(self):
         "A context in which matrix products and convolutions are computed in the run's precision."
@@ -129,9 +129,10 @@ class CMIDCallback(Callback):
 
     def _micro_batch(self, images, number):
         "Adds the gradients of a micro-batch; processes exchange gradients with the last one only. Gives its losses."
+        views = self.make_views(images, number)
         with nullcontext() if self.distributed is self.plain_model else self.distributed.no_sync():
             with self.autocast():
-                losses = self.distributed(self.make_views(images, number), self.tau)
+                losses = self.distributed(views, self.tau)
             self.scaler.scale(losses.total / self.settings.accumulate).backward()
         return _detached(losses)
 

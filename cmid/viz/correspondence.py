@@ -97,7 +97,7 @@ def draw_views(
 ) -> tuple:  # view A (weak), view B (strong): unmasked images, and the centres of their cells
     "Two views of each image, drawn by seed and number."
     generators = [step_generator(seed, int(number)) for number in numbers]
-    pairs = [views(torch.from_numpy(image[None]), generator) for image, generator in zip(images, generators)]
+    pairs = [views(torch.from_numpy(image[None]), generator).pair() for image, generator in zip(images, generators)]
     return _joined([a for a, _ in pairs]), _joined([b for _, b in pairs])
 
 

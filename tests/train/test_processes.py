@@ -13,6 +13,7 @@ from cmid.base.errors import CmidError, cli
 from cmid.base.params import Params, check
 from cmid.base.runtime import step_generator
 from cmid.method.model import CMID
+from cmid.method.views import Views
 from cmid.settings.pretrain import Pretrain
 from cmid.train import pretrain
 from cmid.train.checkpoint import checkpoints, latest, load
@@ -51,13 +52,17 @@ class Noise:
         return self.pixels[i]
 
 
+def in_double(views):
+    return views._replace(images=views.images.double())
+
+
 class DoubleViews(CMIDCallback):
     "Views in float64."
 
     name = "cmid"
 
     def make_views(self, images, part=0):
-        return [view._replace(images=view.images.double()) for view in super().make_views(images, part)]
+        return in_double(super().make_views(images, part))
 
 
 def double_learner(settings, backbone, folder, callback=DoubleViews, say=quiet):
@@ -80,26 +85,19 @@ class BothHalves(DoubleViews):
 
     def make_views(self, images, part=0):
         halves = [self.views(half, step_generator(self.seed, self.done, i)) for i, half in enumerate(images.chunk(2))]
-        return [self._joined(a, b) for a, b in zip(*halves)]
-
-    def _joined(self, a, b):
-        view = type(a)(*map(torch.cat, zip(a, b)))
-        return view._replace(images=torch.cat([a.images, b.images]).double())
+        return in_double(Views(*(torch.cat(parts, 1) for parts in zip(*halves))))
 
 
-def halves_of_view(view):
-    return [type(view)(*parts) for parts in zip(*[tensor.chunk(2) for tensor in view])]
+def halves_of_views(views):
+    return [Views(*parts) for parts in zip(*[tensor.chunk(2, 1) for tensor in views])]
 
 
 class LossPerHalf(CMID):
     "The frequency loss is that of a process's own images."
 
     def reconstruct(self, maps, views):
-        maps_of_halves = zip(*[m.chunk(2) for m in maps])
-        views_of_halves = zip(*[halves_of_view(view) for view in views])
-        losses = [
-            super(LossPerHalf, self).reconstruct(list(m), list(v)) for m, v in zip(maps_of_halves, views_of_halves)
-        ]
+        halves = zip(maps.chunk(2, 1), halves_of_views(views))
+        losses = [super(LossPerHalf, self).reconstruct(m, v) for m, v in halves]
         return sum(losses) / 2
 
 
@@ -209,11 +207,8 @@ class RowsOfBatch(DoubleViews):
 
     def make_views(self, images, part=0):
         rows = slice(part * len(images), (part + 1) * len(images))
-        views = [type(view)(*(tensor[rows] for tensor in view)) for view in self._views_of_batch()]
-        return [view._replace(images=view.images.double()) for view in views]
-
-    def _views_of_batch(self):
-        return self.views(self.batch, step_generator(0, self.done))
+        views = self.views(self.batch, step_generator(0, self.done))
+        return in_double(Views(*(tensor[:, rows] for tensor in views)))
 
 
 def train_in_micro_batches(n):
@@ -236,7 +231,7 @@ def test_micro_batches_add_up():
 
 def test_centre_forgets_at_the_same_speed_in_micro_batches():
     "Four equal micro-batches move the centre as far as one batch does."
-    x, centres = torch.randn(2, SETTINGS.prototypes, 3), []
+    x, centres = torch.randn(2, 3, SETTINGS.prototypes), []
     for n in (1, 4):
         settings = SETTINGS.model_copy(update=dict(accumulate=n))
         loss = pretrain.build_cmid(settings, "resnet10t", "cmid", side=64).prototype_loss

@@ -15,7 +15,7 @@ from torch import nn
 from cmid.base.errors import CmidError
 from cmid.method import backbones
 from cmid.method.images import random_boxes
-from cmid.method.views import RGB_MEAN, RGB_STD, TwoViews, View, cell_centres
+from cmid.method.views import RGB_MEAN, RGB_STD, TwoViews, View, cell_centres, stack_views
 from cmid.viz.correspondence import (
     Matches,
     bootstrap_interval,
@@ -55,17 +55,16 @@ class KnowsItsPlace(nn.Module):
 class SameColours(TwoViews):
     "Both views without a change of colour."
 
-    def __call__(self, images, generator):
-        x = images.float() / 255
-        return self.make_view(x, generator), self.make_view(x, generator)
+    def colour(self, x, colours):
+        return x
 
 
 class SameView(SameColours):
     "The second view is the first."
 
-    def __call__(self, images, generator):
-        view, _ = super().__call__(images, generator)
-        return view, view
+    def render(self, images, draws):
+        view, _ = super().render(images, draws).pair()
+        return stack_views(view, view)
 
 
 def coordinates(count, side):

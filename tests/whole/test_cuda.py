@@ -114,7 +114,7 @@ def test_gpu_agrees_with_cpu():
     learn = short_learner(precision="float32")
     x = torch.from_numpy(learn.dls.train.images[np.arange(8)])
     views = learn.cmid.views(x, step_generator(0, 0))
-    views_on_gpu = [type(view)(*(tensor.cuda() for tensor in view)) for view in views]
+    views_on_gpu = type(views)(*(tensor.cuda() for tensor in views))
     on_gpu = learn.model(views_on_gpu, 0.05)
     on_cpu = short_learner(on="cpu", precision="float32").model(views, 0.05)
     assert [loss.item() for loss in on_gpu] == pytest.approx([loss.item() for loss in on_cpu], rel=2e-3)
