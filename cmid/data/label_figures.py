@@ -34,8 +34,8 @@ def _shown_mask(labelled, i):
 
 def _draw_mask(axes, labelled, i):
     "An image beside its mask; ignored pixels are white, or black where the image has no value"
-    classes = len(labelled.classes)
-    colours = np.concatenate([palette(classes), np.ones((256 - classes, 3))])
+    colours = np.ones((256, 3))
+    colours[: len(labelled.classes)] = palette(labelled.classes)
     colours[_NO_VALUE] = 0
     axes[0].imshow(as_rgb(_subsample(labelled.image(i))))
     axes[1].imshow(colours[_subsample(_shown_mask(labelled, i))], interpolation="nearest")
@@ -69,7 +69,7 @@ def _draw_boxes(axes, labelled, i, side=400):
     x, y = np.median(polygons.mean(1), 0) if len(polygons) else np.array([width, height]) / 2
     left, top = _crop_start(x, side, width), _crop_start(y, side, height)
     axes[0].imshow(as_rgb(labelled.image(i)[:, top : top + side, left : left + side]))
-    colours = palette(len(labelled.classes))
+    colours = palette(labelled.classes)
     for polygon, k, difficult in zip(polygons, objects["classes"], objects["difficult"]):
         style = dict(edgecolor=colours[k], linewidth=0.8, linestyle=":" if difficult else "-")
         axes[0].add_patch(Polygon(polygon - [left + 0.5, top + 0.5], fill=False, **style))
@@ -97,7 +97,7 @@ def _legend_patches(labelled, items):
         found = np.unique(np.concatenate([labelled.objects(i)["classes"] for i in items]))
     else:
         found = np.unique(np.concatenate([np.unique(_shown_mask(labelled, i)) for i in items]))
-    colours = palette(len(labelled.classes))
+    colours = palette(labelled.classes)
     classes = [] if labelled.task == "change" else [k for k in found if k < len(labelled.classes)]
     patches = [Patch(color=colours[k], label=labelled.classes[k]) for k in classes]
     if _NO_VALUE in found:

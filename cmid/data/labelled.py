@@ -10,6 +10,7 @@ __all__ = ['IGNORE', 'MAX_CLASSES', 'LABELLED_FORMAT', 'LABELLED_FILES', 'LABEL_
 # %% ../../nbs/2_data/20_labelled.ipynb #1ce12997
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -418,16 +419,77 @@ def windows(
     return np.array(tiles)
 
 # %% ../../nbs/2_data/20_labelled.ipynb #ed4258f2
-def palette(
-    classes: int,  # how many there are
-) -> np.ndarray:  # float (classes, 3)
-    "A fixed colour for each class: seven colours, then darker and paler ones; after 21 classes they repeat."
+_NATURAL = {  # colour -> names of classes that have it: the whole name, or its last word
+    "#2c7fd6": "water, sea, ocean, lake, river, stream, canal, pond, reservoir, water body",
+    "#0f6b4a": "tree, forest, wood, woodland, forest land",
+    "#93d36b": "grass, vegetation, grassland, meadow, pasture, lawn, grass land",
+    "#e3c04a": "field, agriculture, agricultural, crop, cropland, farmland, agricultural land, agricultural area",
+    "#c23b3b": "building, house, roof, rooftop",
+    "#80868b": "road, street, highway, freeway, pavement, impervious, impervious surface",
+    "#b13fb0": "car, vehicle, truck",
+    "#8f6c32": "bare, soil, barren, sand, bareland, bare land, bare ground, barren land",
+    "#c3e6f2": "snow, ice, glacier, snow and ice",
+    "#3fa8a0": "wetland, marsh, swamp",
+    "#40434a": "clutter, background, other",
+}
+_COLOUR_OF = {name: colour for colour, listed in _NATURAL.items() for name in listed.split(", ")}
+_APART = 0.2  # least distance of two colours in RGB, each in [0, 1], that are told apart at a glance
+
+
+def _natural(name):
+    "The natural colour of a class by its name, or None"
+    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
+    words = re.findall(r"[^\W\d_]+", spaced.lower())
+    texts = " ".join(words), *words[-1:]
+    singular = [text.removesuffix("s") for text in texts]
+    return next((_COLOUR_OF[text] for text in (*texts, *singular) if text in _COLOUR_OF), None)
+
+
+def _shades(colours):
+    "Colours (n, 3) in [0, 1] as they are, darker, and paler: (3, n, 3)"
+    return np.stack([colours, colours * 0.6, 1 - (1 - colours) * 0.5])
+
+
+def _distance(colours, known):
+    "Distance of colours (n, 3) to the nearest of known ones (k, 3)"
+    return np.linalg.norm(colours[:, None] - known, axis=-1).min(1, initial=np.inf)
+
+
+def _natural_colours(names):
+    "Natural colours (classes, 3); NaN for a class without one, or whose shades are all taken"
+    from matplotlib.colors import to_rgb
+
+    known = map(_natural, names)
+    asked = np.array([to_rgb(colour) if colour else (np.nan,) * 3 for colour in known]).reshape(-1, 3)
+    found = np.full_like(asked, np.nan)
+    for shade in _shades(asked):
+        for i in np.flatnonzero(np.isnan(found[:, 0]) & ~np.isnan(asked[:, 0])):
+            taken = found[~np.isnan(found[:, 0])]
+            if _distance(shade[i : i + 1], taken) >= _APART:
+                found[i] = shade[i]
+    return found
+
+
+def _fixed_colours():
+    "The 21 colours (21, 3) of classes without a natural one"
     from matplotlib.colors import to_rgb
 
     names = COLOURS[0], *COLOURS[2:6], "#F0E442", "#999999"  # COLOURS[1], orange, is reserved for errors
     base = np.array([to_rgb(name) for name in names])
-    dark, light = base * 0.5, 1 - (1 - base) * 0.4
-    return np.resize(np.concatenate([base, dark, light]), (classes, 3))
+    return np.concatenate([base, base * 0.5, 1 - (1 - base) * 0.4])
+
+
+def palette(
+    names: list,  # of the classes
+) -> np.ndarray:  # float (classes, 3)
+    "A colour for each class: a natural one by its name, such as blue for water, or the next of 21 fixed ones."
+    colours = _natural_colours(names)
+    others = np.isnan(colours[:, 0])
+    fixed = _fixed_colours()
+    distance = _distance(fixed, colours[~others])
+    order = np.argsort(-np.minimum(distance, _APART), kind="stable")  # those like a natural colour are last
+    colours[others] = np.resize(fixed[order], (others.sum(), 3))
+    return colours
 
 
 def as_rgb(

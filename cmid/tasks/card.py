@@ -204,15 +204,15 @@ UNCHANGED_COLOUR = "#e6e6e6"  # of maps of change: what changed stands out from 
 
 
 def class_colours(
-    count: int,  # number of classes
+    names: list,  # of the classes
 ) -> list:  # of #rrggbb
-    "The fixed colour of each class, as the figures have it."
-    return ["#" + "".join(f"{round(255 * share):02x}" for share in colour) for colour in palette(count)]
+    "The colour of each class, as the figures have it."
+    return ["#" + "".join(f"{round(255 * share):02x}" for share in colour) for colour in palette(names)]
 
 
-def _colours(task, count):
+def _colours(task, names):
     "The colour of each class in maps of a task."
-    return [UNCHANGED_COLOUR, class_colours(1)[0]] if task == "change" else class_colours(count)
+    return [UNCHANGED_COLOUR, class_colours(["changed"])[0]] if task == "change" else class_colours(names)
 
 
 def task_scores(
@@ -280,7 +280,7 @@ def task_card(
         dataset=dataset,
         init=init,
         classes=list(images.classes),
-        colours=_colours(task, len(images.classes)),
+        colours=_colours(task, images.classes),
         source=_source(images),
         valid_range=manifest.get("value_range"),
         resolution=manifest.get("resolution"),
@@ -396,6 +396,8 @@ def _readme(card, heads):
         "nothing is unpickled.",
         "",
         *_usage(card, heads),
+        "Maps have these colours. Other ones may be written into `card.json`:",
+        "",
         *readme_table("| class | name | colour |", _class_rows(card)),
         *(readme_table("| score | | 95 % interval | evaluated on |", scores) if scores else []),
         *readme_table("| | |", _fact_rows(card)),

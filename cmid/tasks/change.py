@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ..base.errors import CmidError
@@ -34,7 +33,15 @@ from cmid.tasks.dense import (
     start_architecture,
     start_card,
 )
-from .finetune import check_bands, linear_decay, normalised, ratio_or_none, resolved, train_dense
+from cmid.tasks.finetune import (
+    TaskItems,
+    check_bands,
+    linear_decay,
+    normalised,
+    ratio_or_none,
+    resolved,
+    train_dense,
+)
 from ..train.checkpoint import load_backbone
 from ..train.resume import task_run
 
@@ -185,8 +192,8 @@ def _enlarged(x, factor):
 COLOUR_RANGE = 0.2  # factors of brightness, contrast and saturation are between 0.8 and 1.2
 
 
-class ChangePairs(Dataset):
-    "Batches of augmented training pairs; an item is asked for by (step, numbers)."
+class ChangePairs(TaskItems):
+    "Batches of training pairs; an item is asked for by (step, numbers)."
 
     def __init__(
         self,
@@ -199,20 +206,20 @@ class ChangePairs(Dataset):
         largest = -(-labelled.sizes[index].max() // 32) * 32
         self.side = int(min(crop, largest))
 
-    def __getitem__(self, at):  # uint8 (B, 2, C, S, S), masks uint8 (B, S, S)
+    def __getitem__(self, at):  # uint8 (B, 2, C, S, S), the next two: as `augmented` takes them, masks uint8 (B, S, S)
         step, rows = at
         generator = step_generator(self.seed, step)
-        pairs, masks = zip(*[self._augmented(int(i), generator) for i in rows])
-        return _coloured(torch.stack(pairs), generator), torch.stack(masks)
+        pairs, masks, turns = zip(*[self._read(int(i), generator) for i in rows])
+        factors = 1 - COLOUR_RANGE + 2 * COLOUR_RANGE * torch.rand(3, 2 * len(rows), generator=generator)
+        pairs, masks = (torch.from_numpy(np.stack(o)) for o in (pairs, masks))
+        return pairs, torch.tensor(turns, dtype=torch.bool), factors, masks
 
-    def _augmented(self, i, generator):
-        "One pair, cropped, rotated, mirrored and swapped: uint8 (2, C, S, S), (S, S)."
+    def _read(self, i, generator):
+        "A random crop of a pair, its mask, and how they are turned"
         pair, mask = self._cropped(i, generator)
         quarters, mirrored, swapped = (int(torch.randint(n, (), generator=generator)) for n in (4, 2, 2))
-        pair, mask = (torch.from_numpy(o).rot90(quarters, (-2, -1)) for o in (pair, mask))
-        if mirrored:
-            pair, mask = pair.flip(-1), mask.flip(-1)
-        return (pair.flip(0) if swapped else pair), mask
+        down, across = quarters in (1, 2), (quarters in (2, 3)) != bool(mirrored)
+        return pair, mask, (quarters % 2, down, across, swapped)
 
     def _cropped(self, i, generator):
         "A random crop of a pair and its mask, padded where the images are smaller."
@@ -224,13 +231,30 @@ class ChangePairs(Dataset):
         margins = [(0, side - n) for n in mask.shape]
         return np.pad(pair, [(0, 0), (0, 0), *margins], "symmetric"), np.pad(mask, margins, constant_values=IGNORE)
 
+    def augmented(
+        self,
+        pairs,  # uint8 (B, 2, C, S, S)
+        turns,  # bool (B, 4): are rows and columns exchanged, then top and bottom, left and right; are the dates?
+        factors,  # (3, 2 B): of brightness, contrast and saturation of each image
+        masks,  # uint8 (B, S, S)
+    ):  # float (B, 2, C, S, S) in [0, 1], masks uint8 (B, S, S)
+        "Pairs and their masks, rotated, mirrored and swapped; the colours of each date are changed."
+        *turned, swapped = turns.T
+        pairs = torch.where(_beside(swapped, pairs), pairs.flip(1), pairs)
+        images = _turned(pairs, *turned).flatten(0, 1).float() / 255
+        return jitter(images, *factors, None, order=(0, 1, 2)).view(pairs.shape), _turned(masks, *turned)
 
-def _coloured(pairs, generator):
-    "uint8 (B, 2, C, S, S) with random brightness, contrast and saturation of each date."
-    images = pairs.flatten(0, 1)
-    factors = 1 - COLOUR_RANGE + 2 * COLOUR_RANGE * torch.rand(3, len(images), generator=generator)
-    images = jitter(images.float() / 255, *factors, None, order=(0, 1, 2))
-    return (images * 255).round_().byte().view(pairs.shape)
+
+def _beside(flags, x):
+    "Flags (B,) in the shape that selects items of x (B, ...)"
+    return flags.view(-1, *[1] * (x.ndim - 1))
+
+
+def _turned(x, transposed, down, across):
+    "Squares (B, ..., S, S), each transposed, mirrored top to bottom, and left to right, where its flag (B,) is set"
+    x = torch.where(_beside(transposed, x), x.mT, x)
+    x = torch.where(_beside(down, x), x.flip(-2), x)
+    return torch.where(_beside(across, x), x.flip(-1), x)
 
 # %% ../../nbs/5_tasks/08_change.ipynb #c52dd3a6
 def change_counts(

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['resolved', 'half_cosine', 'linear_decay', 'step_decay', 'learning_rate_at', 'ShuffledBatches', 'check_processes',
-           'temporary_seed', 'normalised', 'DeviceAutocast', 'FineTuneCallback', 'task_learner', 'fit', 'train_dense',
-           'training_curves_figure', 'ratio_or_none', 'class_table', 'check_bands', 'largest_image']
+           'temporary_seed', 'TaskItems', 'normalised', 'DeviceAutocast', 'FineTuneCallback', 'DeviceBatches',
+           'task_learner', 'fit', 'train_dense', 'training_curves_figure', 'ratio_or_none', 'class_table',
+           'check_bands', 'largest_image']
 
 # %% ../../nbs/5_tasks/04_finetune.ipynb #f8faadde
 import math
@@ -156,6 +157,29 @@ def temporary_seed(
         random.setstate(python_state)
         np.random.set_state(numpy_state)
 
+# %% ../../nbs/5_tasks/04_finetune.ipynb #3c1b5b0c
+class TaskItems(Dataset):
+    "Training items of a task, asked for by (step, numbers of items): the CPU reads a batch, the device augments it."
+
+    def __getitem__(self, at):  # uint8 images, tensors that `augmented` needs, targets last
+        raise NotImplementedError
+
+    def augmented(
+        self,
+        images: torch.Tensor,  # uint8 (B, ..., C, H, W), of `__getitem__`
+        targets,  # of `__getitem__`
+    ) -> tuple:  # float images in [0, 1]; targets
+        "What the network is trained on, before it is normalised, from a batch on the device."
+        return images.float() / 255, targets
+
+    def example(
+        self,
+        step: int,  # which seeds the augmentation
+        rows,  # numbers of items
+    ) -> tuple:  # float images in [0, 1]; targets
+        "An augmented batch as a training step gets it, on the CPU: for pictures."
+        return self.augmented(*self[step, rows])
+
 # %% ../../nbs/5_tasks/04_finetune.ipynb #c7ac2684
 def _per_band(values, device):
     "One number for each band, as float32 (C, 1, 1) on the device."
@@ -217,8 +241,13 @@ class FineTuneCallback(Callback):
         return learning_rate_at(self.step, self.steps, self.steps_per_epoch, self.settings, self.schedule)
 
     def inputs(self, x, y):
-        "The images and targets that the network gets; a subclass may augment them here."
+        "The normalised images and targets that the network gets; a subclass may mix them here."
         return x, y
+
+    def augmented_inputs(self, batch):
+        "As `inputs`, from a batch of `TaskItems` on the device."
+        images, y = self.learn.dls.train.dataset.augmented(*batch)
+        return self.inputs((images - self.shift) / self.scale, y)
 
     def epoch_facts(self, epoch):
         "Further numbers in [0, 1] to record of an epoch, by name, such as the accuracy on held-out images."
@@ -243,8 +272,7 @@ class FineTuneCallback(Callback):
             seed_generators(self.learn.dls.train.sampler.seed, self.step, rank())
         self.rates.append(self.rate())
         self.learn.opt.set_hypers(lr=self.rates[-1])
-        images = (self.learn.xb[0].float() / 255 - self.shift) / self.scale
-        x, y = self.inputs(images, *self.learn.yb)
+        x, y = self.augmented_inputs((*self.learn.xb, *self.learn.yb))
         if x.ndim == 4:
             x = x.contiguous(memory_format=_memory_format(self.on, self.settings.batch // world()))
         self.learn.xb = x, y  # the model takes images and targets
@@ -316,7 +344,55 @@ class FineTuneCallback(Callback):
         self.losses = [losses.to(on) for losses in progress["losses"]]
 
 # %% ../../nbs/5_tasks/04_finetune.ipynb #0ff3a331
-def _batches(data, order, seed, on, workers):
+class DeviceBatches:
+    "The batches of a loader, on a device. The next one is copied to a GPU while the step of the one before runs."
+
+    def __init__(
+        self,
+        loader: DataLoader,  # gives tensors, lists and tuples of them
+        on: torch.device,  # where the batches shall be
+    ):
+        self.loader, self.on = loader, on
+        self.dataset, self.sampler = loader.dataset, loader.sampler
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        if self.on.type != "cuda":
+            return (to_device(batch, self.on) for batch in self.loader)
+        return self._copied_ahead(torch.cuda.Stream(self.on))
+
+    def _copied_ahead(self, stream):
+        "The batches, each of which is being copied when the one before is given"
+        before = None
+        for batch in self.loader:
+            with torch.cuda.stream(stream):
+                following = to_device(batch, self.on, non_blocking=True), stream.record_event()
+            if before:
+                yield _awaited(*before)
+            before = following
+        if before:
+            yield _awaited(*before)
+
+
+def _awaited(batch, copied):
+    "A batch that the current stream may read: it waits for the copy, and the copy's memory is kept until it has read"
+    step = torch.cuda.current_stream()
+    step.wait_event(copied)
+    for tensor in _tensors(batch):
+        tensor.record_stream(step)
+    return batch
+
+
+def _tensors(batch):
+    "All tensors of nested lists and tuples"
+    if isinstance(batch, torch.Tensor):
+        return [batch]
+    return [tensor for tensors in map(_tensors, batch) for tensor in tensors]
+
+
+def _loader(data, order, seed, on, workers):
     "A loader of the data in this order, with some worker processes."
     if workers is None:
         workers = max(1, min(8, os.cpu_count() // world())) if on.type == "cuda" else 0
@@ -344,7 +420,7 @@ def _precision_and_clipping(settings, dtype, on):
 
 def task_learner(
     model: nn.Module,  # of a task: gives losses by name with targets, predictions without
-    data: Dataset,  # indexed by (step, numbers of items); gives (uint8 (B, ..., C, H, W), targets)
+    data: TaskItems,  # the training items
     index,  # numbers of the training items
     settings,  # its `batch`, `precision`, `weight_decay` and, where it has one, `clip`
     callback: FineTuneCallback,  # what happens around a step
@@ -359,7 +435,7 @@ def task_learner(
     dtype = precision_of(settings.precision, on, callback.section)
     check_processes(settings, callback.section, len(index))
     order = ShuffledBatches(index, settings.batch, seed, rank(), world())
-    batches = _batches(data, order, seed, on, workers)
+    batches = DeviceBatches(_loader(data, order, seed, on, workers), on)
     model = model.to(on, memory_format=_memory_format(on, settings.batch // world()))
     optimiser = make_optimiser(parameter_groups(model, settings.weight_decay))
     callbacks = [callback, *_precision_and_clipping(settings, dtype, on)]
@@ -421,19 +497,18 @@ def _memory_error(learn, callback, key):
     data, index = learn.dls.train.dataset, learn.dls.train.sampler.index
 
     def trial(batch):
-        _trial_step(learn, callback, *data[(0, np.resize(index, batch))])
+        _trial_step(learn, callback, data[(0, np.resize(index, batch))])
 
-    batch, side = callback.settings.batch // world(), data[(0, index[:1])][0].shape[-1]
+    batch, side = callback.settings.batch // world(), data.augmented(*data[(0, index[:1])])[0].shape[-1]
     return too_large(callback.section, batch, side, callback.on, trial if world() == 1 else None, key)
 
 
-def _trial_step(learn, callback, x, y):
+def _trial_step(learn, callback, batch):
     "One training step on a smaller batch, to see whether it fits into memory."
     learn.xb = learn.yb = learn.pred = learn.loss = learn.loss_grad = None
     learn.model.zero_grad(set_to_none=True)
     dtype = precision_of(callback.settings.precision, callback.on, callback.section)
-    images = normalised(x.to(callback.on), callback.mean, callback.std)
-    x, y = callback.inputs(images, to_device(y, callback.on))
+    x, y = callback.augmented_inputs(to_device(batch, callback.on))
     with torch.autocast(callback.on.type, dtype, enabled=dtype != torch.float32):
         losses = learn.model(x, y)
     sum(losses.values()).float().backward()
@@ -453,7 +528,7 @@ def _optimiser_maker(settings):
 
 def train_dense(
     model: nn.Module,  # of a task; trained in place
-    data: Dataset,  # as of `task_learner`
+    data: TaskItems,  # as of `task_learner`
     index,  # numbers of the training items
     settings: Tuning,  # of `resolved`
     mean,  # per band, of images in [0, 1]: the card's

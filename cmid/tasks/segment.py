@@ -4,17 +4,16 @@
 
 # %% auto #0
 __all__ = ['POOLS', 'DROPOUT', 'TRIES', 'LARGEST_SHARE', 'ERROR_COLOUR', 'PUBLISHED_SEGMENTATION', 'PANELS', 'OTHERS',
-           'BinPooling', 'upernet', 'Segmenter', 'window_of_mixed_classes', 'scaled_crop', 'photometric_distortion',
-           'SegmentationCrops', 'paint_mask', 'error_overlay', 'pixel_confusion', 'segmentation_scores',
-           'segment_splits', 'fine_tune_segmentation', 'segment', 'images_to_show', 'segmentation_examples',
-           'inference_tiles', 'segmentation_figure', 'segmentation_scene_figure']
+           'BinPooling', 'upernet', 'Segmenter', 'window_of_mixed_classes', 'crop_window', 'scaled_crops',
+           'photometric_distortion', 'SegmentationCrops', 'paint_mask', 'error_overlay', 'pixel_confusion',
+           'segmentation_scores', 'segment_splits', 'fine_tune_segmentation', 'segment', 'images_to_show',
+           'segmentation_examples', 'inference_tiles', 'segmentation_figure', 'segmentation_scene_figure']
 
 # %% ../../nbs/5_tasks/07_segment.ipynb #d8a31857
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ..base.errors import CmidError
@@ -23,10 +22,10 @@ from ..base.runtime import device, seed_everything, step_generator
 from ..base.scores import mean_iou
 from ..data.labelled import IGNORE, as_rgb, check_masks, palette, splits_of, windows
 from ..method.backbones import Pyramid
-from ..method.images import jitter, resample
+from ..method.images import blend, jitter, resample
 from ..settings.segment import Segment
 from .dense import UNet, blended, check_batch_norm, decided, pixel_loss, start_architecture, start_card
-from .finetune import check_bands, class_table, half_cosine, normalised, resolved, train_dense
+from .finetune import TaskItems, check_bands, class_table, half_cosine, normalised, resolved, train_dense
 from ..train.checkpoint import load_backbone
 from ..train.resume import task_run
 
@@ -139,54 +138,91 @@ def window_of_mixed_classes(
     return top, left
 
 # %% ../../nbs/5_tasks/07_segment.ipynb #0bcc0f28
-def scaled_crop(
-    image: np.ndarray,  # uint8 (C, H, W)
+def crop_window(
     mask: np.ndarray,  # uint8 (H, W)
     side: int,  # of the crop, px
     scale: float,  # of the image
     draws,  # as for `window_of_mixed_classes`
-    fill: torch.Tensor,  # uint8 (C,): colour of the padding of a small image
-) -> tuple:  # uint8 (C, side, side) and (side, side)
-    "A crop of a scaled image (bilinear interpolation) and of its mask (nearest neighbour)."
+) -> tuple:  # top, left, height and width of a window, px; rows and columns of the crop that it becomes
+    "The window of an image that is scaled to a crop; one that is cut short by a small image fills a part of it."
     window_side = max(1, round(side / scale))  # before scaling, px
     height, width = (min(window_side, n) for n in mask.shape)
-    top, left = window_of_mixed_classes(mask, height, width, draws)
-    window = np.s_[..., top : top + height, left : left + width]
     size = [side if n == window_side else max(1, round(n * scale)) for n in (height, width)]
-    x = F.interpolate(torch.from_numpy(np.array(image[window]))[None], size, mode="bilinear")[0]
-    y = F.interpolate(torch.from_numpy(np.array(mask[window]))[None, None], size, mode="nearest-exact")[0, 0]
-    ignored = torch.full((side, side), IGNORE, dtype=torch.uint8)
-    return _pasted(x, fill.view(-1, 1, 1).repeat(1, side, side)), _pasted(y, ignored)
+    return *window_of_mixed_classes(mask, height, width, draws), height, width, *size
+
+# %% ../../nbs/5_tasks/07_segment.ipynb #fbaf651c
+def _places_along(length, filled, flipped, side):
+    "Where the pixels (B, side) of crops lie along an axis of their windows, px; and which of them a window fills"
+    place = torch.arange(side, device=length.device)
+    place = torch.where(flipped[:, None], side - 1 - place, place)
+    return (place + 0.5) * (length / filled)[:, None], place < filled[:, None]
 
 
-def _pasted(x, canvas):
-    "The canvas with `x` in its top left corner."
-    canvas[..., : x.shape[-2], : x.shape[-1]] = x
-    return canvas
+def _bilinear(images, y, x, height, width):
+    "Pixels (B, C, h, w) of float images at rows y (B, h) and columns x (B, w), within the windows at their top left"
+    places = []
+    for at, length, whole in ((x[:, None], width, images.shape[3]), (y[:, :, None], height, images.shape[2])):
+        limits = torch.full_like(length, 0.5), length - 0.5
+        places.append(2 * at.clamp(*(limit.view(-1, 1, 1) for limit in limits)) / whole - 1)
+    grid = torch.stack(torch.broadcast_tensors(*places), -1)
+    return F.grid_sample(images, grid, align_corners=False)
+
+
+def _nearest(masks, y, x, height, width):
+    "Pixels (B, h, w) of masks at rows y (B, h) and columns x (B, w), within the windows at their top left"
+    rows, columns = (torch.minimum(at.floor(), n[:, None] - 1).long() for at, n in ((y, height), (x, width)))
+    return masks[torch.arange(len(masks), device=masks.device)[:, None, None], rows[:, :, None], columns[:, None]]
+
+
+def scaled_crops(
+    images: torch.Tensor,  # uint8 (B, C, H, W): windows, each in the top left corner
+    masks: torch.Tensor,  # uint8 (B, H, W): theirs
+    sizes: torch.Tensor,  # float (B, 4): height, width, rows and columns of `crop_window`
+    flipped: torch.Tensor,  # bool (B, 2): mirror left and right, top and bottom
+    side: int,  # of a crop, px
+    fill: torch.Tensor,  # float (C,) in [0, 1]: colour of the padding of a small image
+) -> tuple:  # float (B, C, side, side) in [0, 1] and uint8 (B, side, side)
+    "Windows scaled to crops (bilinear interpolation) and mirrored, with their masks (nearest neighbour)."
+    height, width, rows, columns = sizes.unbind(1)
+    y, within_y = _places_along(height, rows, flipped[:, 1], side)
+    x, within_x = _places_along(width, columns, flipped[:, 0], side)
+    within = within_y[:, :, None] & within_x[:, None]
+    crops = _bilinear(images.float() / 255, y, x, height, width)
+    crops = torch.where(within[:, None], crops, fill.view(-1, 1, 1))
+    return crops, torch.where(within, _nearest(masks, y, x, height, width), IGNORE)
 
 # %% ../../nbs/5_tasks/07_segment.ipynb #f36d864e
-def _random_or_neutral(u, low, high, applied, neutral):
-    "The value at the share `u` from `low` to `high`, or the neutral value where it is not applied; (1,)."
-    return torch.where(applied, low + (high - low) * u, torch.tensor(neutral))[None]
+def _between_or(neutral, low, high, u, applied):
+    "Values at the shares u (B,) from `low` to `high`, and the neutral value where they are not applied"
+    return torch.where(applied, low + (high - low) * u, neutral)
 
 
 def photometric_distortion(
-    image: torch.Tensor,  # float (C, H, W) in [0, 1]
-    generator: torch.Generator,  # random generator
-) -> torch.Tensor:  # (C, H, W) in [0, 1]
+    images: torch.Tensor,  # float (B, C, H, W) in [0, 1]
+    draws: torch.Tensor,  # (B, 2, 5), random numbers in [0, 1): amounts, and what decides whether each is applied
+) -> torch.Tensor:  # (B, C, H, W) in [0, 1]
     "Random brightness, contrast, saturation and hue; only the first two where there are not three bands."
-    u, p = torch.rand(2, 5, generator=generator)
-    applied = p < 0.5
-    brightness = _random_or_neutral(u[0], -32 / 255, 32 / 255, applied[0], 0.0)
-    contrast = _random_or_neutral(u[1], 0.5, 1.5, applied[1], 1.0)
-    saturation = _random_or_neutral(u[2], 0.5, 1.5, applied[2], 1.0)
-    hue = _random_or_neutral(u[3], -0.1, 0.1, applied[3], 0.0)
-    order = (0, 2, 3) if applied[4] else (2, 3, 0)
-    x = (image[None] + brightness).clamp(0, 1)
-    return jitter(x, contrast, torch.ones(1), saturation, hue, order)[0]
+    u, applied = draws[:, 0].T, (draws[:, 1] < 0.5).T
+    brightness = _between_or(0.0, -32 / 255, 32 / 255, u[0], applied[0])
+    contrast = _between_or(1.0, 0.5, 1.5, u[1], applied[1])
+    saturation = _between_or(1.0, 0.5, 1.5, u[2], applied[2])
+    hue = _between_or(0.0, -0.1, 0.1, u[3], applied[3])
+    x = (images + brightness.view(-1, 1, 1, 1)).clamp_(0, 1)
+    early = torch.where(applied[4], contrast, 1.0)
+    x = jitter(x, early, torch.ones_like(u[0]), saturation, hue, (0, 2, 3))
+    return blend(x, 0.0, torch.where(applied[4], 1.0, contrast))
 
 # %% ../../nbs/5_tasks/07_segment.ipynb #87bc9e63
-class SegmentationCrops(Dataset):
+def _in_corners(windows):
+    "Arrays (..., h, w) as uint8 (B, ..., H, W) that holds the largest, each in the top left corner"
+    height, width = (max(window.shape[axis] for window in windows) for axis in (-2, -1))
+    batch = np.zeros((len(windows), *windows[0].shape[:-2], height, width), np.uint8)
+    for canvas, window in zip(batch, windows):
+        canvas[..., : window.shape[-2], : window.shape[-1]] = window
+    return torch.from_numpy(batch)
+
+
+class SegmentationCrops(TaskItems):
     "Batches of training crops, indexed by (step, numbers of images); the step seeds the augmentation."
 
     def __init__(
@@ -198,34 +234,47 @@ class SegmentationCrops(Dataset):
         seed: int = 0,  # of everything random
     ):
         self.labelled, self.side, self.scale, self.seed = labelled, side, scale, seed
-        self.fill = (torch.as_tensor(mean) * 255).round().clamp(0, 255).byte()
+        self.fill = (torch.as_tensor(mean) * 255).round().clamp(0, 255) / 255
 
-    def __getitem__(self, key):  # uint8 (B, C, side, side), masks uint8 (B, side, side)
-        step, rows = key
+    def __getitem__(self, at):  # windows uint8 (B, C, H, W), the next three: as `augmented` takes them, masks (B, H, W)
+        step, rows = at
         generator = step_generator(self.seed, step)
-        crops, masks = zip(*[self._augmented(int(i), generator) for i in rows])
-        return torch.stack(crops), torch.stack(masks)
+        windows, sizes, flipped, draws, masks = zip(*[self._read(int(i), generator) for i in rows])
+        sizes = torch.tensor(sizes, dtype=torch.float32)
+        return _in_corners(windows), sizes, torch.stack(flipped), torch.stack(draws), _in_corners(masks)
 
-    def _augmented(self, i, generator):
-        "One crop and its mask, scaled, mirrored and distorted."
+    def _read(self, i, generator):
+        "A window of an image, its sizes, what is drawn for it, and its mask"
         u = torch.rand(3 + 2 * TRIES, generator=generator)
+        colours = torch.rand(2, 5, generator=generator)
         low, high = self.scale
+        mask = self.labelled.mask(i)
         scale = float(low + (high - low) * u[0])
-        flipped = [-1 - axis for axis in range(2) if u[1 + axis] < 0.5]  # -1: columns, -2: rows
-        draws = u[3:].view(TRIES, 2)
-        image, mask = self.labelled.image(i), self.labelled.mask(i)
-        x, y = scaled_crop(image, mask, self.side, scale, draws, self.fill)
-        x = photometric_distortion(x.flip(flipped).float() / 255, generator)
-        return x.mul(255).round().byte(), y.flip(flipped)
+        top, left, height, width, *size = crop_window(mask, self.side, scale, u[3:].view(TRIES, 2))
+        window = np.s_[..., top : top + height, left : left + width]
+        return self.labelled.image(i)[window], (height, width, *size), u[1:3] < 0.5, colours, mask[window]
+
+    def augmented(
+        self,
+        images,  # uint8 (B, C, H, W): windows, each in the top left corner
+        sizes,  # float (B, 4): height and width of each, and rows and columns of the crop that it becomes
+        flipped,  # bool (B, 2): left and right, top and bottom
+        draws,  # (B, 2, 5), of `photometric_distortion`
+        masks,  # uint8 (B, H, W)
+    ):  # float (B, C, side, side) in [0, 1], masks uint8 (B, side, side)
+        "Crops and their masks, scaled, mirrored and distorted."
+        self.fill = self.fill.to(images.device)
+        crops, masks = scaled_crops(images, masks, sizes, flipped, self.side, self.fill)
+        return photometric_distortion(crops, draws), masks
 
 # %% ../../nbs/5_tasks/07_segment.ipynb #bdc94459
 def paint_mask(
     mask,  # uint8 (H, W)
-    classes: int,  # number of classes
+    names: list,  # of the classes
 ) -> np.ndarray:  # float (H, W, 3)
-    "A mask in the colours of its classes."
-    white = np.ones((IGNORE + 1 - classes, 3))
-    return np.concatenate([palette(classes), white])[np.asarray(mask)]
+    "A mask in the colours of its classes, white where it is ignored."
+    white = np.ones((IGNORE + 1 - len(names), 3))
+    return np.concatenate([palette(names), white])[np.asarray(mask)]
 
 # %% ../../nbs/5_tasks/07_segment.ipynb #12c37cd6
 ERROR_COLOUR = COLOURS[1]  # of wrong pixels
@@ -271,7 +320,7 @@ def _legend_entries(masks, names, others):
     from matplotlib.patches import Patch
 
     occurring = np.unique(np.concatenate([np.unique(mask) for mask in masks]))
-    colours = palette(len(names))
+    colours = palette(names)
     patches = [Patch(color=colours[i], label=names[i]) for i in occurring if i != IGNORE]
     patches += [Patch(facecolor=colour, edgecolor="#999999", label=label) for label, colour in others.items()]
     longest = max(len(patch.get_label()) for patch in patches)
@@ -459,11 +508,11 @@ def inference_tiles(
     return windows(*padded, settings.crop, int(settings.overlap * settings.crop))
 
 
-def _draw_panels(axes, example, classes, steps):
+def _draw_panels(axes, example, names, steps):
     "Draws image, ground truth, prediction and errors of one example, reduced."
     image = _reduced_image(example["image"], steps)
     truth, guess = (_reduced_mask(example[key], steps) for key in ("truth", "guess"))
-    panels = as_rgb(image), paint_mask(truth, classes), paint_mask(guess, classes), error_overlay(image, truth, guess)
+    panels = as_rgb(image), paint_mask(truth, names), paint_mask(guess, names), error_overlay(image, truth, guess)
     for ax, panel in zip(axes, panels):
         ax.imshow(panel, interpolation="nearest")
         ax.set(xticks=[], yticks=[])
@@ -490,7 +539,7 @@ def segmentation_figure(
     fig = Figure(figsize=(4.4, sum(heights) + legend_height + 0.2), dpi=80, layout="constrained")
     axes = fig.subplots(len(examples), 4, squeeze=False, height_ratios=heights)
     for row, example in zip(axes, examples):
-        _draw_panels(row, example, len(names), _reduction(example["truth"].shape, 280))
+        _draw_panels(row, example, names, _reduction(example["truth"].shape, 280))
         row[0].set_xlabel(example["name"][-40:], fontsize=6, loc="left")
         row[3].set_xlabel(_accuracy_label(example), fontsize=6, loc="right")
     for ax, title in zip(axes[0], PANELS):
@@ -523,7 +572,7 @@ def segmentation_scene_figure(
     fig = Figure(figsize=(4.4, min(8.0, 4.3 * height / width) + 0.5 + legend_height), dpi=80, layout="constrained")
     axes = fig.subplots(2, 2).ravel()
     steps = _reduction((height, width), 700)
-    _draw_panels(axes, example, len(names), steps)
+    _draw_panels(axes, example, names, steps)
     _outline(axes[0], tiles, steps)
     first = f"{height} x {width} px, {len(tiles)} tile{'s' * (len(tiles) != 1)}"
     for ax, title in zip(axes, (first, *PANELS[1:3], f"errors: {_accuracy_label(example)}")):

@@ -2,6 +2,7 @@
 
 import json
 import os
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -480,13 +481,56 @@ def test_errors_are_one_line(random_backbone, data, values, why):
 # --- figures
 
 
+UNKNOWN = [f"class {i}" for i in range(40)]
+KINDS = "water tree grass field building road car soil snow wetland clutter".split()
+
+
+def least_distance(names):
+    "Of the colours of two classes, in RGB"
+    return min(np.linalg.norm(a - b) for a, b in combinations(palette(names), 2))
+
+
 def test_colours_distinguish_classes_errors_and_ignored_pixels():
-    assert len(np.unique(palette(21).round(3), axis=0)) == 21
-    assert palette(40).shape == (40, 3)
-    assert np.array_equal(palette(40)[:5], palette(5))
-    assert min(np.abs(palette(21) - to_rgb(ERROR_COLOUR)).max(1)) > 0.1
-    assert min(np.abs(palette(21) - 1).max(1)) > 0.1
-    assert paint_mask(np.array([[1, IGNORE]]), 2).tolist() == [[palette(2)[1].tolist(), [1, 1, 1]]]
+    fixed = palette(UNKNOWN[:21])
+    assert len(np.unique(fixed.round(3), axis=0)) == 21
+    assert np.array_equal(palette(UNKNOWN)[21:], fixed[:19])
+    assert np.array_equal(fixed[:5], palette(UNKNOWN[:5]))
+    every = np.concatenate([fixed, palette(KINDS)])
+    assert min(np.linalg.norm(every - to_rgb(ERROR_COLOUR), axis=1)) > 0.2
+    assert min(np.linalg.norm(every - 1, axis=1)) > 0.2
+    painted = paint_mask(np.array([[1, IGNORE]]), UNKNOWN[:2])
+    assert painted.tolist() == [[fixed[1].tolist(), [1, 1, 1]]]
+
+
+def test_colours_are_natural_by_name():
+    red, green, blue = range(3)
+    for names, band in (
+        (["water", "SeaLake", "rivers", "Water body"], blue),
+        (["Trees", "forest", "low_vegetation", "HerbaceousVegetation"], green),
+        (["Buildings", "roof", "bare-soil"], red),
+    ):
+        for name in names:
+            assert palette([name])[0].argmax() == band, name
+    for name in ("road", "Roads", "impervious surfaces"):
+        assert np.ptp(palette([name])[0]) < 0.1, name
+    for name in ("water tank", "car park", "road sign", "7", ""):
+        assert np.array_equal(palette([name]), palette(["unknown"])), name
+    assert np.array_equal(palette(["ship", "water", "harbour"])[1], palette(["water"])[0])
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        KINDS,
+        ["car", "truck", "small-vehicle", "large-vehicle"],
+        ["forest", "evergreen forest", "grass", "pasture", "water", "river"],
+        [*UNKNOWN[:10], *KINDS],
+        [*KINDS[:6], *UNKNOWN[:3]],
+    ],
+)
+def test_classes_of_one_model_are_told_apart(names):
+    assert least_distance(names) >= (0.2 if len(names) < 12 else 0.09)
+    assert least_distance(names[::-1]) >= (0.2 if len(names) < 12 else 0.09)
 
 
 def test_errors_are_where_ground_truth_and_prediction_differ():
