@@ -54,7 +54,8 @@ class Pretrain(Section):
     processes: Count
     accumulate: Count
     sync_batch_norm: bool
-    compile: bool
+    compile: Literal[False, True, "graph"]
+    compile_limit: Positive | None
     gradient_checkpointing: bool
     lr: Positive | None
     lr_min: Weight
