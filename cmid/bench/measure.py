@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['JPEG', 'gflop', 'peak_tflops', 'peak_memory_mb', 'write_jpegs', 'images_per_second', 'reading_rates', 'endless',
-           'loader_rate', 'end_to_end', 'machine', 'is_compiled', 'bench_settings', 'bench', 'measure']
+           'loader_rate', 'end_to_end', 'machine', 'bench_settings', 'bench', 'measure']
 
 # %% ../../nbs/9_bench/01_measure.ipynb #51d4f42b
 import itertools
@@ -33,6 +33,7 @@ from ..data.rasters import resized
 from ..data.scenes import scene
 from ..method.views import Views
 from ..settings.pretrain import Pretrain
+from ..train.compiled import compile_step
 from ..train.pretrain import build_cmid
 
 try:
@@ -214,16 +215,6 @@ def machine() -> dict:  # processor, cores, threads, memory_gb, gpu
     )
 
 
-def is_compiled(
-    model: torch.nn.Module,
-) -> bool:
-    "Whether any part of a model is compiled."
-    return any(
-        module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
-        for module in model.modules()
-    )
-
-
 def bench_settings(
     batch: int = 16,
     precision: str = "auto",
@@ -260,6 +251,12 @@ def _bench_images(folder, settings, bands, side, disk):
     return prepare(f"{folder}/jpeg", f"{folder}/prepared", side=side)
 
 
+def _compile(learn, settings):
+    reason = compile_step(learn, settings.batch // settings.accumulate)
+    if reason:
+        raise CmidError(f"--compile: {reason}; leave it out, or install a C++ compiler (g++) where it is missing")
+
+
 def _measured(step, settings, turns, on, quiet):
     "Floor and step after a warm-up, and the peak of memory"
     wait, times = synchroniser(on), 1 if on.type == "cpu" else 5
@@ -291,6 +288,7 @@ def bench(
     with tempfile.TemporaryDirectory(prefix="cmid-bench-") as folder:
         images = _bench_images(folder, settings, bands, side, disk)
         step = StepRunner(images, settings, backbone, on)
+        _compile(step.learn, settings)
         found, peak, calls = _measured(step, settings, steps, on, quiet)
         if disk:
             found |= _disk_rates(step, images, f"{folder}/jpeg", calls, found["floor_s"], synchroniser(on))
@@ -307,7 +305,7 @@ def _facts(backbone, settings, learn, steps, peak):
         batch=settings.batch,
         device=callback.on.type,
         precision=str(callback.dtype).split(".")[-1],
-        compiled=is_compiled(model),
+        compiled=bool(learn.compiled),
         accumulate=settings.accumulate,
         gradient_checkpointing=settings.gradient_checkpointing,
         steps=steps,
@@ -341,7 +339,7 @@ def measure(
     side: int = 224,  # px
     bands: int = 3,
     precision: str = "auto",  # auto | float32 | bfloat16 | float16
-    compile: bool = False,  # the encoders
+    compile: bool = False,  # the step
     device: str = "auto",
     accumulate: int = 1,  # micro-batches a step
     gradient_checkpointing: bool = False,
@@ -359,8 +357,3 @@ def measure(
             f"--batch: {batch} images of {side} px do not fit into the memory of {on}; "
             "lower it, or add --accumulate 2 or --gradient_checkpointing"
         ) from None
-    except Exception as error:
-        if compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            reason = " ".join(str(error).split())[:200]
-            raise CmidError(f"--compile: {reason}; install a C++ compiler (g++), or leave it out") from error
-        raise
