@@ -85,33 +85,32 @@ class Floor:
     def __init__(
         self,
         model: CMID,  # of the step
-        inputs: list,  # what it was given: two views for each micro-batch
+        inputs: list,  # what it was given: both views of each micro-batch
         dtype: torch.dtype = torch.float32,  # of the matrix products
     ):
         self.model = model
         self.dtype = dtype
         self.on = next(model.parameters()).device
-        self.gradients = None
+        self.gradient = None
         self.parts = [self._prepared(views) for views in inputs]
 
     def __call__(self):
         for masked, masks, unmasked in self.parts:
             maps = self._forward(masked, masks, unmasked)
-            if self.gradients is None:
-                self.gradients = [torch.randn_like(feature_map) for feature_map in maps]
-            torch.autograd.backward(maps, self.gradients)
+            if self.gradient is None:
+                self.gradient = torch.randn_like(maps)
+            torch.autograd.backward(maps, self.gradient)
         self.model.zero_grad(set_to_none=True)
 
     def _prepared(self, views):
-        masked = [fill_mean(view.images, view.masks) for view in views]
-        return masked, [view.masks for view in views], [view.images for view in views]
+        return fill_mean(views.images, views.masks), views.masks, views.images
 
     def _forward(self, masked, masks, unmasked):
         student, teacher = self.model.student.encoder, self.model.teacher.encoder
         with torch.autocast(self.on.type, self.dtype, enabled=self.dtype != torch.float32):
-            maps = [found[-1] for found in self.model.both(student, masked, masks)]
+            maps = self.model.last_maps(student, masked, masks)
             with torch.no_grad():
-                self.model.both(teacher, unmasked)
+                self.model.last_maps(teacher, unmasked)
         return maps
 
 # %% ../../nbs/9_bench/00_floor.ipynb #d7795836
@@ -183,13 +182,12 @@ def _timed_methods(learn, clock):
     def part_of_encoder(encoder, *_):
         return encoders.get(id(encoder), clock.open[-1])
 
+    losses = ["losses_of"] if learn.compiled else ["reconstruct", "contrast", "distil"]  # a graph is timed as a whole
     return [
         (callback, "make_views", "views"),
         (model, "fill_mean", "views"),
-        (cmid, "both", part_of_encoder),
-        (cmid, "reconstruct", "losses"),
-        (cmid, "contrast", "losses"),
-        (cmid, "distil", "losses"),
+        (cmid, "last_maps", part_of_encoder),
+        *((cmid, name, "losses") for name in losses),
         (torch.autograd, "backward", "backward"),
         (callback, "before_step", "norm"),
         (learn.opt.opt, "step", "optimiser"),
@@ -199,10 +197,11 @@ def _timed_methods(learn, clock):
     ]
 
 
-def _heads(cmid):
-    student, teacher = cmid.student, cmid.teacher
+def _heads(learn):
+    "The heads that are timed apart: none where they are compiled together with the losses"
+    cmid, student, teacher = learn.model, learn.model.student, learn.model.teacher
     heads = cmid.decoder, cmid.predictor, student.projector, student.head, teacher.projector, teacher.head
-    return [head for head in heads if head is not None]
+    return [head for head in heads if head is not None and not learn.compiled]
 
 
 @contextmanager
@@ -214,7 +213,7 @@ def timed_parts(
     with ExitStack() as stack:
         for owner, name, part in _timed_methods(learn, clock):
             stack.enter_context(patch.object(owner, name, clock.timed(getattr(owner, name), part)))
-        for head in _heads(learn.model):
+        for head in _heads(learn):
             stack.callback(head.register_forward_pre_hook(lambda *_: clock.enter("heads")).remove)
             stack.callback(head.register_forward_hook(lambda *_: clock.leave()).remove)
         yield

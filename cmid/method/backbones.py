@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'STRIDES', 'POOLING', 'FAMILIES', 'EXAMPLES', 'OPTIONAL', 'supported_names', 'check_name',
-           'can_be_pretrained', 'check_pretrainable', 'Encoder', 'ResNetEncoder', 'SwinEncoder', 'ViTEncoder',
-           'chosen_maps', 'FeatureEncoder', 'create', 'has_batch_norm', 'like_resnet', 'pyramid_level', 'Pyramid']
+           'can_be_pretrained', 'check_pretrainable', 'UncountedBatchNorm', 'leave_uncounted', 'count_batches',
+           'Encoder', 'ResNetEncoder', 'SwinEncoder', 'ViTEncoder', 'chosen_maps', 'FeatureEncoder', 'create',
+           'has_batch_norm', 'like_resnet', 'pyramid_level', 'Pyramid']
 
 # %% ../../nbs/3_method/03_backbones.ipynb #ad1e0771
 import math
@@ -104,6 +105,35 @@ def _first_and_second_pass(block):
     "Contexts of the two passes through a block, as `torch.utils.checkpoint` asks for them"
     return nullcontext(), _frozen_statistics(block)
 
+# %% ../../nbs/3_method/03_backbones.ipynb #7c4a64a3
+class UncountedBatchNorm(nn.BatchNorm2d):
+    "Batch norm that leaves its counter of batches to `count_batches`"
+
+    def forward(self, x):
+        running, learnt = (self.running_mean, self.running_var), (self.weight, self.bias)
+        return F.batch_norm(x, *running, *learnt, self.training, self.momentum, self.eps)
+
+
+def leave_uncounted(
+    model: nn.Module,  # changed in place
+) -> nn.Module:  # the same
+    "Batch norms of a network whose batches `count_batches` counts; parameters, buffers and names stay"
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = UncountedBatchNorm
+    return model
+
+
+@torch.no_grad()
+def count_batches(
+    model: nn.Module,  # of `leave_uncounted`
+    batches: int,  # that it has seen
+):
+    "Advance the counters of all batch norms at once"
+    counters = [module.num_batches_tracked for module in model.modules() if type(module) is UncountedBatchNorm]
+    if counters:
+        torch._foreach_add_(counters, batches)
+
 # %% ../../nbs/3_method/03_backbones.ipynb #2c6193f0
 class Encoder(nn.Module):
     "A timm network behind the interface; `stages` of a family ends the stem and lists the maps (section III)"
@@ -130,6 +160,7 @@ class Encoder(nn.Module):
         self,
         x,  # stem output, (B, C, H, W)
         masks=None,  # bool (B, h, w) or None
+        token=None,  # (C,), added where `masks` is True
     ):
         "`x` with the mask token added where `masks` is True"
         if masks is None:
@@ -138,7 +169,7 @@ class Encoder(nn.Module):
         if H % h or W % w:
             raise CmidError(f"a mask of {h} x {w} blocks does not divide a map of {H} x {W}")
         grid = F.interpolate(masks[:, None].float(), (H, W))  # nearest: each block is repeated
-        return x + (grid * self.mask_token).to(x.dtype)
+        return x + (grid * token.view(1, -1, 1, 1)).to(x.dtype)
 
     def through(
         self,
@@ -165,15 +196,15 @@ class Encoder(nn.Module):
             raise CmidError(f"images have {bands} bands, but {self.name} was built for {self.in_chans} (in_chans)")
         if H % BLOCK or W % BLOCK:
             raise CmidError(f"images are {H} x {W} px: both sides must be multiples of {BLOCK}")
-        return self.stages(images, masks)
+        return self.stages(images, masks, self.mask_token.flatten())
 
 # %% ../../nbs/3_method/03_backbones.ipynb #d691b3fc
 class ResNetEncoder(Encoder):
     "Four maps, strides 4, 8, 16, 32"
 
-    def stages(self, x, masks):
+    def stages(self, x, masks=None, token=None):
         m = self.model
-        x = self.add_token(m.maxpool(m.act1(m.bn1(m.conv1(x)))), masks)
+        x = self.add_token(m.maxpool(m.act1(m.bn1(m.conv1(x)))), masks, token)
         maps = []
         for layer in (m.layer1, m.layer2, m.layer3, m.layer4):
             x = self.through(layer, x)
@@ -184,9 +215,9 @@ class ResNetEncoder(Encoder):
 class SwinEncoder(Encoder):
     "Four maps, strides 4, 8, 16, 32, the last one after the final norm"
 
-    def stages(self, x, masks):
+    def stages(self, x, masks=None, token=None):
         m = self.model
-        x = self.add_token(m.patch_embed(x).permute(0, 3, 1, 2), masks).permute(0, 2, 3, 1)
+        x = self.add_token(m.patch_embed(x).permute(0, 3, 1, 2), masks, token).permute(0, 2, 3, 1)
         maps = []
         for layer in m.layers:
             x = self.through(layer.blocks, layer.downsample(x))
@@ -198,9 +229,9 @@ class SwinEncoder(Encoder):
 class ViTEncoder(Encoder):
     "One map at the patch size (stride 16), after the final norm, prefix tokens dropped"
 
-    def stages(self, x, masks):
+    def stages(self, x, masks=None, token=None):
         m = self.model
-        x = self.add_token(m.patch_embed(x).permute(0, 3, 1, 2), masks)
+        x = self.add_token(m.patch_embed(x).permute(0, 3, 1, 2), masks, token)
         B, C, H, W = x.shape
         x = m.norm_pre(m.patch_drop(m._pos_embed(x.permute(0, 2, 3, 1))))
         x = m.norm(self.through(m.blocks, x))[:, m.num_prefix_tokens :]
@@ -240,7 +271,7 @@ class FeatureEncoder(Encoder):
         self.mask_token.requires_grad_(False)  # nothing uses it: files of all backbones have the same form
         self.indices = None
         model.eval()  # running statistics must stay as they are
-        maps = self.stages(torch.zeros(1, in_chans, img_size, img_size), None)
+        maps = self.stages(torch.zeros(1, in_chans, img_size, img_size))
         self.indices = chosen_maps(_strides_of(name, maps, img_size))
         maps = [maps[i] for i in self.indices]
         self._freeze_unused(maps)
@@ -255,7 +286,7 @@ class FeatureEncoder(Encoder):
         for parameter, gradient in zip(parameters, gradients):
             parameter.requires_grad_(gradient is not None)
 
-    def stages(self, x, masks):
+    def stages(self, x, masks=None, token=None):
         if masks is not None:
             raise CmidError(f"{self.name} is neither ResNet, Swin nor ViT: it has no mask token, so it takes no masks")
         H, W = x.shape[-2:]

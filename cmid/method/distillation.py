@@ -40,9 +40,10 @@ def match_cells(
 def gather_cells(
     features: Tensor,  # (B, C, h, w)
     index: Tensor,  # (B, K) int64, cells row by row
-) -> Tensor:  # (B, C, K)
+) -> Tensor:  # (B, K, C)
     "The features at the cells `index`"
-    return features.flatten(2).gather(2, index[:, None].expand(-1, features.shape[1], -1))
+    rows = features.flatten(2).mT
+    return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[2]))
 
 # %% ../../nbs/3_method/07_distillation.ipynb #efc93866
 def temperature_at(
@@ -57,6 +58,14 @@ def temperature_at(
     return start + (end - start) * min(epoch / (epochs_warm - 1), 1)
 
 # %% ../../nbs/3_method/07_distillation.ipynb #9041c0ef
+def _over_processes(mean):
+    "The mean over all processes; `mean` itself where there is one"
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(mean)
+        mean /= dist.get_world_size()
+    return mean
+
+
 class PrototypeLoss(nn.Module):
     "Cross-entropy of the student with the centred, sharpened teacher, over prototypes (iBOT, arXiv 2111.07832)"
 
@@ -64,34 +73,36 @@ class PrototypeLoss(nn.Module):
         self,
         prototypes: int,  # P
         student_temperature: float = 0.1,  # divides the student's logits
-        centre_momentum: float = 0.9,  # share of the old centre that is kept at each call
+        centre_momentum: float = 0.9,  # share of the old centre that is kept at each direction
     ):
         super().__init__()
         self.student_temperature = student_temperature
         self.centre_momentum = centre_momentum
-        self.register_buffer("centre", torch.zeros(1, prototypes, 1))
+        self.register_buffer("centre", torch.zeros(prototypes))
 
     @full_precision
     def forward(
         self,
-        student: Tensor,  # (B, P, K) logits
-        teacher: Tensor,  # (B, P, K) logits at the matched cells
+        student: Tensor,  # (V, ..., P) logits of V directions
+        teacher: Tensor,  # (V, ..., P) logits at the matched cells
         teacher_temperature: float | Tensor,  # see `temperature_at`; a number or a scalar tensor
-    ) -> Tensor:  # scalar, in nats
-        "The loss, by the centre as it was before this call; in train mode the centre is updated afterwards"
-        target = ((teacher.detach() - self.centre) / teacher_temperature).softmax(1)
-        if self.training:
-            self.update_centre(teacher)
-        return -(target * (student / self.student_temperature).log_softmax(1)).sum(1).mean()
+    ) -> Tensor:  # scalar, in nats: the mean over directions and positions
+        "The loss; in train mode each direction updates the centre, which the next one uses"
+        student, teacher = student.flatten(1, -2), teacher.detach().flatten(1, -2)
+        centres = self.centres(teacher) if self.training else self.centre
+        target = ((teacher - centres) / teacher_temperature).softmax(-1)
+        return -(target * (student / self.student_temperature).log_softmax(-1)).sum(-1).mean()
 
     @torch.no_grad()
-    def update_centre(
+    def centres(
         self,
-        teacher: Tensor,  # (B, P, K) logits
-    ):
-        "`c <- m c + (1 - m) mean(teacher)` over batch, positions and processes"
-        mean = teacher.mean((0, 2), keepdim=True).to(self.centre)
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(mean)
-            mean /= dist.get_world_size()
-        self.centre.lerp_(mean, 1 - self.centre_momentum)
+        teacher: Tensor,  # (V, N, P) logits
+    ) -> Tensor:  # (V, 1, P), the centre that each direction uses
+        "`c <- m c + (1 - m) mean(teacher)` over positions and processes, direction by direction"
+        means = _over_processes(teacher.mean(1).to(self.centre))
+        centres = [self.centre]
+        for mean in means:
+            centres.append(torch.lerp(centres[-1], mean, 1 - self.centre_momentum))
+        used = torch.stack(centres[:-1])[:, None]
+        self.centre.copy_(centres[-1])
+        return used

@@ -13,12 +13,20 @@ from torch.nn import functional as F
 
 # %% ../../nbs/3_method/04_heads.ipynb #269f0388
 def unit(
-    x,  # (B, D, ...), any floating type
+    x,  # (..., D), any floating type
 ):
-    "`x` scaled to length 1 along axis 1, at least in float32"
-    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)
+    "`x` scaled to length 1 along its last axis, at least in float32"
+    return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
 
 # %% ../../nbs/3_method/04_heads.ipynb #408740e4
+def _each_view(
+    network,  # takes rows (N, C), gives rows
+    x,  # (views, ..., C)
+):
+    "The network on the rows of one view after the other: its batch norm takes the statistics of one view"
+    return torch.stack([network(view.flatten(0, -2)).unflatten(0, view.shape[:-1]) for view in x])
+
+
 def _mlp(in_dim, hidden, out_dim, batch_norm):
     norm = [nn.BatchNorm1d(hidden)] if batch_norm else []
     return nn.Sequential(nn.Linear(in_dim, hidden), *norm, nn.ReLU(), nn.Linear(hidden, out_dim))
@@ -40,11 +48,10 @@ class Projector(nn.Module):
 
     def forward(
         self,
-        x,  # map (B, C, H, W), or averaged (B, C)
+        x,  # averaged maps, (..., C); with `batch_norm` (views, B, C)
     ):
-        "(B, out_dim), unit length in float32 unless `batch_norm`"
-        y = self.mlp(x.mean((2, 3)) if x.dim() == 4 else x)
-        return y if self.batch_norm else unit(y)
+        "(..., out_dim), unit length in float32 unless `batch_norm`"
+        return _each_view(self.mlp, x) if self.batch_norm else unit(self.mlp(x))
 
 # %% ../../nbs/3_method/04_heads.ipynb #17c83414
 class Predictor(nn.Module):
@@ -60,10 +67,10 @@ class Predictor(nn.Module):
 
     def forward(
         self,
-        x,  # (B, dim)
+        x,  # (views, B, dim)
     ):
-        "(B, dim); the loss normalises it"
-        return self.mlp(x)
+        "(views, B, dim); the loss normalises it"
+        return _each_view(self.mlp, x)
 
 # %% ../../nbs/3_method/04_heads.ipynb #6eda4655
 class PrototypeHead(nn.Module):
@@ -80,29 +87,30 @@ class PrototypeHead(nn.Module):
         super().__init__()
         layers = []
         for width in (in_dim, hidden):
-            layers.append(nn.Conv1d(width, hidden, 1))
+            layers.append(nn.Linear(width, hidden))
             if batch_norm:
                 layers.append(nn.BatchNorm1d(hidden))
             layers.append(nn.GELU())
-        self.mlp = nn.Sequential(*layers, nn.Conv1d(hidden, bottleneck, 1))
+        self.mlp = nn.Sequential(*layers, nn.Linear(hidden, bottleneck))
+        self.batch_norm = batch_norm
         self.weight_v = nn.Parameter(torch.empty(prototypes, bottleneck))  # directions of the prototypes
         self.apply(self._initialise)
         trunc_normal_(self.weight_v, std=0.02)
 
     @staticmethod
     def _initialise(module):
-        if isinstance(module, nn.Conv1d):
+        if isinstance(module, nn.Linear):
             trunc_normal_(module.weight, std=0.02)
             nn.init.zeros_(module.bias)
 
     def forward(
         self,
-        x,  # gathered features (B, C, P), P places
+        x,  # features of places, (..., C); with `batch_norm` (views, ..., C)
     ):
-        "Logits (B, prototypes, P) in float32: the loss divides by .04, which magnifies rounding to bfloat16"
-        z = unit(self.mlp(x))
+        "Logits (..., prototypes) in float32: the loss divides by .04, which magnifies rounding to bfloat16"
+        z = unit(_each_view(self.mlp, x) if self.batch_norm else self.mlp(x))
         with torch.autocast(x.device.type, enabled=False):
-            return unit(self.weight_v) @ z
+            return z @ unit(self.weight_v).T
 
 # %% ../../nbs/3_method/04_heads.ipynb #c63cced6
 class PixelDecoder(nn.Sequential):

@@ -36,8 +36,9 @@ def block_masks(
     "Random masks with exactly `ceil(ratio * blocks)` True each (section III)."
     rows, cols = grid_of(side, block)
     masked = math.ceil(round(ratio * rows * cols, 6))  # rounded first: .6 * 25 is 15.000000000000002 in floats
-    ranks = torch.rand(batch, rows * cols, generator=generator, device=device).argsort(1).argsort(1)
-    return (ranks < masked).view(batch, rows, cols)
+    u = torch.rand(batch, rows * cols, generator=generator, device=device)
+    chosen = u.argsort(1)[:, :masked]
+    return torch.zeros_like(u, dtype=torch.bool).scatter_(1, chosen, True).view(batch, rows, cols)
 
 # %% ../../nbs/3_method/01_masking.ipynb #67bb6466
 def fill_mean(

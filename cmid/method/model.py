@@ -83,7 +83,7 @@ class CMID(nn.Module):
     ):
         super().__init__()
         _check_names(variant, backbone)
-        encoder = backbones.create(backbone, in_chans=in_chans, img_size=img_size)
+        encoder = backbones.leave_uncounted(backbones.create(backbone, in_chans=in_chans, img_size=img_size))
         dim, self.stride = encoder.feature_channels[-1], encoder.strides[-1]
         self.weights, self.variant, self.temperature = tuple(weights), variant, temperature
         self.in_chans, self.img_size, self.backbone = in_chans, img_size, backbone
@@ -105,7 +105,7 @@ class CMID(nn.Module):
         self.predictor = Predictor(projector_dim) if self.variant == "byol" else None
 
     def _make_queue(self, dim, size, fidelity):
-        "Make the queue, and a list for the keys of one step, which `enqueue` puts into it: (B, A) for each micro-batch"
+        "Make the queue, and a list for the keys of one step, (2, B, dim) for each micro-batch, which `enqueue` empties"
         self.keys = []
         self.queue = None
         if self.variant == "byol":
@@ -122,90 +122,89 @@ class CMID(nn.Module):
                 if module is not None and not weight:
                     module.requires_grad_(False)
 
-    def both(
+    def last_maps(
         self,
-        network,  # called with one element of each pair
-        *pairs,  # an element for each view: tensors (B, ...)
-    ) -> list:  # the network's output for each view
-        "Apply a network to both views: one after the other if there is batch norm, else in one batch."
-        if self.student.encoder.has_batch_norm or self.variant == "byol":
-            return [network(*inputs) for inputs in zip(*pairs)]
-        batch = len(pairs[0][0])
-        output = network(*[torch.cat(pair) for pair in pairs])
-        if isinstance(output, list):  # feature maps, each of both views
-            return list(zip(*[maps.split(batch) for maps in output]))
-        return list(output.split(batch))
+        encoder,  # the student's or the teacher's
+        images,  # (2, B, C, S, S)
+        masks=None,  # (2, B, S/32, S/32)
+    ) -> torch.Tensor:  # (2, B, C, n, n)
+        "The last map of both views: one view after the other if there is batch norm, else in one batch."
+        if not encoder.has_batch_norm:
+            maps = encoder(images.flatten(0, 1), None if masks is None else masks.flatten(0, 1))[-1]
+        else:
+            inputs = [images] if masks is None else [images, masks]
+            maps = torch.cat([encoder(*view)[-1] for view in zip(*inputs)])
+            if encoder.training:
+                backbones.count_batches(encoder, len(images))
+        return maps.unflatten(0, (2, -1))
 
     def forward(
         self,
-        views,  # (view A, view B), each a `views.View`
+        views,  # `views.Views`
         teacher_temperature=0.07,  # divides the teacher's prototype logits, see `distillation.temperature_at`
     ) -> Losses:  # scalars
         "Losses of a batch or micro-batch. In train mode this updates the centre and adds the teacher's keys to `keys`."
-        reconstruction_weight, contrast_weight, distillation_weight = self.weights
-        masked = [fill_mean(view.images, view.masks) for view in views]
-        maps = [stages[-1] for stages in self.both(self.student.encoder, masked, [view.masks for view in views])]
-        reconstruction = contrast = distillation = maps[0].new_zeros((), dtype=torch.float32)
-        if contrast_weight or distillation_weight:
-            teacher_maps = self.teach(*views)
-        if reconstruction_weight:
+        maps = self.last_maps(self.student.encoder, fill_mean(views.images, views.masks), views.masks)
+        teacher_maps = None
+        if self.weights[1] or self.weights[2]:
+            with torch.no_grad():
+                teacher_maps = self.last_maps(self.teacher.encoder, views.images)
+        losses, keys = self.losses_of(maps, teacher_maps, views, teacher_temperature)
+        if keys is not None and self.training:
+            self.keys.append(keys)
+        return losses
+
+    def losses_of(
+        self,
+        maps,  # the student's, of the masked views, (2, B, C, n, n)
+        teacher_maps,  # the teacher's, of the unmasked views, (2, B, C, n, n); None where no loss needs them
+        views,  # `views.Views`
+        teacher_temperature,  # divides the teacher's prototype logits
+    ) -> tuple:  # `Losses`; the teacher's keys (2, B, projector_dim) for the queue, None where there is none
+        "The losses that the feature maps give; in train mode this updates the centre."
+        reconstruction = contrast = distillation = maps.new_zeros((), dtype=torch.float32)
+        keys = None
+        if self.weights[0]:
             reconstruction = self.reconstruct(maps, views)
-        if contrast_weight:
-            contrast = self.contrast(maps, teacher_maps)
-        if distillation_weight:
+        if self.weights[1]:
+            contrast, keys = self.contrast(maps, teacher_maps)
+        if self.weights[2]:
             distillation = self.distil(maps, teacher_maps, views, teacher_temperature)
         parts = reconstruction, contrast, distillation
-        total = sum(weight * part for weight, part in zip(self.weights, parts) if weight)
-        return Losses(total, *parts)
-
-    @torch.no_grad()
-    def teach(self, a, b):
-        "The teacher's last maps of the unmasked views."
-        return [maps[-1] for maps in self.both(self.teacher.encoder, [a.images, b.images])]
+        weighted = [part if weight == 1 else weight * part for weight, part in zip(self.weights, parts) if weight]
+        return Losses(torch.stack(weighted).sum(), *parts), keys
 
     def reconstruct(self, maps, views):
         "Mean over both views of the reconstruction loss."
-        predictions = self.both(self.decoder, maps)
-        losses = [
-            reconstruction_loss(prediction, view.images, view.masks, **self.focal)
-            for prediction, view in zip(predictions, views)
-        ]
-        return sum(losses) / 2
+        predictions = self.decoder(maps.flatten(0, 1)).unflatten(0, (2, -1))
+        return reconstruction_loss(predictions, views.images, views.masks, **self.focal).mean()
 
     def contrast(self, maps, teacher_maps):
-        "Global loss: student's query of a view, teacher's key of the other one; the queue has no key of this step yet."
-        queries = self.both(self.student.projector, maps)
+        "Global loss: student's query of a view, teacher's key of the other one; and the keys of views A and B."
+        queries = self.student.projector(maps.mean((3, 4)))
         with torch.no_grad():
-            keys = self.both(self.teacher.projector, teacher_maps)
+            keys = self.teacher.projector(teacher_maps.mean((3, 4)))
+            partners = keys.flip(0).flatten(0, 1)
         if self.variant == "byol":
-            return (byol_loss(self.predictor(queries[0]), keys[1]) + byol_loss(self.predictor(queries[1]), keys[0])) / 2
-        if self.training:
-            self.keys.append((keys[1], keys[0]))
-        a_to_b = info_nce(queries[0], keys[1], self.queue.keys, self.temperature)
-        b_to_a = info_nce(queries[1], keys[0], self.queue.keys, self.temperature)
-        return (a_to_b + b_to_a) / 2
+            return byol_loss(self.predictor(queries).flatten(0, 1), partners), None
+        return info_nce(queries.flatten(0, 1), partners, self.queue.keys, self.temperature), keys
 
     def distil(self, maps, teacher_maps, views, temperature):
         "Local loss: each matched student cell of a view, and the nearest teacher cell of the other view."
-        a, b = views
-        a_to_b = self._distil_one(maps[0], teacher_maps[1], a.centres, b.centres, temperature)
-        b_to_a = self._distil_one(maps[1], teacher_maps[0], b.centres, a.centres, temperature)
-        return (a_to_b + b_to_a) / 2
-
-    def _distil_one(self, student_map, teacher_map, student_centres, teacher_centres, temperature):
-        "Local loss of the student on one view with the teacher on the other"
+        student_centres, teacher_centres = views.centres.flatten(0, 1), views.centres.flip(0).flatten(0, 1)
         matches = min(self.matches, student_centres.shape[1])
         student_cells, teacher_cells = match_cells(student_centres, teacher_centres, matches)
         with torch.no_grad():
-            target = self.teacher.head(gather_cells(teacher_map, teacher_cells))
-        prediction = self.student.head(gather_cells(student_map, student_cells))
-        return self.prototype_loss(prediction, target, temperature)
+            places = gather_cells(teacher_maps.flip(0).flatten(0, 1), teacher_cells).unflatten(0, (2, -1))
+            target = self.teacher.head(places)
+        places = gather_cells(maps.flatten(0, 1), student_cells).unflatten(0, (2, -1))
+        return self.prototype_loss(self.student.head(places), target, temperature)
 
     @torch.no_grad()
     def enqueue(self):
         "Put the teacher's keys of this step, from all processes, into the queue; call it after `backward`."
         if self.queue is not None and self.weights[1]:
-            keys_of_b, keys_of_a = (gather_keys(torch.cat(keys)) for keys in zip(*self.keys))
+            keys_of_a, keys_of_b = (gather_keys(keys) for keys in torch.cat(self.keys, 1))
             self.queue.enqueue(torch.cat([keys_of_b, keys_of_a]))
             self.keys.clear()
 

@@ -42,12 +42,12 @@ def _entropy(p):
 
 @torch.no_grad()
 def prototype_use(
-    logits: torch.Tensor,  # (B, P, K): P prototypes at K places of B images
+    logits: torch.Tensor,  # (..., P): P prototypes at each of some places
     centre: torch.Tensor | float = 0.0,  # (P,), which the loss subtracts
     temperature: float = 0.07,  # of the teacher
 ) -> dict:  # used, perplexity, entropy: tensors without dimensions
     "Share of prototypes that are a first choice, perplexity of the first choices, mean entropy divided by log(P)."
-    x = logits.float().transpose(1, 2).flatten(0, 1) - torch.as_tensor(centre, device=logits.device).flatten()
+    x = logits.float().flatten(0, -2) - centre
     p = torch.bincount(x.argmax(1), minlength=x.shape[1]).float() / len(x)  # of each prototype to be first choice
     return dict(
         used=(p > 0).sum() / min(x.shape),  # n places can choose n prototypes at most
@@ -114,7 +114,7 @@ def _feature_health_of(model, student, teacher):
     out |= _prefixed("teacher", feature_health(teacher.mean((2, 3))))
     _, contrast, _ = model.weights
     if contrast:
-        out["projection_std"] = feature_health(model.student.projector(student))["std"]
+        out["projection_std"] = feature_health(model.student.projector(student.mean((2, 3))[None])[0])["std"]
     return out
 
 
@@ -178,7 +178,7 @@ class Watch:
         if reconstruction:
             out["reconstruction_skill"] = self._skill(model, batches)
         if distillation:
-            logits = model.teacher.head(teacher.flatten(2))
+            logits = model.teacher.head(teacher.flatten(2).mT[None])
             out |= _prefixed("prototypes", prototype_use(logits, model.prototype_loss.centre, temperature))
         if self.halves:
             out["knn"] = self._knn_accuracy(model, normalise)

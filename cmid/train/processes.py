@@ -24,6 +24,7 @@ from torch import nn
 
 from ..base.errors import CmidError
 from ..base.runtime import KEEP, device
+from ..method.backbones import UncountedBatchNorm
 
 # %% ../../nbs/4_train/01_processes.ipynb #a17057ff
 def _initialised():
@@ -243,7 +244,7 @@ def synchronise_batch_norm(
     for module in model.modules():
         if not isinstance(module, nn.modules.batchnorm._BatchNorm):
             continue
-        if type(module) not in (nn.BatchNorm1d, nn.BatchNorm2d):
+        if type(module) not in (nn.BatchNorm1d, nn.BatchNorm2d, UncountedBatchNorm):
             raise CmidError(
                 f"params.yaml: pretrain.sync_batch_norm: a {type(module).__name__} cannot be synchronised; "
                 "set sync_batch_norm to false"

@@ -133,14 +133,14 @@ def test_prototype_loss(calls, precision):
     data, loss = reference("distillation"), PrototypeLoss(64).to(dtypes[precision])
     for call in range(calls):
         key = f"call{call}"
-        student = tensor(data, f"{key}/online", precision)
-        teacher = tensor(data, f"{key}/branch", precision)
+        student = tensor(data, f"{key}/online", precision).mT[None]
+        teacher = tensor(data, f"{key}/branch", precision).mT[None]
         temperature = temperature_at(int(data[f"{key}/epoch"]))
         loss_of = partial(loss, teacher=teacher, teacher_temperature=temperature)
         value, slope = value_and_slope(loss_of, student)
     close(value, data[f"{key}/{precision}/loss"], precision)
-    close(slope, data[f"{key}/{precision}/grad_online"], precision, gradient=True)
-    close(loss.centre, data[f"{key}/{precision}/center_after"], precision)
+    close(slope[0].mT, data[f"{key}/{precision}/grad_online"], precision, gradient=True)
+    close(loss.centre, data[f"{key}/{precision}/center_after"].flatten(), precision)
 
 
 def test_temperature():

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from cmid.method.distillation import temperature_at
 from cmid.method.masking import block_masks, fill_mean
 from cmid.method.model import CMID
-from cmid.method.views import View, cell_centres, published_centres
+from cmid.method.views import View, cell_centres, published_centres, stack_views
 
 FOLDER = os.environ.get("CMID_PARITY")
 pytestmark = pytest.mark.skipif(not FOLDER, reason="CMID_PARITY is not set: no reference numbers")
@@ -103,7 +103,7 @@ def first_step(request):
     view_a = stored_view(r, "img", "mask", "locations1", dtype)
     view_b = stored_view(r, "view", "view_mask", "locations2", dtype)
     model = filled_model(dtype)
-    losses = model((view_a, view_b), temperature_at(1))
+    losses = model(stack_views(view_a, view_b), temperature_at(1))
     losses.total.backward()
     model.enqueue()
     return request.param, model, losses
