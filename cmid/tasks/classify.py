@@ -23,7 +23,6 @@ from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 from timm.optim import Adan
 from torch import nn
-from torch.utils.data import Dataset
 
 from ..base.errors import CmidError
 from ..base.figures import panels_figure
@@ -33,6 +32,7 @@ from ..method.images import crop, random_boxes
 from ..settings.classify import Classify
 from cmid.tasks.finetune import (
     FineTuneCallback,
+    TaskItems,
     check_bands,
     class_table,
     fit,
@@ -100,7 +100,7 @@ def rand_augment(
         ) from None
 
 # %% ../../nbs/5_tasks/06_classify.ipynb #36dbbaf0
-class AugmentedScenes(Dataset):
+class AugmentedScenes(TaskItems):
     "Batches of training images, cropped, mirrored and RandAugmented; an item is asked for by (step, image numbers)."
 
     def __init__(

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import Dataset
 from torchvision.ops import FeaturePyramidNetwork, batched_nms
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from tqdm import tqdm
@@ -53,7 +52,7 @@ from cmid.tasks.dota import (
     scaled_tile,
     windows_by_scale,
 )
-from .finetune import normalised, resolved, step_decay, train_dense
+from .finetune import TaskItems, normalised, resolved, step_decay, train_dense
 from ..train.checkpoint import load_backbone, read_card
 from ..train.processes import mean_count
 from ..train.resume import task_run
@@ -353,7 +352,7 @@ def pad_to_batch(
     return batch
 
 # %% ../../nbs/5_tasks/12_detect.ipynb #5fd63724
-class TileDataset(Dataset):
+class TileDataset(TaskItems):
     "Tiles with objects of some images; an item is a batch, asked for by (step, indices of tiles)."
 
     def __init__(

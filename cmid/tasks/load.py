@@ -12,10 +12,9 @@ from torch import nn
 
 from ..base.errors import CmidError
 from ..base.files import existing_folder
-from ..base.params import schema
 from ..data.labelled import DATED
 from ..method.backbones import create
-from .card import TaskCard, read_task_card
+from .card import TaskCard, read_task_card, task_settings
 from .change import ChangeNet
 from .classify import Classifier
 from .dense import UNET, UNet
@@ -49,7 +48,7 @@ def _build(card, head):
         return UNet(card.in_chans, len(card.classes), dates=2 if card.task in DATED else 1)
     backbone = card.backbone
     encoder = create(*(backbone[key] for key in ("architecture", "in_chans", "img_size")))
-    return _BUILDERS[card.task](card, schema(card.task)(**card.settings), encoder, head)
+    return _BUILDERS[card.task](card, task_settings(card), encoder, head)
 
 
 def _check_layers(card, tensors, weights):

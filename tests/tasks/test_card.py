@@ -6,7 +6,7 @@ import pytest
 
 from cmid.base.errors import CmidError
 from cmid.method import backbones
-from cmid.tasks.card import TASK_FORMAT, read_task_card, save_task
+from cmid.tasks.card import TASK_FORMAT, read_task_card, save_task, task_settings
 from cmid.train.checkpoint import export_backbone, read_card
 from tests.tools.cards import random_card
 from tests.tools.networks import backbone_card, build, made_card, made_network, small_settings
@@ -51,6 +51,22 @@ def test_the_card_comes_back_as_it_was_written(tmp_path):
     assert "0.25 m a pixel" in text
     assert "| band 3 | 0.45000 | 0.20000 | 2 to 12 |" in text
     assert "| score | 0.5000 | 0.4000 to 0.6000 | 10 images |" in text
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_number_of_processes_is_not_of_the_network(task):
+    encoder = backbones.create("resnet18", 3, 64)
+    cards = [made_card(task, 2, encoder, small_settings(task, processes=count)) for count in (1, 2)]
+    assert cards[0] == cards[1]
+    assert "batch" in cards[0].settings and task_settings(cards[0]).processes == 1
+
+
+def test_cards_with_the_number_of_processes_are_read(tmp_path):
+    folder = made_network(tmp_path / "a")
+    held = json.loads((folder / "card.json").read_text())
+    held["settings"]["processes"] = 2
+    (folder / "card.json").write_text(json.dumps(held))
+    assert task_settings(read_task_card(folder)) == task_settings(read_task_card(made_network(tmp_path / "b")))
 
 
 def test_the_text_says_how_each_task_is_used(folders):
