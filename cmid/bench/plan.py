@@ -12,7 +12,7 @@ import torch
 
 from ..base.errors import CmidError
 from ..base.params import Params
-from .targets import read_bench
+from .targets import read_bench, task_of
 from ..method.model import CMID
 from ..train.pretrain import build_cmid
 
@@ -25,7 +25,8 @@ def measured_rate(
 ) -> dict:  # the row with the highest rate, and `rate`
     "The best rate that was measured. Raises `CmidError` where none was."
     wanted = backbone, side, bands
-    rows = [row for row in read_bench(folder) if (row["backbone"], row["side"], row["bands"]) == wanted]
+    rows = [row for row in read_bench(folder) if task_of(row) == "pretrain"]
+    rows = [row for row in rows if (row["backbone"], row["side"], row["bands"]) == wanted]
     if not rows:
         raise CmidError(
             f"results/bench has no rate of {backbone} at {side} px with {bands} bands: run "

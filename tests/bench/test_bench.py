@@ -10,9 +10,12 @@ import pytest
 
 from cmid.base.errors import CmidError
 from cmid.bench.bench import cmid_bench, cmid_plan
+from cmid.bench.finetune import TASK_PARTS
 from cmid.bench.floor import PARTS
+from cmid.bench.grid import grid, run_grid
+from cmid.bench.inference import INFERENCE_PARTS
 from cmid.bench.plan import plan_pretraining
-from cmid.bench.targets import judge, read_bench, run_grid
+from cmid.bench.targets import judge, measured_table, read_bench, read_failures
 
 ROOT = Path(__file__).parents[2]
 TINY = "--backbone", "test_resnet", "--side", 64, "--batch", 4, "--steps", 1, "--device", "cpu"
@@ -44,17 +47,43 @@ def test_one_line_of_json(tmp_path):
     assert min(got[key] for key in from_disk) > 0
 
 
+def labels(text):
+    "What the lines of a table for people say."
+    return {line.split("  ")[0].strip() or line.split()[0] for line in text.splitlines()}
+
+
 def test_a_table_for_people(capsys):
-    cmid_bench("test_resnet", batch=4, steps=1, side=64, device="cpu")
-    labels = {line.split("  ")[0].strip() for line in capsys.readouterr().out.splitlines()}
-    assert labels >= {"step / floor", "floor", "step", "peak memory", "arithmetic"}
+    cmid_bench(backbone="test_resnet", batch=4, steps=1, side=64, device="cpu")
+    assert labels(capsys.readouterr().out) >= {"step / floor", "floor", "step", "peak memory", "arithmetic"}
+
+
+@pytest.mark.parametrize("task, parts", [("change", TASK_PARTS), ("apply-change", INFERENCE_PARTS)])
+def test_a_task_is_measured_as_pretraining_is(task, parts, capsys):
+    tiny = dict(task=task, backbone="test_resnet", batch=2, steps=1, side=64, device="cpu")
+    cmid_bench(**tiny)
+    assert labels(capsys.readouterr().out) >= {task, "step / floor", "floor", "step", "peak memory", *parts}
+    cmid_bench(**tiny, json=True)
+    (line,) = capsys.readouterr().out.splitlines()
+    got = json.loads(line)
+    assert {*got["parts"]} == {*parts}
+    assert got["images_per_s"] == pytest.approx(got.get("images", 2) / got["step_s"])
+    assert (got["task"], got["backbone"], got["batch"], got["side"]) == (task, "test_resnet", 2, 64)
 
 
 @pytest.mark.parametrize(
     "more, said",
     [
         (dict(backbone="resnet5O"), "did you mean 'resnet50"),
-        (dict(batch=0), "pretrain.batch"),
+        (dict(batch=-1), "pretrain.batch"),
+        (dict(task="segmnet"), "did you mean 'segment'"),
+        (dict(task="segment", compile=True), "--compile: is measured of --task pretrain only"),
+        (dict(task="embed", precision="float16"), "--precision: is measured"),
+        (dict(task="detect", backbone="resnet5O"), "did you mean 'resnet50"),
+        (dict(task="change", precision="float12"), "change.precision"),
+        (dict(rows="segmnet", grid=True), "did you mean 'segment'"),
+        (dict(rows="99", grid=True), "there are 1 to"),
+        (dict(rows="segment"), "add --grid"),
+        (dict(rows="segment", grid=True, limit=0), "--limit"),
         (dict(side=100), "multiple of 32"),
         (dict(steps=0), "--steps"),
         (dict(device="cuda:99"), "device"),
@@ -70,22 +99,44 @@ def test_mistakes_are_one_line(capsys, more, said):
     assert not told.out
 
 
+def test_rows_are_listed(capsys):
+    cmid_bench(rows="list", device="cpu")
+    lines = capsys.readouterr().out.splitlines()
+    assert [int(line.split()[0]) for line in lines] == list(range(1, 1 + len(lines)))
+    assert len(lines) in (len(grid("cpu")), len(grid("cpu", compiler=False)))
+    assert any("--task segment --backbone resnet18" in line for line in lines)
+
+
 @pytest.mark.slow
-def test_grid_is_written_whole_or_not_at_all(tmp_path):
-    tiny = dict(backbone="test_resnet", batch=4, steps=1, side=64, precision="float32", profile="smoke")
-    bad = tiny | dict(side=65)
-    with pytest.raises(CmidError, match="multiple of 32"):
-        run_grid("cpu", tmp_path, [bad])
-    assert not list(tmp_path.iterdir())
-    held = json.loads(run_grid("cpu", tmp_path, [tiny, bad]).read_text())
+def test_rows_without_a_choice_are_listed(tmp_path):
+    done = run_bench(tmp_path, "--device", "cpu", "--rows")
+    assert done.returncode == 0, done.stderr
+    assert "--task apply-segment" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_row_that_fails_is_a_row(tmp_path, capsys):
+    tiny = dict(backbone="test_resnet", batch=4, steps=1, side=64, profile="smoke")
+    pretrain = tiny | dict(precision="float32")
+    bad = pretrain | dict(side=65)
+    path = run_grid("cpu", tmp_path, [pretrain, bad, tiny | dict(task="embed")])
+    assert "embed" not in capsys.readouterr().err
+    held = json.loads(path.read_text())
     assert [path.name for path in tmp_path.iterdir()] == ["step-cpu.json"]
     assert {"commit", "changed", "versions", "machine", "rows"} <= set(held)
-    assert len(held["rows"]) == len(held["failed"]) == 1
     assert "multiple of 32" in held["failed"][0]["why"]
-    (row,) = read_bench(tmp_path)
+    row, embedded = read_bench(tmp_path)
+    assert (row["task"], embedded["task"]) == ("pretrain", "embed")
+    assert "| failed: " in measured_table([row], read_failures(tmp_path))
     assert {verdict["verdict"] for verdict in judge([row])} == {"open"}  # no target concerns it
     hours = plan_pretraining("test_resnet", side=64, folder=tmp_path, images=1000, epochs=2)["hours"]
     assert hours == pytest.approx(2000 * row["step_s"] / 4 / 3600)
+    with pytest.raises(CmidError, match=r"took longer than 0.1 s; raise --limit\); see"):
+        run_grid("cpu", tmp_path, [pretrain], limit=0.1)
+    held = json.loads(path.read_text())  # the rows of other measurements stay
+    assert [row["task"] for row in held["rows"]] == ["embed"]
+    assert [row["why"].split(";")[0] for row in held["failed"]][0] == "took longer than 0.1 s"
+    assert len(held["failed"]) == 2
 
 
 def test_plan(capsys):
