@@ -20,7 +20,7 @@ from unicodedata import normalize
 
 import numpy as np
 
-from ..base.errors import CmidError
+from ..base.errors import CmidError, class_name
 from .audit import finding, tally
 
 # %% ../../nbs/2_data/08_listing.ipynb #1aadff1f
@@ -315,6 +315,8 @@ def _check_all_labelled(words, unlabelled):
 
 
 def _set_label(found, file, word, where):
+    if word not in found.words:
+        class_name(word, where)
     number = found.words.setdefault(word, len(found.words))
     if found.labels[file] not in (-1, number):
         raise CmidError(f"{where} has two labels, {list(found.words)[found.labels[file]]} and {word}; keep one")
@@ -373,13 +375,20 @@ def _folder_labels(names, files, strict):
     return _sorted_classes(list(found), labels)
 
 
+def _named(classes, labels):
+    "Classes and labels from the names of folders. Raises `CmidError` where a name cannot be shown"
+    for name in classes:
+        class_name(name, "folders of classes")
+    return classes, labels
+
+
 def _folder_names(classes, labels, folders):
     "The folders' names for classes that are numbers, if each number is exactly one folder"
     labelled = labels >= 0
     pairs = np.unique(np.stack([labels[labelled], folders[1][labelled]]), axis=1)
     if -1 in pairs or any(len(np.unique(column)) < pairs.shape[1] for column in pairs):
         return classes
-    return [folders[0][k] for k in pairs[1]]
+    return _named([folders[0][k] for k in pairs[1]], labels)[0]
 
 # %% ../../nbs/2_data/08_listing.ipynb #3413a003
 def label_files(
@@ -396,7 +405,7 @@ def label_files(
         raise CmidError("labelled='lists', but no line of a list has a label; write lines `path label`")
     folders = _folder_labels(names, files, labelled == "folders")
     if not from_lists:
-        return ("folders", *folders) if folders else ("none", None, None)
+        return ("folders", *_named(*folders)) if folders else ("none", None, None)
     classes, labels = _sorted_classes(list(lists.words), lists.labels)
     if folders and all(word.isdecimal() for word in classes):
         classes = _folder_names(classes, labels, folders)

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from ..base.errors import near, plain_name
+from ..base.errors import class_name, near, plain_name
 from ..base.params import Section
 
 # %% ../../nbs/1_settings/03_task.ipynb #3e567608
@@ -42,4 +42,6 @@ class Task(Section):
             )
         for split in self.splits:
             plain_name(split, "splits")
+        for name in self.classes or ():
+            class_name(name, "classes")
         return self

@@ -9,13 +9,12 @@ __all__ = ['TASK_FORMAT', 'NETWORKS', 'UNCHANGED_COLOUR', 'TASK_FILES', 'Limits'
 # %% ../../nbs/5_tasks/02_card.ipynb #4da525f7
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from unicodedata import category
 
 import torch
 from pydantic import Field, ValidationError
 
 from ..base.bootstrap import bootstrap_scores, score_interval
-from ..base.errors import CmidError, one_line
+from ..base.errors import CmidError, class_name
 from ..base.files import existing_folder, whole_folder
 from ..base.params import Count, Names, Natural, Nodata, Pair, Positive, Section, schema
 from ..data.labelled import palette
@@ -92,7 +91,6 @@ class TaskCard(Section):
 
 # %% ../../nbs/5_tasks/02_card.ipynb #6b3a45f1
 _LEAST_TILE = 32  # px of a window: encoders halve it five times
-_CONTROL = "Cc", "Zl", "Zp"  # categories of Unicode: control characters, line and paragraph separators
 
 
 def _first_mistake(invalid):
@@ -144,8 +142,7 @@ def _check_classes(card, where):
     if len(set(card.classes)) < len(card.classes):
         raise CmidError(f"{where}: classes: a name is listed twice")
     for i, name in enumerate(card.classes):
-        if any(category(letter) in _CONTROL for letter in name):
-            raise CmidError(f"{where}: classes.{i}: {one_line(repr(name))} has a control character; take it out")
+        class_name(name, f"{where}: classes.{i}")
 
 
 def _check_windows(card, where):

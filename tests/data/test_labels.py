@@ -250,6 +250,11 @@ DETECT = [
     ),
     (remove(*(f"labelTxt/{name}.txt" for name in NAMES)), {}, ["images/test0.png has no labels"]),
     (nothing, dict(classes=["ship", "ship", "plane"]), ["tasks.x.classes: 'ship' is listed twice"]),
+    (
+        nothing,
+        dict(classes=["ship", "pla\x1b[2Jne"]),
+        ["params.yaml: tasks.x", "classes: 'pla\\x1b[2Jne' has a control character; take it out"],
+    ),
     (nothing, dict(ignore=["ship"]), ["tasks.x.classes: 'ship' is listed twice, or under ignore too"]),
     (nothing, dict(classes=dict(ship=1)), ["tasks.x.classes: must be a list of names"]),
 ]

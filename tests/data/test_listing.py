@@ -40,6 +40,18 @@ def test_class_folders(images):
     assert images.prepare("none", labelled="none").labels is None
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="file names have no control characters elsewhere")
+def test_classes_are_a_line_of_text(images):
+    images.classes()
+    lists = images.lists(train="ash/ash_0.png a\x07sh\nbirch/birch_0.png birch\n")
+    with pytest.raises(CmidError, match=r"train.txt: ash/ash_0.png: 'a\\x07sh' has a control character; take it out"):
+        images.prepare(lists=lists)
+    (images.path / "ash").rename(images.path / "a\tsh")
+    with pytest.raises(CmidError, match=r"folders of classes: 'a\\tsh' has a control character; take it out"):
+        images.prepare()
+    assert images.prepare("none", labelled="none").labels is None
+
+
 def test_stray_images_cost_the_others_no_label(images):
     "Above and below the class folders; where labels from folders are asked for, an image without one is an error."
     images.classes()
