@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TASK_SIZES', 'TASK_PARTS', 'TaskSize', 'sized', 'GeneratedLabelled', 'GeneratedScenes', 'generated_for',
-           'write_backbone', 'task_settings', 'stage_learner', 'stage_callback', 'TaskStep', 'TaskFloor',
+           'write_backbone', 'task_bench_settings', 'stage_learner', 'stage_callback', 'TaskStep', 'TaskFloor',
            'timed_methods', 'task_step_parts', 'bench_task', 'row_facts', 'check_turns', 'measure_task']
 
 # %% ../../nbs/9_bench/06_finetune.ipynb #4cbb263f
@@ -161,7 +161,7 @@ def write_backbone(
 _SIDE_KEYS = dict(segment="crop", change="crop", detect="tile")  # key of the settings that sets the side
 
 
-def task_settings(
+def task_bench_settings(
     task: str,  # section of params.yaml
     size: TaskSize,
     precision: str = "auto",  # auto | float32 | bfloat16 | float16
@@ -192,7 +192,7 @@ def stage_learner(
     folder,  # of the backbone
     images,  # of `generated_for`
     index,  # numbers of training images
-    settings,  # of `task_settings`
+    settings,  # of `task_bench_settings`
     on: torch.device,
 ):  # fastai `Learner`
     "The learner that the stage of a task trains with, before its first step."
@@ -339,7 +339,7 @@ def _compared(step, task, dtype, turns, on, quiet):
 def bench_task(
     task: str,  # classify | segment | change | detect
     size: TaskSize,
-    settings,  # of `task_settings`
+    settings,  # of `task_bench_settings`
     steps: int = 5,  # turns
     on: torch.device | None = None,
     quiet: bool = True,  # no progress bars
@@ -402,7 +402,7 @@ def measure_task(
     check_turns(steps)
     on = find_device(device)
     size = sized(TASK_SIZES, task, on, backbone, batch, side)
-    settings = task_settings(task, size, precision, profile)
+    settings = task_bench_settings(task, size, precision, profile)
     try:
         return bench_task(task, size, settings, steps, on, quiet)
     except torch.OutOfMemoryError:

@@ -33,7 +33,7 @@ from cmid.bench.finetune import (
     sized,
     stage_callback,
     stage_learner,
-    task_settings,
+    task_bench_settings,
     timed_methods,
     write_backbone,
 )
@@ -106,7 +106,7 @@ def write_network(
     backbone = write_backbone(f"{folder}/backbone", size.backbone, size.side if task == "classify" else 224)
     images = GeneratedScenes(size.side, 64) if task == "classify" else GeneratedLabelled(task, _PLACE)
     index = np.arange(64) if task == "classify" else np.zeros(64, int)
-    settings = task_settings(task, size, "float32", profile)
+    settings = task_bench_settings(task, size, "float32", profile)
     learn = stage_learner(task, backbone, images, index, settings, torch.device("cpu"))
     facts = images, stage_callback(learn).settings, read_card(backbone), {}, {}
     card = task_card(task, NETWORKS[task][0], "bench", "bench", *facts)

@@ -321,6 +321,17 @@ def _bar_name(row):
     return f"{_short_name(row['backbone'])}, {row['device']}{how}"
 
 
+def _label_bars(axes, rows, bounds):
+    axes.set_yticks(range(len(rows)), [_bar_name(row) for row in rows], fontsize=7)
+    axes.invert_yaxis()
+    axes.axvline(1, color="k", lw=1)
+    for bound in {bounds[row["device"] == "cpu"] for row in rows}:
+        axes.axvline(bound, color="k", lw=1, ls="--")
+    axes.set_xlabel("seconds / seconds of the floor (line: floor; dashed: target)", fontsize=7)
+    axes.tick_params(labelsize=7)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def parts_figure(
     rows: list,  # of `read_bench`
     bounds=(1.15, 1.2),  # on a GPU, on a CPU
@@ -332,15 +343,7 @@ def parts_figure(
     figure = Figure(figsize=(4.4, 0.9 + 0.34 * len(rows)), dpi=80, layout="constrained")
     axes = figure.subplots()
     _stacked_bars(axes, rows)
-    names = [_bar_name(row) for row in rows]
-    axes.set_yticks(range(len(rows)), names, fontsize=7)
-    axes.invert_yaxis()
-    axes.axvline(1, color="k", lw=1)
-    for bound in {bounds[row["device"] == "cpu"] for row in rows}:
-        axes.axvline(bound, color="k", lw=1, ls="--")
-    axes.set_xlabel("seconds / seconds of the floor (line: floor; dashed: target)", fontsize=7)
-    axes.tick_params(labelsize=7)
-    axes.spines[["top", "right"]].set_visible(False)
+    _label_bars(axes, rows, bounds)
     figure.legend(fontsize=7, ncols=4, loc="outside upper center", frameon=False)
     return figure
 
