@@ -60,13 +60,14 @@ def random_boxes(
     "Boxes of random area and aspect ratio inside the image (section III)."
     H, W = size
     u = torch.rand(batch, tries, 4, generator=generator, device=device)
-    side = u[..., 0].mul_(H * W * (scale[1] - scale[0])).add_(H * W * scale[0]).sqrt_()  # of a square of the area
-    ratio = u[..., 1].mul_(math.log(aspect[1] / aspect[0]) / 2).add_(math.log(aspect[0]) / 2).exp_()  # its root
-    sizes = torch.stack([side / ratio, side * ratio], -1).round_()
-    room = constants((float(H + 1), float(W + 1)), u.device) - sizes
+    areas = [constants((H * W * share,), u.device) for share in scale]
+    roots = [constants((-math.log(ratio) / 2, math.log(ratio) / 2), u.device) for ratio in aspect]  # of h/w and w/h
+    sizes = torch.lerp(*areas, u[..., :1]).sqrt_() * torch.lerp(*roots, u[..., 1:2]).exp_()
+    sizes = sizes.round_()
+    room = constants((H + 1.0, W + 1.0), u.device) - sizes
     starts = (u[..., 2:] * room).floor_()
 
-    fits = ((sizes >= 1) & (room >= 1)).all(-1)
+    fits = torch.minimum(sizes, room).amin(-1) >= 1
     any_fits, first = fits.view(torch.uint8).max(1)  # the first of equal ones
     candidates = torch.cat([starts, sizes], -1)
     boxes = candidates.gather(1, first[:, None, None].expand(-1, 1, 4))[:, 0]
@@ -77,9 +78,10 @@ def cubic(
     d: torch.Tensor,  # distances, at most 2 px
 ) -> torch.Tensor:  # weights
     "Keys' cubic kernel with a = -1/2: 1.5 d^3 - 2.5 d^2 + 1 up to 1 px, -.5 d^3 + 2.5 d^2 - 4 d + 2 up to 2 px."
-    e = 1 - d.abs()  # then the two are e (.5 + e (2 - 1.5 e)) and e (.5 + e (1 + .5 e))
-    slope = torch.where(e > 0, torch.rsub(e, 2, alpha=1.5), torch.rsub(e, 1, alpha=-0.5))
-    return slope.mul_(e).add_(0.5).mul_(e)
+    outer = 2 - d.abs()
+    factor = outer - 1
+    inner = factor.relu()  # 0 from 1 px on, where the cubic is .5 factor outer^2
+    return torch.addcmul(inner, outer, outer, value=0.5).addcmul_(inner, inner, value=-2).mul_(factor)
 
 # %% ../../nbs/3_method/00_images.ipynb #fb8fb59f
 def crop_matrix(
@@ -163,8 +165,7 @@ def _hue(x, high, chroma):
     red, green, blue = x.split(1, 1)
     side = (green - blue).div_(chroma)
     off = (high - red).div_(chroma)  # of red: 0 up to 1 from red, 1 from 2 on
-    hue = side.abs()
-    return torch.addcmul(hue, hue, off, value=-2).add_(off, alpha=3).copysign_(side)
+    return torch.addcmul(side, side, off, value=-2).add_(off.copysign_(side), alpha=3)
 
 
 def shift_hue(
@@ -175,7 +176,8 @@ def shift_hue(
     low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
     chroma = (high - low).clamp_min_(1e-8)
     hue = _hue(x, high, chroma).add_(turn.view(-1, 1, 1, 1), alpha=6).remainder_(6)
-    away = hue - torch.arange(0, 6, 2, device=x.device).view(3, 1, 1)  # from red, green and blue, -4 to 6
+    bands = torch.arange(0, 6, 2, device=x.device)[:, None]  # hues of red, green and blue
+    away = (hue.transpose(1, 2) - bands).transpose(1, 2)  # -4 to 6; in memory rows come first, as after `resample`
     share = away.abs_().sub_(3).abs_().clamp_(1, 2)  # 2: the band is the largest, 1: the least
     return torch.addcmul(low - chroma, chroma, share)
 

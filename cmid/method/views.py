@@ -43,9 +43,10 @@ def published_centres(
 
 # %% ../../nbs/3_method/02_views.ipynb #59971144
 CHANCES = 0.8, 0.6, 0.2, 0.2  # of jitter, noise, solarise and greyscale
-LOW = 0.6, 0.6, 0.8, -0.1, 0.012, 0.1, 1.0  # brightness, contrast, saturation, hue; deviation of noise; blur: sigma, radius
-HIGH = 1.4, 1.4, 1.2, 0.1, 0.028, 2.0, 4.0
-KEEP = 1.0, 1.0, 1.0, 0.0  # what leaves an image as it is
+# brightness, contrast, saturation, hue; deviation of noise; threshold of solarise; blur: sigma and radius
+LOW = 0.6, 0.6, 0.8, -0.1, 0.012, 128 / 255, 0.1, 1.0
+HIGH = 1.4, 1.4, 1.2, 0.1, 0.028, 128 / 255, 2.0, 4.0
+KEEP = 1.0, 1.0, 1.0, 0.0, 0.0, 2.0  # what leaves an image as it is
 
 
 class Colours(NamedTuple):
@@ -57,7 +58,7 @@ class Colours(NamedTuple):
     radius: torch.Tensor  # float (B,): 1 to 4, of which the whole pixels count: kernels of 3, 5 or 7 px
     noise: torch.Tensor  # float (B, C, H, W), of deviation 1; in memory rows come before bands, as after `resample`
     deviation: torch.Tensor  # float (B,): of the noise to add, 0 for none
-    solarised: torch.Tensor  # bool (B,)
+    threshold: torch.Tensor  # float (B,): from which values are solarised, above 1 for none
     greyed: torch.Tensor  # bool (B,)
 
 
@@ -75,12 +76,12 @@ def draw_colours(
     device = generator.device
     chances, low, high, keep = (constants(o, device)[:, None] for o in (CHANCES, LOW, HIGH, KEEP))
     u = torch.rand(len(CHANCES) + len(LOW), batch, generator=generator, device=device)
-    jittered, noisy, solarised, greyed = u[: len(CHANCES)] < chances
+    chosen = u[: len(CHANCES)] < chances
     drawn = torch.lerp(low, high, u[len(CHANCES) :])
-    factors = torch.where(jittered, drawn[:4], keep)
+    factors = torch.where(chosen[:1], drawn[:4], keep[:4])
+    deviation, threshold = torch.where(chosen[1:3], drawn[4:6], keep[4:])
     noise = torch.randn(batch, height, bands, width, generator=generator, device=device).transpose(1, 2)
-    deviation, sigma, radius = drawn[4:]
-    return Colours(factors, _jitter_order(generator), sigma, radius, noise, deviation * noisy, solarised, greyed)
+    return Colours(factors, _jitter_order(generator), *drawn[6:], noise, deviation, threshold, chosen[3])
 
 # %% ../../nbs/3_method/02_views.ipynb #584c0b34
 def _blur_matrices(colours, size, products):
@@ -97,13 +98,11 @@ def strong(
     products: torch.dtype = torch.float32,  # in which the blur is computed
 ) -> torch.Tensor:  # (B, C, H, W)
     "Colours, blur and noise of view B (section III)."
-    deviation, solarised, greyed = (
-        o.view(-1, 1, 1, 1) for o in (colours.deviation, colours.solarised, colours.greyed)
-    )
+    deviation, threshold, greyed = (o.view(-1, 1, 1, 1) for o in colours[-3:])
     x = jitter(x, *colours.factors, colours.order)
     x = resample(x, *_blur_matrices(colours, x.shape[2:], products)).float()
     x = x.addcmul_(colours.noise, deviation).clamp_(0, 1)
-    x = torch.where(solarised & (x >= 128 / 255), 1 - x, x)
+    x = torch.where(x >= threshold, 1 - x, x)
     return torch.where(greyed, grey(x), x) if x.shape[1] == 3 else x
 
 # %% ../../nbs/3_method/02_views.ipynb #4d0168c4
@@ -159,10 +158,11 @@ class TwoViews:
         products: torch.dtype = torch.float16,  # in which CUDA crops and blurs; elsewhere it is float32
     ):
         self.mean, self.std = (torch.as_tensor(o, dtype=torch.float32).view(1, -1, 1, 1) for o in (mean, std))
+        self.scale, self.shift = 1 / self.std, -self.mean / self.std
         self.stride = stride
         self.mask_ratio = mask_ratio
-        self.scale = tuple(scale)
-        self.aspect = tuple(aspect)
+        self.crop_scale = tuple(scale)
+        self.crop_aspect = tuple(aspect)
         self.fidelity = fidelity
         self.products = products
 
@@ -183,7 +183,7 @@ class TwoViews:
         batch, bands, *size = shape
         self._check_bands(bands)
         device = generator.device
-        boxes = random_boxes(2 * batch, size, self.scale, self.aspect, generator, device)
+        boxes = random_boxes(2 * batch, size, self.crop_scale, self.crop_aspect, generator, device)
         flipped = torch.rand(2, batch, generator=generator, device=device) < 0.5
         masks = block_masks(2 * batch, size, self.mask_ratio, generator=generator, device=device)
         return Draws(boxes.unflatten(0, (2, -1)), flipped, masks.unflatten(0, (2, -1)), draw_colours(shape, generator))
@@ -196,11 +196,11 @@ class TwoViews:
         "The views that were drawn: nothing here is random."
         size = tuple(images.shape[-2:])
         weak, crops = self.crop(images, draws, size)
-        pair = images.new_empty(2 * len(images), *images.shape[1:], dtype=torch.float32)
-        pair = pair.contiguous(memory_format=torch.channels_last).unflatten(0, (2, -1))
-        pair[0].copy_(weak)
-        pair[1].copy_(self.colour(crops, draws.colours))
-        return Views(self.normalise(pair), draws.masks, self._centres(draws.boxes, draws.flipped, size))
+        shape = 2 * len(images), *images.shape[1:]
+        both = torch.empty(shape, device=images.device, memory_format=torch.channels_last).unflatten(0, (2, -1))
+        self.normalise(weak, out=both[0])
+        self.normalise(self.colour(crops, draws.colours), out=both[1])
+        return Views(both, draws.masks, self._centres(draws.boxes, draws.flipped, size))
 
     def crop(
         self,
@@ -235,10 +235,10 @@ class TwoViews:
             return cell_centres(boxes, flipped, n)
         return published_centres(boxes, flipped, n, size)
 
-    def normalise(self, x):
-        "Normalise images in [0, 1] to zero mean and unit standard deviation."
-        self.mean, self.std = self.mean.to(x.device), self.std.to(x.device)
-        return (x - self.mean) / self.std
+    def normalise(self, x, out=None):
+        "Normalise images in [0, 1] to zero mean and unit standard deviation; `out` is a tensor to write to."
+        self.scale, self.shift = self.scale.to(x.device), self.shift.to(x.device)
+        return torch.addcmul(self.shift, x, self.scale, out=out)
 
     def restore(self, x):
         "Undo the normalisation, for figures: images in [0, 1]."
