@@ -49,14 +49,14 @@ def test_the_command_counts(capsys):
 
 
 def learner(backbone, variant="cmid", **changed):
-    "A pretraining of three steps, each of which raises where a value is read."
+    "A pretraining of three steps, each of which raises where a value is read; after the first, for constants, too."
     settings = bench_settings(4, "float32", profile="smoke").model_copy(update=dict(epochs=1) | changed)
     images = GeneratedImages(3, 64, 12)
     learn = pretrain_learner(images, np.arange(12), settings, backbone, variant, on=CPU, say=lambda _: None)
     step = learn.one_batch
 
     def checked(*args):
-        with NoHostReads():
+        with NoHostReads(constants=learn.cmid.done > 0):
             step(*args)
 
     learn.one_batch = checked
@@ -163,7 +163,7 @@ PURE = dict(
     rows_of=lambda: list(X),
     power=lambda: X**ONE,
     cast=lambda: X.to(CPU, torch.float64),
-    number=lambda: torch.tensor([1.0, 2.0]),
+    numbers=lambda: torch.tensor([1.0, 2.0]),
 )
 
 
@@ -171,6 +171,12 @@ PURE = dict(
 def test_what_reads_nothing_passes(kind):
     with NoHostReads():
         PURE[kind]()
+
+
+def test_a_tensor_of_numbers_is_a_copy():
+    for make in (PURE["numbers"], lambda: torch.from_numpy(np.ones(2))):
+        with NoHostReads(constants=True), pytest.raises(CmidError, match="numbers of the host"):
+            make()
 
 
 def test_a_copy_from_another_device_waits():
