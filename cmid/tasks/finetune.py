@@ -349,7 +349,7 @@ class DeviceBatches:
 
     def __init__(
         self,
-        loader: DataLoader,  # gives tensors, lists and tuples of them
+        loader: DataLoader,  # gives lists of tensors, and of further lists
         on: torch.device,  # where the batches shall be
     ):
         self.loader, self.on = loader, on
@@ -386,10 +386,10 @@ def _awaited(batch, copied):
 
 
 def _tensors(batch):
-    "All tensors of nested lists and tuples"
-    if isinstance(batch, torch.Tensor):
-        return [batch]
-    return [tensor for tensors in map(_tensors, batch) for tensor in tensors]
+    "All tensors of nested lists and tuples, which may hold numbers and texts, too"
+    if isinstance(batch, (list, tuple)):
+        return sum(map(_tensors, batch), [])
+    return [batch] if isinstance(batch, torch.Tensor) else []
 
 
 def _loader(data, order, seed, on, workers):

@@ -22,7 +22,7 @@ from ..base.runtime import device, seed_everything, step_generator
 from ..base.scores import mean_iou
 from ..data.labelled import IGNORE, as_rgb, check_masks, palette, splits_of, windows
 from ..method.backbones import Pyramid
-from ..method.images import blend, jitter, resample
+from ..method.images import jitter, resample
 from ..settings.segment import Segment
 from .dense import UNet, blended, check_batch_norm, decided, pixel_loss, start_architecture, start_card
 from .finetune import TaskItems, check_bands, class_table, half_cosine, normalised, resolved, train_dense
@@ -187,7 +187,7 @@ def scaled_crops(
     y, within_y = _places_along(height, rows, flipped[:, 1], side)
     x, within_x = _places_along(width, columns, flipped[:, 0], side)
     within = within_y[:, :, None] & within_x[:, None]
-    crops = _bilinear(images.float() / 255, y, x, height, width)
+    crops = _bilinear(images.float(), y, x, height, width).div_(255)
     crops = torch.where(within[:, None], crops, fill.view(-1, 1, 1))
     return crops, torch.where(within, _nearest(masks, y, x, height, width), IGNORE)
 
@@ -208,9 +208,9 @@ def photometric_distortion(
     saturation = _between_or(1.0, 0.5, 1.5, u[2], applied[2])
     hue = _between_or(0.0, -0.1, 0.1, u[3], applied[3])
     x = (images + brightness.view(-1, 1, 1, 1)).clamp_(0, 1)
-    early = torch.where(applied[4], contrast, 1.0)
-    x = jitter(x, early, torch.ones_like(u[0]), saturation, hue, (0, 2, 3))
-    return blend(x, 0.0, torch.where(applied[4], 1.0, contrast))
+    early, late = torch.where(applied[4], contrast, 1.0), torch.where(applied[4], 1.0, contrast)
+    x = jitter(x, early, None, saturation, hue, (0, 2, 3))  # this contrast is about black, as jitter's brightness is
+    return jitter(x, late, None, None, None, (0,))
 
 # %% ../../nbs/5_tasks/07_segment.ipynb #87bc9e63
 def _in_corners(windows):

@@ -264,7 +264,7 @@ def test_a_mask_is_the_prediction_of_the_whole_image():
 
 def test_pairs_depend_on_seed_and_step_alone(places):
     def pairs(seed, step):
-        return ChangePairs(places, range(4), 32, seed)[step, [2, 0]]
+        return ChangePairs(places, range(4), 32, seed).example(step, [2, 0])
 
     first, masks = pairs(5, 7)
     assert torch.equal(pairs(5, 7)[0], first)
@@ -282,7 +282,8 @@ def test_both_dates_and_the_mask_move_together(monkeypatch):
     source = ChangePairs(Memory([image], [image], [(number % 3 == 0).astype("uint8")], train=[0]), [0], 32)
     orientations = set()
     for step in range(60):
-        pairs, masks = source[step, [0]]
+        pairs, masks = source.example(step, [0])
+        pairs = (255 * pairs).round()
         first, second = pairs[0, :, 0].int() // 30 * 256 + pairs[0, :, 1].int()
         assert torch.equal(first, second)
         assert torch.equal(first % 3 == 0, masks[0] == 1)
@@ -292,11 +293,41 @@ def test_both_dates_and_the_mask_move_together(monkeypatch):
     assert orientations == upright | {(down, right) for right, down in upright}
 
 
+@pytest.mark.parametrize("quarters", range(4))
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_a_pair_is_rotated_then_mirrored(quarters, mirrored, monkeypatch):
+    "As torch does to each pair alone, in one batch with another orientation; the dates keep their order or change it."
+    drawn = iter([0, 0, quarters, int(mirrored), 1, 0, 0, 0, 0, 0])
+    monkeypatch.setattr(module, "COLOUR_RANGE", 0.0)
+    monkeypatch.setattr(torch, "randint", lambda *given, **named: torch.tensor(next(drawn)))
+    data = noise(2, 3, (32, 32))
+    pairs, masks = ChangePairs(data, [0, 1], 32).example(0, [0, 1])
+    for k, (turns, flip) in enumerate([(quarters, mirrored), (0, False)]):
+        expected = torch.from_numpy(np.stack([data.image(k), data.second(k)])).rot90(turns, (-2, -1))
+        mask = torch.from_numpy(np.array(data.mask(k))).rot90(turns, (-2, -1))
+        axes = [-1] if flip else []
+        dates = expected.flip(axes).flip([0] if k == 0 else [])
+        assert torch.allclose(255 * pairs[k], dates.float(), atol=1e-3)
+        assert torch.equal(masks[k], mask.flip(axes))
+
+
+def test_each_turn_is_drawn_as_often(places):
+    _, turns, factors, _ = ChangePairs(places, range(4), 32)[0, np.arange(4).repeat(500)]
+    transposed, down, across, swapped = turns.T
+    assert swapped.float().mean().item() == pytest.approx(0.5, abs=0.05)
+    counts = torch.bincount(4 * transposed + 2 * down + across, minlength=8)
+    assert counts.min() > 190
+    assert counts.max() < 310
+    assert factors.shape == (3, 4000)
+    assert factors.mean().item() == pytest.approx(1, abs=0.01)
+    assert factors.std().item() == pytest.approx(0.4 / 12**0.5, abs=0.005)
+
+
 def test_brightness_is_drawn_for_each_date():
     "The brightness of a date changes by up to a fifth, independently of the other date."
     grey, mask = np.full((1, 32, 32), 100, "uint8"), np.ones((32, 32), "uint8")
     source = ChangePairs(Memory([grey], [2 * grey], [mask], train=[0]), [0], 32)
-    means = np.array([source[step, [0]][0].float().mean((0, 2, 3, 4)) for step in range(200)])
+    means = np.array([255 * source.example(step, [0])[0].mean((0, 2, 3, 4)) for step in range(200)])
     low, high = np.sort(means, 1).T
     assert 79 <= low.min() < 90
     assert 110 < low.max() <= 121

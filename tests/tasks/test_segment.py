@@ -26,13 +26,14 @@ from cmid.tasks.segment import (
     BinPooling,
     SegmentationCrops,
     Segmenter,
+    crop_window,
     error_overlay,
     fine_tune_segmentation,
     inference_tiles,
     paint_mask,
     photometric_distortion,
     pixel_confusion,
-    scaled_crop,
+    scaled_crops,
     segment,
     segmentation_examples,
     segmentation_figure,
@@ -219,13 +220,48 @@ def test_windows_of_one_class_are_avoided():
     assert window_of_mixed_classes(mask, 4, 4, places) == (0, 0)
 
 
+def cropped(image, mask, filled, side, flipped=(False, False), canvas=None):
+    "The crop and the mask of one window, which lies in the top left corner of a canvas; the padding is 51."
+    size = mask.shape
+    height, width = canvas or size
+    images = torch.full((2, len(image), height, width), 255, dtype=torch.uint8)
+    images[1, :, : size[0], : size[1]] = torch.from_numpy(np.array(image))
+    masks = torch.full((2, height, width), 7, dtype=torch.uint8)
+    masks[1, : size[0], : size[1]] = torch.from_numpy(np.array(mask))
+    sizes = torch.tensor([[height, width, side, side], [*size, *filled]]).float()
+    fill, flags = torch.full((len(image),), 0.2), torch.tensor([[False, False], flipped])
+    x, y = scaled_crops(images, masks, sizes, flags, side, fill)
+    assert (y[0] == 7).all()
+    return x[1], y[1]
+
+
 def test_a_crop_at_scale_one_is_a_part_of_the_image():
     rng = np.random.default_rng(0)
     image, mask = rng.integers(0, 256, (5, 40, 50), "uint8"), rng.integers(0, 3, (40, 50), "uint8")
-    place, fill = torch.tensor([[0.5, 0.5]]), torch.zeros(5, dtype=torch.uint8)
-    x, y = scaled_crop(image, mask, 32, 1.0, place, fill)
-    assert np.array_equal(x, image[:, 4:36, 9:41])
+    top, left, height, width, *size = crop_window(mask, 32, 1.0, torch.tensor([[0.5, 0.5]]))
+    assert (top, left, height, width, size) == (4, 9, 32, 32, [32, 32])
+    x, y = cropped(image[:, 4:36, 9:41], mask[4:36, 9:41], size, 32)
+    assert torch.allclose(x * 255, torch.from_numpy(image[:, 4:36, 9:41]).float(), atol=0.01)
     assert np.array_equal(y, mask[4:36, 9:41])
+
+
+@pytest.mark.parametrize(
+    "window, size, side", [((61, 47), (96, 96), 96), ((150, 31), (64, 13), 64), ((1, 5), (2, 7), 9)]
+)
+@pytest.mark.parametrize("flipped", [(False, False), (True, False), (False, True), (True, True)])
+def test_a_crop_is_torchs_interpolation_of_its_window(window, size, side, flipped):
+    "Alone and beside larger windows, larger and smaller than the window, mirrored or not."
+    rng = np.random.default_rng(0)
+    image, mask = rng.integers(0, 256, (3, *window), "uint8"), rng.integers(0, 200, window, "uint8")
+    scaled = F.interpolate(torch.from_numpy(image)[None].float(), size, mode="bilinear")[0]
+    classes = F.interpolate(torch.from_numpy(mask)[None, None], size, mode="nearest-exact")[0, 0]
+    margins = (0, side - size[1], 0, side - size[0])
+    axes = [axis for axis, flag in zip((-1, -2), flipped) if flag]
+    expected = F.pad(scaled, margins, value=51).flip(axes), F.pad(classes, margins, value=IGNORE).flip(axes)
+    for canvas in (window, (200, 170)):
+        x, y = cropped(image, mask, size, side, flipped, canvas)
+        assert torch.allclose(255 * x, expected[0], atol=0.05)
+        assert torch.equal(y, expected[1])
 
 
 @pytest.mark.parametrize("size", [(509, 544), (33, 200), (1, 1), (64, 64)])
@@ -233,16 +269,15 @@ def test_a_crop_at_scale_one_is_a_part_of_the_image():
 def test_crops_of_any_image_have_their_size(size, scale):
     "The labelled part is as large as the scaled image; beside it everything is fill and ignored."
     image, mask = np.full((2, *size), 77, "uint8"), np.zeros(size, "uint8")
-    place, fill = torch.tensor([[0.3, 0.8]]), torch.tensor([5, 6], dtype=torch.uint8)
-    x, y = scaled_crop(image, mask, 96, scale, place, fill)
+    _, _, height, width, *filled = crop_window(mask, 96, scale, torch.tensor([[0.3, 0.8]]))
+    x, y = cropped(image[:, :height, :width], mask[:height, :width], filled, 96)
     assert x.shape == (2, 96, 96)
     assert y.shape == (96, 96)
     inside = y != IGNORE
     height, width = inside.any(1).sum().item(), inside.any(0).sum().item()
     assert inside[:height, :width].all()
-    assert (x[:, inside] == 77).all()
-    assert (x[0][~inside] == 5).all()
-    assert (x[1][~inside] == 6).all()
+    assert torch.allclose(255 * x[:, inside], torch.tensor(77.0))
+    assert torch.allclose(255 * x[:, ~inside], torch.tensor(51.0))
     for found, n in zip((height, width), size):
         fits = round(96 / scale) <= n
         assert found == 96 if fits else abs(found - max(1, n * scale)) <= 1
@@ -253,9 +288,9 @@ def test_image_and_mask_stay_together():
     crops = SegmentationCrops(squares(3, (200, 150)), 64, [0.5, 2.0], [0.4] * 3, seed=3)
     variants = set()
     for step in range(6):
-        for image, mask in zip(*crops[step, np.array([0, 2])]):
+        for image, mask in zip(*crops.example(step, np.array([0, 2]))):
             large = [c for c in range(3) if (mask == c).sum() > 200]
-            levels = [image[0].float()[mask == c].mean().item() for c in large]
+            levels = [255 * image[0][mask == c].mean().item() for c in large]
             assert all(darker + 15 < brighter for darker, brighter in zip(levels, levels[1:]))
             variants.add(mask.numpy().tobytes())
     assert len(variants) == 12
@@ -265,7 +300,7 @@ def test_crops_depend_on_seed_and_step_alone():
     data, rows = squares(3, (80, 80)), np.array([2, 0])
 
     def crops(seed, step):
-        images, masks = SegmentationCrops(data, 64, [0.5, 2.0], [0.4] * 3, seed)[step, rows]
+        images, masks = SegmentationCrops(data, 64, [0.5, 2.0], [0.4] * 3, seed).example(step, rows)
         return images.tolist(), masks.tolist()
 
     assert crops(1, 5) == crops(1, 5)
@@ -275,8 +310,41 @@ def test_crops_depend_on_seed_and_step_alone():
 
 def distorted(*values):
     "80 distortions of an image with these bands."
-    image = torch.tensor(values).view(-1, 1, 1).expand(-1, 2, 2)
-    return torch.stack([photometric_distortion(image, step_generator(0, i)) for i in range(80)])
+    images = torch.tensor(values).view(-1, 1, 1).expand(80, -1, 2, 2)
+    return photometric_distortion(images, torch.rand(80, 2, 5, generator=step_generator(0, 0)))
+
+
+def test_each_image_is_distorted_by_its_own_draws():
+    "As it is alone, in a batch of any size; and as computed by hand, contrast before and after the hue."
+    images, draws = torch.rand(7, 3, 5, 6), torch.rand(7, 2, 5, generator=step_generator(1, 0))
+    together = photometric_distortion(images, draws)
+    for k in range(7):
+        assert torch.allclose(
+            together[k : k + 1], photometric_distortion(images[k : k + 1], draws[k : k + 1]), atol=1e-6
+        )
+    u = torch.tensor([[0.75, 1.0, 0.0, 0.5, 0.0]]).expand(2, -1)
+    on = torch.tensor([[0.0, 0.0, 0.0, 0.9, 0.0], [0.0, 0.0, 0.0, 0.9, 0.9]])  # all but the hue; the order differs
+    first, last = photometric_distortion(torch.full((2, 3, 1, 1), 0.2), torch.stack([u, on], 1))
+    assert torch.allclose(first, torch.tensor((0.2 + 16 / 255) * 1.5))
+    assert torch.allclose(last, first)
+    red = torch.tensor([0.8, 0.1, 0.1]).view(1, 3, 1, 1).expand(2, -1, 1, 1)
+    first, last = photometric_distortion(red, torch.stack([u, on], 1)).flatten(1)
+    bright = torch.tensor([0.8, 0.1, 0.1]) + 16 / 255
+    for found, clipped in ((first, (1.5 * bright).clamp(max=1)), (last, bright)):
+        luma = clipped @ torch.tensor([0.299, 0.587, 0.114])
+        expected = 0.5 * clipped + 0.5 * luma
+        assert torch.allclose(found, expected if found is first else (1.5 * expected).clamp(max=1), atol=1e-5)
+
+
+def test_each_distortion_is_applied_to_half_of_the_images():
+    draws = torch.rand(4000, 2, 5, generator=step_generator(2, 0))
+    draws[:, 0] = 0.9  # so that each changes the image
+    images = torch.tensor([0.3, 0.35, 0.4]).view(-1, 1, 1).expand(4000, -1, 1, 1)
+    same = torch.isclose(photometric_distortion(images, draws), images, atol=1e-4).all(1)
+    assert same.float().mean().item() == pytest.approx(1 / 16, abs=0.012)
+    draws[:, 1, :3] = 0.9  # only the hue
+    same = torch.isclose(photometric_distortion(images, draws), images, atol=1e-4).all(1)
+    assert same.float().mean().item() == pytest.approx(1 / 2, abs=0.03)
 
 
 def test_distortion_treats_all_pixels_alike():

@@ -13,7 +13,7 @@ from cmid.base.errors import CmidError, cli
 from cmid.tasks.change import ChangeNet
 from cmid.tasks.classify import Classifier
 from cmid.tasks.detect import OrientedRCNN
-from cmid.tasks.finetune import FineTuneCallback, linear_decay, train_dense
+from cmid.tasks.finetune import FineTuneCallback, TaskItems, linear_decay, train_dense
 from cmid.tasks.segment import Segmenter
 from cmid.train.checkpoint import load_backbone
 from cmid.train.processes import follow_launcher, launch, process_group, rank, wait_for_the_first
@@ -55,7 +55,7 @@ def still_network(task, init):
     return Still(model)
 
 
-class FixedItems:
+class FixedItems(TaskItems):
     "Whole images, which do not depend on the step; no two have as many labelled pixels, and some have no object."
 
     def __init__(self, task):
