@@ -93,13 +93,12 @@ def _blur_matrices(colours, size, products):
 
 
 def strong(
-    x: torch.Tensor,  # float (B, C, H, W) in [0, 1]
+    x: torch.Tensor,  # float (B, C, H, W) in [0, 1], after `jitter`
     colours: Colours,  # of `draw_colours`
     products: torch.dtype = torch.float32,  # in which the blur is computed
 ) -> torch.Tensor:  # (B, C, H, W)
-    "Colours, blur and noise of view B (section III)."
+    "Blur, noise, solarisation and grey of view B (section III)."
     deviation, threshold, greyed = (o.view(-1, 1, 1, 1) for o in colours[-3:])
-    x = jitter(x, *colours.factors, colours.order)
     x = resample(x, *_blur_matrices(colours, x.shape[2:], products)).float()
     x = x.addcmul_(colours.noise, deviation).clamp_(0, 1)
     x = torch.where(x >= threshold, 1 - x, x)
@@ -220,6 +219,17 @@ class TwoViews:
         colours: Colours,
     ) -> torch.Tensor:  # (B, C, S, S)
         "The colours of view B."
+        factors = colours.factors.unbind()
+        for part in colours.order:
+            x = self.jitter_part(x, factors, part)
+        return self.strong(x, colours)
+
+    def jitter_part(self, x, factors, part):
+        "One of the four parts of `jitter`, each of which can be compiled: their order changes with every batch."
+        return jitter(x, *factors, (part,))
+
+    def strong(self, x, colours):
+        "What follows jitter."
         return strong(x, colours, self.products if x.is_cuda else torch.float32)
 
     def _check_bands(self, bands):

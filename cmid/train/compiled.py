@@ -68,6 +68,7 @@ def _parts(learn):
     "The methods that are compiled: their object, their name, and whether their results are kept past a step."
     losses = ("losses_of",) if world() == 1 else ("reconstruct", "contrast")
     return [
+        *((learn.cmid.views, name, False) for name in ("crop", "jitter_part", "strong")),
         *((encoder, "stages", False) for encoder in _encoders(learn)),
         *((learn.model, name, True) for name in losses),
     ]
