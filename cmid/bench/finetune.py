@@ -47,7 +47,7 @@ TASK_SIZES = dict(  # kind of device -> task -> what is measured by default
     ),
     cpu=dict(
         classify=TaskSize("resnet18", 16, 224),
-        segment=TaskSize("resnet18", 2, 256),
+        segment=TaskSize("resnet18", 2, 192),
         change=TaskSize("resnet18", 4, 256),
         detect=TaskSize("resnet18", 1, 512),
     ),
@@ -171,7 +171,7 @@ def task_bench_settings(
     held = getattr(Params(profile=profile), task).model_dump()
     varied = dict(batch=size.batch, precision=precision, processes=1)
     varied |= {_SIDE_KEYS[task]: size.side} if task in _SIDE_KEYS else dict(validation=0.0)
-    varied |= dict(gap=min(held["gap"], size.side // 2)) if task == "detect" else {}
+    varied |= dict(gap=min(held["gap"], size.side // 4)) if task == "detect" else {}
     return check(schema(task), held | varied, task)
 
 
@@ -327,7 +327,9 @@ def _compared(step, task, dtype, turns, on, quiet):
     step()
     floor = TaskFloor(step.learn.model, step.inputs, dtype)
     how = dict(parts_of=task_step_parts, settle=step.settle)
-    interleave(step, floor, 1 if on.type == "cpu" else 3, wait, **how)  # warm-up
+    for _ in range(1 if on.type == "cpu" else 3):  # warm-up
+        floor()
+        step()
     if on.type == "cuda":
         torch.cuda.reset_peak_memory_stats(on)
     found = interleave(step, floor, turns, wait, times, quiet, **how)

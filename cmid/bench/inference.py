@@ -55,7 +55,7 @@ INFERENCE_SIZES = dict(  # kind of device -> what -> network, windows or images 
     },
     cpu={
         "apply-classify": TaskSize("resnet18", 4, 224),
-        "apply-segment": TaskSize("resnet18", 2, 256),
+        "apply-segment": TaskSize("resnet18", 2, 192),
         "apply-change": TaskSize("resnet18", 4, 256),
         "apply-detect": TaskSize("resnet18", 1, 512),
         "embed": TaskSize("resnet18", 4, 224),
@@ -63,9 +63,9 @@ INFERENCE_SIZES = dict(  # kind of device -> what -> network, windows or images 
 )
 _SPAN = {  # what -> sides of a window in the side of the scene, on a GPU and elsewhere
     "apply-classify": (24, 6),
-    "apply-segment": (8, 2),
-    "apply-change": (16, 4),
-    "apply-detect": (4, 2),
+    "apply-segment": (8, 1.5),
+    "apply-change": (16, 3),
+    "apply-detect": (4, 1.75),
 }
 _IMAGES = 512, 48  # JPEGs, on a GPU and elsewhere
 
@@ -175,7 +175,7 @@ class ForwardFloor:
 
 def _applied(task, name, size, folder, on, profile):
     "Applying a network of a task to a scene"
-    side = _SPAN[name][on.type != "cuda"] * size.side
+    side = round(_SPAN[name][on.type != "cuda"] * size.side)
     paths = _write_dates(folder, side, 2 if task == "change" else 1)
     network = load_task(write_network(folder, task, size, profile)).to(on)
     if task == "detect":
