@@ -49,13 +49,18 @@ def _results_copied(function):
     return call
 
 
+def _begin_step(recorded):
+    if recorded:
+        torch.compiler.cudagraph_mark_step_begin()
+
+
 class MarkSteps(Callback):
     "Tells CUDA graphs that a step begins: the memory of the last one may be used again."
 
     order = -10
 
     def before_batch(self):
-        torch.compiler.cudagraph_mark_step_begin()
+        _begin_step(True)
 
 # %% ../../nbs/4_train/12_compiled.ipynb #bcd41c47
 def _encoders(learn):
@@ -86,9 +91,10 @@ def _replace_parts(learn, backend, recorded):
 def end_compiled(
     learn,  # fastai Learner of `pretrain.pretrain_learner`
 ):
-    "All parts are plain again."
-    for owner, name, _ in _parts(learn):
-        vars(owner).pop(name, None)
+    "All parts are plain again, and their graphs are dropped."
+    replaced = [vars(owner).pop(name, None) for owner, name, _ in _parts(learn)]
+    if any(replaced):
+        torch.compiler.reset()
 
 # %% ../../nbs/4_train/12_compiled.ipynb #34288ed8
 class TooLong(BaseException):
@@ -145,7 +151,7 @@ def _failure(learn, images, recorded):
     try:
         with unchanged(learn), _no_exchange(learn.model), time_limit(limit):
             for _ in range(3 if recorded else 1):  # CUDA graphs: to warm up, to record, to replay
-                torch.compiler.cudagraph_mark_step_begin()
+                _begin_step(recorded)
                 trial_step(learn, images, "default")
     except TooLong:
         return f"it took longer than compile_limit: {limit:g} s"
@@ -167,7 +173,6 @@ def _try_parts(learn, images, backend):
         learn.add_cbs([MarkSteps()] if recorded else [])
         return ""
     end_compiled(learn)
-    torch.compiler.reset()
     return reason or "another process could not"
 
 
@@ -187,5 +192,6 @@ def compile_step(
     begun, graphs = time.perf_counter(), graphs_compiled()
     reason = _try_parts(learn, images, backend)
     if not reason:
-        say(f"compiled {graphs_compiled() - graphs} graphs in {clock(time.perf_counter() - begun)}")
+        but = ", without the student's encoder (gradient_checkpointing)" if settings.gradient_checkpointing else ""
+        say(f"compiled {graphs_compiled() - graphs} graphs in {clock(time.perf_counter() - begun)}{but}")
     return reason

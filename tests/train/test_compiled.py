@@ -111,6 +111,8 @@ def test_ways_to_compute(settings, graphs, traced):
     assert torch.allclose(plain, compiled, rtol=1e-3)
     assert found == graphs
     assert "compile: graph is the same as true on a cpu" in lines
+    (line,) = [line for line in lines if line.startswith(f"compiled {graphs} graphs in ")]
+    assert ("without the student's encoder" in line) == ("gradient_checkpointing" in settings)
 
 
 def check_inductor(backbone, precision, folder):

@@ -1,4 +1,4 @@
-"""What only a GPU can show: a step never waits for the host, and compiled encoders and asynchronous copies are
+"""What only a GPU can show: a step never waits for the host, and compiled steps and asynchronous copies are
 correct."""
 
 import warnings
@@ -98,15 +98,17 @@ def test_batches_arrive_whole():
         assert torch.equal(x.cpu(), torch.from_numpy(images[rows.cpu().numpy()]))
 
 
-def total_losses(backbone, compiled):
-    learn = run_pretraining(short_learner(backbone, compile=compiled, precision="float32"))
+def total_losses(backbone, way):
+    learn = run_pretraining(short_learner(backbone, compile=way, precision="float32"))
+    assert learn.compiled == way
     return [point["total"] for point in learn.journal.curve]
 
 
-@pytest.mark.parametrize("backbone", ["resnet18", "swin_tiny_patch4_window7_224"])
-def test_compiled_is_the_same(backbone):
-    "Losses of compiled encoders are those of plain ones, but for rounding."
-    assert total_losses(backbone, False) == pytest.approx(total_losses(backbone, True), rel=1e-3)
+@pytest.mark.parametrize("way", [True, "graph"])
+@pytest.mark.parametrize("backbone", ["resnet18", "swin_tiny_patch4_window7_224", "vit_tiny_patch16_224"])
+def test_compiled_is_the_same(backbone, way):
+    "Losses of compiled steps, and of recorded ones, are those of plain ones, but for rounding."
+    assert total_losses(backbone, False) == pytest.approx(total_losses(backbone, way), rel=1e-3)
 
 
 def test_gpu_agrees_with_cpu():
