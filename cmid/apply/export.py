@@ -24,7 +24,15 @@ import torch.nn.functional as F
 
 import cmid
 from .encoder import holds_task, network_hash
-from .graphs import BackboneGraph, DetectionGraph, LogitsGraph, detection_difference, relative_difference
+from cmid.apply.graphs import (
+    BLOCK,
+    BackboneGraph,
+    DetectionGraph,
+    LogitsGraph,
+    WholeBlocks,
+    detection_difference,
+    relative_difference,
+)
 from ..base.errors import CmidError, cli, one_line, writing
 from ..method.backbones import Encoder, ResNetEncoder
 from ..tasks.detect import NMS_CANDIDATES, PROPOSAL_NMS_IOU
@@ -139,7 +147,7 @@ def _quiet():
             logging.disable(level)
 
 
-_MOST_SIDE = 128  # blocks of 32 px along a side whose size is open
+_MOST_SIDE = 128  # blocks of `BLOCK` px along a side whose size is open
 
 
 def _open_sizes(graph, any_size):
@@ -147,7 +155,7 @@ def _open_sizes(graph, any_size):
     sizes = {0: torch.export.Dim("batch", min=1)}
     if any_size:
         for axis, name in ((len(graph.shape) - 1, "height"), (len(graph.shape), "width")):
-            sizes[axis] = 32 * torch.export.Dim(f"{name}_blocks", min=1, max=_MOST_SIDE)
+            sizes[axis] = BLOCK * torch.export.Dim(f"{name}_blocks", min=1, max=_MOST_SIDE)
     return (sizes,)
 
 
@@ -173,8 +181,9 @@ def _kept_in_onnx(bounds, scores, levels):
 def _program(graph, any_size):
     "The network as an ONNX program. Raises what the exporter raises"
     example = torch.zeros(2, *graph.shape)
+    module = (WholeBlocks(graph.module) if any_size else graph.module).eval()
     with _quiet(), torch.no_grad():
-        exported = torch.export.export(graph.module.eval(), (example,), dynamic_shapes=_open_sizes(graph, any_size))
+        exported = torch.export.export(module, (example,), dynamic_shapes=_open_sizes(graph, any_size))
         return torch.onnx.export(
             exported,
             dynamo=True,
@@ -317,8 +326,9 @@ def export_onnx(
 def _write(graph, file, weights):
     "Write and check a file in the folder of the unfinished; what there is to say of it"
     any_size, program = _sizes_and_program(graph, file.name)
-    size = "multiples of 32 px" if any_size else "x".join(map(str, graph.shape[-2:])) + " px"
-    _save(program, graph.facts | dict(size=size, batch="any"), file, weights)
+    size = f"multiples of {BLOCK} px" if any_size else "x".join(map(str, graph.shape[-2:])) + " px"
+    multiple = dict(multiple_of=BLOCK) if any_size else {}
+    _save(program, graph.facts | dict(size=size, batch="any") | multiple, file, weights)
     difference = _checked_file(graph, any_size, file, file.name)
     size_on_disk = sum(o.stat().st_size for o in file.parent.iterdir())
     return dict(bytes=size_on_disk, opset=program.model.opset_imports[""], size=size, difference=difference)
@@ -348,7 +358,9 @@ _HELP = """\
 MODEL is a folder with card.json and model.safetensors. OUT is a file that ends in .onnx, or a folder for it.
 
 The file takes float images in [0, 1], (batch, bands, height, width), and normalises them itself; for change
-detection (batch, 2, bands, height, width). Any number of images goes in at once. A backbone gives its feature maps
+detection (batch, 2, bands, height, width). Any number of images goes in at once. Where their size is open, sides are
+multiples of 32 px (`multiple_of` in the metadata) and others are refused: mirror an image at its lower and right
+edge, as load_task does, and cut the result. Otherwise the size is fixed (`size`). A backbone gives its feature maps
 and their mean, the embedding; networks for classification, segmentation and change detection give logits; for
 detection the file gives boxes and scores before the last suppression, and says what is left to do. Bands, classes,
 windows, stretch and outputs are told by its metadata.

@@ -93,6 +93,13 @@ def test_a_backbone_gives_maps_and_their_mean_for_any_size_and_batch(command):
         assert close(found["embedding"], wanted[-1].mean((2, 3)))
 
 
+@pytest.mark.parametrize("sides", [(100, 64), (64, 100), (31, 31)])
+def test_sides_that_are_not_multiples_of_32_are_refused(command, sides):
+    with pytest.raises(Exception, match="cannot be reshaped"):
+        run(command[1], images_of(1, 4, *sides))
+    assert session_of(command[1]).get_modelmeta().custom_metadata_map["multiple_of"] == "32"
+
+
 def test_the_file_says_what_a_program_needs(command):
     model, path = command
     facts = session_of(path).get_modelmeta().custom_metadata_map
