@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['repeat_to', 'constants', 'random_boxes', 'cubic', 'crop_matrix', 'resample', 'crop_matrices', 'crop', 'blend', 'grey',
-           'shift_hue', 'jitter', 'blur_matrix']
+           'shift_hue', 'jitter', 'blur']
 
 # %% ../../nbs/3_method/00_images.ipynb #f209473f
 import math
@@ -210,18 +210,19 @@ def jitter(
     return x
 
 # %% ../../nbs/3_method/00_images.ipynb #7fd68920
-def blur_matrix(
+def blur(
+    images: torch.Tensor,  # float (B, C, H, W), no side below 4 px
     sigma: torch.Tensor,  # (B,) standard deviation, px
     radius: torch.Tensor,  # (B,) from 1 to below 4, of which the whole pixels count: kernels of 3, 5 or 7 px
-    size: int,  # pixels of the axis, at least 4
-) -> torch.Tensor:  # (B, size, size)
-    "Rows of Gaussian weights with mirrored borders, for `resample`."
-    batch, device = len(sigma), sigma.device
-    offsets = torch.arange(-3.0, 4, device=device)
+) -> torch.Tensor:  # (B, C, H, W), in memory as after `resample`
+    "Blur each image by its own Gaussian, with mirrored borders."
+    batch, bands, height, width = images.shape
+    offsets = torch.arange(-3.0, 4, device=images.device)
     exponents = (offsets / sigma[:, None]).square_().mul_(-0.5)
     weights = exponents.masked_fill_(offsets.abs() > radius[:, None], -math.inf).softmax(1)
 
-    pixels = torch.arange(float(size), device=device)
-    mirrored = F.pad(pixels[None], (3, 3), mode="reflect").long()[0].unfold(0, 7, 1)  # about the border pixels
-    matrix = torch.zeros(batch, size, size, device=device)
-    return matrix.scatter_add_(2, mirrored.expand(batch, -1, -1), weights[:, None].expand(-1, size, -1))
+    x = images.transpose(1, 2).reshape(1, batch, height, bands * width)
+    x = F.conv2d(F.pad(x, (0, 0, 3, 3), mode="reflect"), weights.view(batch, 1, 7, 1), groups=batch)
+    x = x.reshape(1, batch, height * bands, width)
+    x = F.conv2d(F.pad(x, (3, 3, 0, 0), mode="reflect"), weights.view(batch, 1, 1, 7), groups=batch)
+    return x.reshape(batch, height, bands, width).transpose(1, 2)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from ..base.errors import CmidError
-from .images import blur_matrix, constants, crop_matrices, grey, jitter, random_boxes, resample
+from .images import blur, constants, crop_matrices, grey, jitter, random_boxes, resample
 from .masking import block_masks
 
 # %% ../../nbs/3_method/02_views.ipynb #91b8df9e
@@ -43,10 +43,10 @@ def published_centres(
 
 # %% ../../nbs/3_method/02_views.ipynb #59971144
 CHANCES = 0.8, 0.6, 0.2, 0.2  # of jitter, noise, solarise and greyscale
-# brightness, contrast, saturation, hue; deviation of noise; threshold of solarise; blur: sigma and radius
-LOW = 0.6, 0.6, 0.8, -0.1, 0.012, 128 / 255, 0.1, 1.0
-HIGH = 1.4, 1.4, 1.2, 0.1, 0.028, 128 / 255, 2.0, 4.0
-KEEP = 1.0, 1.0, 1.0, 0.0, 0.0, 2.0  # what leaves an image as it is
+# brightness, contrast, saturation, hue; deviation of noise; solarise; greyscale; blur: sigma and radius
+LOW = 0.6, 0.6, 0.8, -0.1, 0.012, 1.0, 1.0, 0.1, 1.0
+HIGH = 1.4, 1.4, 1.2, 0.1, 0.028, 1.0, 1.0, 2.0, 4.0
+KEEP = 1.0, 1.0, 1.0, 0.0, 0.0, 2.0, 0.0  # what leaves an image as it is
 
 
 class Colours(NamedTuple):
@@ -58,8 +58,8 @@ class Colours(NamedTuple):
     radius: torch.Tensor  # float (B,): 1 to 4, of which the whole pixels count: kernels of 3, 5 or 7 px
     noise: torch.Tensor  # float (B, C, H, W), of deviation 1; in memory rows come before bands, as after `resample`
     deviation: torch.Tensor  # float (B,): of the noise to add, 0 for none
-    threshold: torch.Tensor  # float (B,): from which values are solarised, above 1 for none
-    greyed: torch.Tensor  # bool (B,)
+    mirror: torch.Tensor  # float (B,): 1 to solarise, which leaves the lesser of x and 1 - x; 2 leaves x
+    greyed: torch.Tensor  # float (B,): 1 for greyscale, 0 for colours
 
 
 def _jitter_order(generator):
@@ -79,30 +79,21 @@ def draw_colours(
     chosen = u[: len(CHANCES)] < chances
     drawn = torch.lerp(low, high, u[len(CHANCES) :])
     factors = torch.where(chosen[:1], drawn[:4], keep[:4])
-    deviation, threshold = torch.where(chosen[1:3], drawn[4:6], keep[4:])
+    others = torch.where(chosen[1:], drawn[4:7], keep[4:])
     noise = torch.randn(batch, height, bands, width, generator=generator, device=device).transpose(1, 2)
-    return Colours(factors, _jitter_order(generator), *drawn[6:], noise, deviation, threshold, chosen[3])
+    return Colours(factors, _jitter_order(generator), *drawn[7:], noise, *others)
 
 # %% ../../nbs/3_method/02_views.ipynb #584c0b34
-def _blur_matrices(colours, size, products):
-    "Rows and columns of the blur, which are the same for a square"
-    rows = blur_matrix(colours.sigma, colours.radius, size[0]).to(products)
-    if size[0] == size[1]:
-        return rows, rows
-    return rows, blur_matrix(colours.sigma, colours.radius, size[1]).to(products)
-
-
 def strong(
     x: torch.Tensor,  # float (B, C, H, W) in [0, 1], after `jitter`
     colours: Colours,  # of `draw_colours`
-    products: torch.dtype = torch.float32,  # in which the blur is computed
 ) -> torch.Tensor:  # (B, C, H, W)
     "Blur, noise, solarisation and grey of view B (section III)."
-    deviation, threshold, greyed = (o.view(-1, 1, 1, 1) for o in colours[-3:])
-    x = resample(x, *_blur_matrices(colours, x.shape[2:], products)).float()
+    deviation, mirror, greyed = (o.view(-1, 1, 1, 1) for o in colours[-3:])
+    x = blur(x, colours.sigma, colours.radius)
     x = x.addcmul_(colours.noise, deviation).clamp_(0, 1)
-    x = torch.where(x >= threshold, 1 - x, x)
-    return torch.where(greyed, grey(x), x) if x.shape[1] == 3 else x
+    x = torch.minimum(x, mirror - x)
+    return torch.lerp(x, grey(x), greyed) if x.shape[1] == 3 else x
 
 # %% ../../nbs/3_method/02_views.ipynb #4d0168c4
 class View(NamedTuple):
@@ -154,7 +145,7 @@ class TwoViews:
         scale=(0.3, 1.0),  # crop area / image area, least and most
         aspect=(3 / 4, 4 / 3),  # crop width / height, least and most
         fidelity: str = "corrected",  # corrected | published cell centres
-        products: torch.dtype = torch.float16,  # in which CUDA crops and blurs; elsewhere it is float32
+        products: torch.dtype = torch.float16,  # in which CUDA crops; elsewhere it is float32
     ):
         self.mean, self.std = (torch.as_tensor(o, dtype=torch.float32).view(1, -1, 1, 1) for o in (mean, std))
         self.scale, self.shift = 1 / self.std, -self.mean / self.std
@@ -230,7 +221,7 @@ class TwoViews:
 
     def strong(self, x, colours):
         "What follows jitter."
-        return strong(x, colours, self.products if x.is_cuda else torch.float32)
+        return strong(x, colours)
 
     def _check_bands(self, bands):
         if bands != self.mean.numel():
