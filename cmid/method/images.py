@@ -36,7 +36,7 @@ def constants(
     device: torch.device,
 ) -> torch.Tensor:  # float
     "A few numbers on a device, copied to it once: for each copy a GPU would have to wait for the host."
-    return torch.tensor(values, device=device)
+    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def _central(H, W, aspect):
