@@ -174,7 +174,7 @@ class TwoViews:
         self._check_bands(bands)
         device = generator.device
         boxes = random_boxes(2 * batch, size, self.crop_scale, self.crop_aspect, generator, device)
-        flipped = torch.rand(2, batch, generator=generator, device=device) < 0.5
+        flipped = torch.randint(2, (2, batch), generator=generator, device=device, dtype=torch.bool)
         masks = block_masks(2 * batch, size, self.mask_ratio, generator=generator, device=device)
         return Draws(boxes.unflatten(0, (2, -1)), flipped, masks.unflatten(0, (2, -1)), draw_colours(shape, generator))
 
@@ -184,22 +184,21 @@ class TwoViews:
         draws: Draws,  # of `draw`
     ) -> Views:  # whose images are channels-last
         "The views that were drawn: nothing here is random."
-        size = tuple(images.shape[-2:])
-        weak, crops = self.crop(images, draws, size)
+        weak, crops = self.crop(images, draws)
         shape = 2 * len(images), *images.shape[1:]
         both = torch.empty(shape, device=images.device, memory_format=torch.channels_last).unflatten(0, (2, -1))
         self.normalise(weak, out=both[0])
         self.normalise(self.colour(crops, draws.colours), out=both[1])
-        return Views(both, draws.masks, self._centres(draws.boxes, draws.flipped, size))
+        return Views(both, draws.masks, self._centres(draws.boxes, draws.flipped, images.shape[-2:]))
 
     def crop(
         self,
         images: torch.Tensor,  # uint8 (B, C, S, S)
         draws: Draws,  # of `draw`
-        size: tuple,  # (H, W) of the crops, px
-    ) -> torch.Tensor:  # float (2, B, C, H, W) in [0, 1]
+    ) -> torch.Tensor:  # float (2, B, C, S, S) in [0, 1]
         "The crops of both views."
-        rows, columns = crop_matrices(draws.boxes, draws.flipped, tuple(images.shape[-2:]), size)
+        size = images.shape[-2:]
+        rows, columns = crop_matrices(draws.boxes, draws.flipped, size, size)
         products = self.products if images.is_cuda else torch.float32
         rows, columns = (rows / 255).to(products), columns.to(products)
         return resample(images.expand(2, *images.shape), rows, columns).clamp_(0, 1).float()

@@ -247,7 +247,7 @@ def test_crops_of_a_ramp_hold_the_coordinates_of_their_cells(stride):
     make = TwoViews([0.0, 0.0], [1.0, 1.0], stride)
     draws = make.draw(ramp.shape, generator(2))
     views = make.render(ramp, draws)
-    crops = make.crop(ramp, draws, (side, side))
+    crops = make.crop(ramp, draws)
     cells = torch.nn.functional.avg_pool2d(crops.flatten(0, 1) * 255 + 0.5, stride).flatten(2).mT
     inner = torch.ones(side // stride, side // stride, dtype=torch.bool)
     if stride == 16:  # at the border the crop repeats its last pixel
@@ -298,7 +298,7 @@ def test_half_precision_is_for_cuda():
     for products in (torch.float16, torch.float32):
         make = TwoViews([0.5] * 3, [0.2] * 3, products=products)
         draws = draws or make.draw(images.shape, generator())
-        assert torch.equal(make.crop(images, draws, (64, 64)), TwoViews([0] * 3, [1] * 3).crop(images, draws, (64, 64)))
+        assert torch.equal(make.crop(images, draws), TwoViews([0] * 3, [1] * 3).crop(images, draws))
 
 
 def test_masks_of_both_views_at_once():
