@@ -7,7 +7,9 @@ __all__ = ['CODES', 'SMOKE_TASKS', 'SMOKE_MAPS', 'SMOKE_DATASETS', 'SMOKE_PARAMS
            'smoke_study']
 
 # %% ../../nbs/8_study/02_smoke.ipynb #712cb161
+import shutil
 import tempfile
+from multiprocessing.util import Finalize  # also runs where a pool's process ends, unlike what `atexit` registers
 from pathlib import Path
 
 import yaml
@@ -240,9 +242,6 @@ def _make_networks(params, due):
         _fine_tune(params, *run)
 
 
-_kept = []  # temporary folders live as long as the process
-
-
 def smoke_study(
     prepared=(),  # datasets to prepare: 'pool', 'scenes'
     models=(),  # initialisations to export, untrained: 'cmid-resnet18', 'random-resnet18'; floors have no folder
@@ -250,9 +249,8 @@ def smoke_study(
     applied=(),  # maps whose network and scenes are made: of `SMOKE_MAPS`
 ) -> Path:  # its root; removed when the process ends
     "A temporary study with the `smoke` profile, and what a stage finds upstream."
-    temporary = tempfile.TemporaryDirectory(prefix="cmid-smoke-")
-    _kept.append(temporary)
-    folder = Path(temporary.name)
+    folder = Path(tempfile.mkdtemp(prefix="cmid-smoke-"))
+    Finalize(None, shutil.rmtree, (folder, True), exitpriority=0)
     _write_params(folder)
     smoke_data(folder)
     params = Params(folder)
