@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'CURVES', 'HEALTH', 'MARKERS', 'lines_of', 'panels_figure', 'curves_figure', 'health_figure',
-           'legend_columns', 'accuracy_figure', 'class_marker', 'embeddings_figure']
+           'legend_columns', 'accuracy_figure', 'class_marker', 'embeddings_figure', 'confusion_figure']
 
 # %% ../../nbs/0_base/05_figures.ipynb #7716d7a3
 import math
@@ -271,3 +271,51 @@ def embeddings_figure(
         _map(ax, name, embedding, ink)
     _map_legend(fig, names, used, ink)
     return fig
+
+# %% ../../nbs/0_base/05_figures.ipynb #45e9e7c1
+def _ticks(names):
+    "Positions and labels of columns, then of rows: names; numbers for many classes, every fifth for very many."
+    count = len(names)
+    if count <= 12:
+        return range(count), names, range(count), names
+    numbered = [f"{name} {number}" for number, name in enumerate(names, 1)]
+    columns = range(count) if count <= 20 else range(4, count, 5)
+    return columns, [column + 1 for column in columns], range(count), numbered
+
+
+def _write_counts(ax, counts, share):
+    "Counts in the cells of a confusion matrix, where they are not 0."
+    size = min(9, 150 / len(counts))
+    for row, column in np.argwhere(counts):
+        colour = "white" if share[row, column] > 0.4 else "black"
+        ax.text(column, row, counts[row, column], ha="center", va="center", fontsize=size, color=colour)
+
+
+def confusion_figure(
+    confusion,  # int (classes, classes): rows are ground truth, columns predictions
+    names: list,  # of the classes
+):  # matplotlib Figure, as wide as a phone
+    "What each class is predicted as: shares as colour (square root, so that rare errors show), counts that fit."
+    from matplotlib.colors import PowerNorm
+    from matplotlib.figure import Figure
+
+    counts = np.asarray(confusion)
+    classes = len(counts)
+    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    fig = Figure(figsize=(4.4, 1.3 + max(0.15 * classes, 2.4)), dpi=80, layout="constrained")
+    ax = fig.subplots()
+    ax.imshow(share, cmap="Blues", norm=PowerNorm(0.5, 0, 1), aspect="auto")
+    _label_axes(ax, names)
+    ax.set_title(f"{counts.trace()} of {counts.sum()} correct", fontsize=9, loc="left")
+    if classes * max(2, len(str(counts.max()))) <= 45:
+        _write_counts(ax, counts, share)
+    return fig
+
+
+def _label_axes(ax, names):
+    "Names of the classes along both axes of a confusion matrix."
+    columns, column_labels, rows, row_labels = _ticks(names)
+    ax.set(xlabel="predicted", ylabel="ground truth")
+    ax.spines[:].set_visible(False)
+    ax.set_xticks(columns, column_labels, rotation=90 if len(names) <= 12 else 0, fontsize=8)
+    ax.set_yticks(rows, row_labels, fontsize=8 if len(names) <= 30 else 7)

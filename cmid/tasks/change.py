@@ -19,6 +19,7 @@ from tqdm import tqdm
 from ..base.errors import CmidError
 from ..base.figures import panels_figure
 from ..base.runtime import device, seed_everything, step_generator
+from ..base.scores import ratio_or_none
 from ..data.labelled import IGNORE, as_rgb, check_masks, splits_of
 from ..method.backbones import Pyramid
 from ..method.images import jitter
@@ -33,15 +34,7 @@ from cmid.tasks.dense import (
     start_architecture,
     start_card,
 )
-from cmid.tasks.finetune import (
-    TaskItems,
-    check_bands,
-    linear_decay,
-    normalised,
-    ratio_or_none,
-    resolved,
-    train_dense,
-)
+from .finetune import TaskItems, check_bands, linear_decay, normalised, resolved, train_dense
 from ..train.checkpoint import load_backbone
 from ..train.resume import task_run
 

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['resolved', 'half_cosine', 'linear_decay', 'step_decay', 'learning_rate_at', 'ShuffledBatches', 'check_processes',
            'temporary_seed', 'TaskItems', 'normalised', 'DeviceAutocast', 'FineTuneCallback', 'DeviceBatches',
-           'task_learner', 'fit', 'train_dense', 'training_curves_figure', 'ratio_or_none', 'class_table',
-           'check_bands', 'largest_image']
+           'task_learner', 'fit', 'train_dense', 'training_curves_figure', 'check_bands', 'largest_image']
 
 # %% ../../nbs/5_tasks/04_finetune.ipynb #f8faadde
 import math
@@ -566,31 +565,6 @@ def training_curves_figure(
         title = "learning rate" if key == "lr" else key
         panels[title] = [(key, steps, [epoch[key] for epoch in epochs])]
     return panels_figure(panels)
-
-# %% ../../nbs/5_tasks/04_finetune.ipynb #2509f43c
-def ratio_or_none(
-    part,  # a count
-    whole,  # a count
-) -> float | None:
-    "The ratio `part / whole`, or None where `whole` is 0."
-    return float(part / whole) if whole else None
-
-
-def class_table(
-    confusion,  # int (classes, classes): rows are ground truth, columns predictions
-    names: list,  # of the classes
-) -> dict:  # name -> images, precision, recall, f1
-    "Number of images (or pixels), precision, recall and F1 of each class."
-    n = np.asarray(confusion)
-    table = {}
-    for name, hits, true, predicted in zip(names, n.diagonal(), n.sum(1), n.sum(0)):
-        table[name] = dict(
-            images=int(true),
-            precision=ratio_or_none(hits, predicted),
-            recall=ratio_or_none(hits, true),
-            f1=ratio_or_none(2 * hits, true + predicted),
-        )
-    return table
 
 # %% ../../nbs/5_tasks/04_finetune.ipynb #b0c17c98
 def check_bands(

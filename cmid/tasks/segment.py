@@ -19,13 +19,13 @@ from tqdm import tqdm
 from ..base.errors import CmidError
 from ..base.figures import COLOURS
 from ..base.runtime import device, seed_everything, step_generator
-from ..base.scores import mean_iou
+from ..base.scores import class_table, mean_iou
 from ..data.labelled import IGNORE, as_rgb, check_masks, palette, splits_of, windows
 from ..method.backbones import Pyramid
 from ..method.images import jitter, resample
 from ..settings.segment import Segment
 from .dense import UNet, blended, check_batch_norm, decided, pixel_loss, start_architecture, start_card
-from .finetune import TaskItems, check_bands, class_table, half_cosine, normalised, resolved, train_dense
+from .finetune import TaskItems, check_bands, half_cosine, normalised, resolved, train_dense
 from ..train.checkpoint import load_backbone
 from ..train.resume import task_run
 

@@ -1,35 +1,39 @@
 "Fine-tuned classification: the published recipe, every image counted, and two runs that agree bit for bit."
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from timm.data import Mixup
+from PIL import Image
+from timm.data import Mixup, auto_augment
 from torch import nn
 
 from cmid.base.errors import CmidError
+from cmid.base.figures import confusion_figure
 from cmid.base.params import Params
 from cmid.base.runtime import step_generator
-from cmid.base.scores import wilson
+from cmid.base.scores import class_table, wilson
 from cmid.method import backbones
 from cmid.method.images import crop, random_boxes
 from cmid.tasks import classify as module
 from cmid.tasks.classify import (
     AugmentedScenes,
     Classifier,
+    apply_operations,
     classification_curves_figure,
     classification_learner,
     classify,
-    confusion_figure,
     drop_path_rate,
     fine_tune_classifier,
+    group_operations,
     make_mixup,
     mix_batch,
     predict_logits,
     rand_augment,
 )
-from cmid.tasks.finetune import class_table, temporary_seed
+from cmid.tasks.finetune import temporary_seed
 from cmid.train.checkpoint import load_backbone
 from tests.tools.runs import changed, quiet
 from tests.tools.scenes import paint_scenes, prepare_scenes
@@ -149,16 +153,147 @@ def test_logits_are_a_linear_map_of_the_mean(name):
 def test_crops_depend_on_seed_and_step_alone():
     data, rows = noise(6, side=64), np.array([5, 0, 3])
     source = AugmentedScenes(data, data.labels, (0.2, 0.5), seed=4)
-    x, y = source[7, rows]
+    x, y = source.example(7, rows)
     generator = step_generator(4, 7)
     boxes = random_boxes(3, (64, 64), (0.2, 0.5), generator=generator)
     horizontal, vertical = torch.rand(2, 3, generator=generator) < 0.5
     for k, i in enumerate(rows):
         image = torch.from_numpy(data.images[i : i + 1]).float()
         expected = crop(image, boxes[k : k + 1], horizontal[k : k + 1])[0].round().clamp(0, 255)
-        assert torch.equal(x[k].float(), expected.flip(1) if vertical[k] else expected)
+        assert torch.equal((255 * x[k]).round(), expected.flip(1) if vertical[k] else expected)
     assert y.tolist() == data.labels[rows].tolist()
-    assert not torch.equal(source[8, rows][0], x)
+    assert not torch.equal(source.example(8, rows)[0], x)
+
+
+def pixels(image):
+    "A PIL image as float (3, H, W)."
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
+
+
+def a_picture(size):
+    "Smooth colours with some noise, of (width, height) px."
+    small = np.random.default_rng(sum(size)).integers(0, 256, (9, 7, 3), "uint8")
+    return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
+
+
+COLOURS = dict(
+    auto_contrast=[0.0],
+    equalize=[0.0],
+    invert=[0.0],
+    posterize=[1, 3, 8],
+    solarize=[0, 100, 256],
+    solarize_add=[77],
+    brightness=[0.3, 1.7],
+    contrast=[0.3, 1.7],
+    color=[0.3, 1.7],
+    sharpness=[0.1, 1.9],
+)
+MOVES = dict(
+    rotate=[17.0, -26.0, 0.0],
+    shear_x=[0.27, -0.2],
+    shear_y=[0.27, -0.13],
+    translate_x_rel=[0.31],
+    translate_y_rel=[-0.4],
+    translate_x_abs=[13.4],
+    translate_y_abs=[-7.0],
+)
+
+
+def operated(image, name, amount, cubic=False):
+    "An image after one operation, in a batch with another image that passes another operation."
+    x = torch.stack([255 - image, image])
+    notes = [(("invert", 0.0, False),), ((name, amount, cubic),)]
+    other, found = apply_operations(x, *group_operations(notes, image.shape[1:], (11, 22, 33)))
+    assert torch.equal(other, image)
+    return found
+
+
+@pytest.mark.parametrize("size", [(61, 47), (32, 96)])
+@pytest.mark.parametrize("name, amounts", COLOURS.items())
+def test_colours_are_pillows_bit_for_bit(name, amounts, size):
+    picture = a_picture(size)
+    for amount in amounts:
+        given = () if name in ("auto_contrast", "equalize", "invert") else (amount,)
+        assert torch.equal(
+            operated(pixels(picture), name, amount), pixels(getattr(auto_augment, name)(picture, *given))
+        )
+
+
+@pytest.mark.parametrize("cubic", [False, True])
+@pytest.mark.parametrize("size", [(61, 47), (32, 96)])
+@pytest.mark.parametrize("name, amounts", MOVES.items())
+def test_moved_pixels_are_pillows(name, amounts, size, cubic):
+    "But for grey values that float32 rounds to the neighbour."
+    picture = a_picture(size)
+    resample = Image.Resampling.BICUBIC if cubic else Image.Resampling.BILINEAR
+    for amount in amounts:
+        expected = pixels(getattr(auto_augment, name)(picture, amount, resample=resample, fillcolor=(11, 22, 33)))
+        differences = (operated(pixels(picture), name, amount, cubic) - expected).abs()
+        assert differences.max() <= 1
+        assert differences.mean() < 0.15
+
+
+@pytest.mark.parametrize("sigma", [0.3, 1.0, 2.0])
+def test_a_blur_is_nearly_pillows(sigma):
+    "Pillow approximates a Gaussian by boxes."
+    picture = a_picture((61, 47))
+    differences = operated(pixels(picture), "gaussian_blur", sigma) - pixels(auto_augment.gaussian_blur(picture, sigma))
+    assert differences.abs().max() <= 5
+    assert differences.abs().mean() < 1
+
+
+@pytest.mark.parametrize("colour", [0, 7, 255])
+def test_operations_on_an_image_of_one_colour(colour):
+    plain = torch.full((3, 32, 40), float(colour))
+    for name in ("auto_contrast", "equalize", "contrast", "color", "sharpness", "gaussian_blur"):
+        assert torch.equal(operated(plain, name, 1.3), plain), name
+    picture = Image.new("RGB", (40, 32), (colour, colour, colour))
+    for name in ("auto_contrast", "equalize", "sharpness"):
+        assert torch.equal(pixels(getattr(auto_augment, name)(picture, *([1.3] * (name == "sharpness")))), plain), name
+
+
+@pytest.mark.parametrize("config", ["rand-m9-mstd0.5", "rand-m5-n3-mstd1-inc1", "rand-m6-mstd0.5-tweights", "rand-t3a"])
+def test_rand_augment_draws_what_timm_draws(config):
+    "The images of a batch become what timm makes of each of them, with the same state of the random generators."
+    mean = [0.2, 0.4, 0.6]
+    fill = tuple(round(255 * value) for value in mean)
+    timms, ours = auto_augment.rand_augment_transform(config, dict(img_mean=fill)), rand_augment(config, mean)
+    pictures = [a_picture((48, 40)) for _ in range(24)]
+    with temporary_seed(5):
+        expected = torch.stack([pixels(timms(picture)) for picture in pictures])
+        after = np.random.rand()
+    with temporary_seed(5):
+        notes = [ours(()) for _ in pictures]
+        assert np.random.rand() == after
+    x = torch.stack([pixels(picture) for picture in pictures])
+    groups, rows, numbers = group_operations(notes, x.shape[2:], fill)
+    found = apply_operations(x, groups, rows, numbers)
+    close = ((found - expected).abs() <= 4).float().mean((1, 2, 3))
+    assert close.min() > 0.97
+    assert not torch.equal(found[0], pixels(pictures[0])) or not notes[0]
+    assert sum(count for _, count in groups) == sum(map(len, notes)) == len(rows)
+
+
+def test_half_of_the_operations_are_applied():
+    "Two are chosen for an image, each of fifteen as often, and applied with probability 1/2; half are turned around."
+    augment = rand_augment("rand-m9-mstd0.5", [0.5] * 3)
+    with temporary_seed(1):
+        notes = [augment(()) for _ in range(6000)]
+    lengths = np.bincount([len(drawn) for drawn in notes], minlength=3) / len(notes)
+    assert lengths == pytest.approx([0.25, 0.5, 0.25], abs=0.02)
+    drawn = sum(notes, ())
+    counts = Counter(name for name, _, _ in drawn)
+    assert len(counts) == 15
+    assert all(count == pytest.approx(400, abs=80) for count in counts.values())
+    turns = np.array([(amount, cubic) for name, amount, cubic in drawn if name == "rotate"])
+    assert (turns > 0).mean(0) == pytest.approx([0.5, 0.5], abs=0.08)
+    assert np.abs(turns[:, 0]).mean() == pytest.approx(27, abs=0.3)
+    assert np.abs(turns[:, 0]).max() <= 30
+
+
+def test_a_batch_without_operations_stays():
+    x = torch.rand(2, 13, 32, 40)
+    assert torch.equal(apply_operations(x.clone(), *group_operations([(), ()], (32, 40), ())), x)
 
 
 def test_workers_augment_as_the_training_process():
@@ -174,9 +309,10 @@ def test_workers_augment_as_the_training_process():
             learn.dls.train.sampler.epoch = epoch
             batches[-1] += list(learn.dls.train)
     assert len(batches[0]) == len(batches[1]) == 6
-    for (x, y), (other_x, other_y) in zip(*batches):
-        assert torch.equal(x, other_x)
-        assert torch.equal(y, other_y)
+    source = learn.dls.train.dataset
+    for one, other in zip(*batches):
+        for a, b in zip(source.augmented(*one), source.augmented(*other)):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 8])

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import precision_recall_fscore_support
 
-from cmid.tasks.finetune import ShuffledBatches, class_table
+from cmid.base.scores import class_table
+from cmid.tasks.finetune import ShuffledBatches
 
 
 @pytest.mark.parametrize(
