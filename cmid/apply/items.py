@@ -10,7 +10,6 @@ __all__ = ['PIECE_ITEMS', 'ItemRow', 'Batch', 'Items', 'plan_items', 'unfinished
 import json
 import os
 import shutil
-import sys
 import zlib
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -28,15 +27,10 @@ from tqdm import tqdm
 from .places import lon_lat, map_points
 from .scene import open_scene
 from ..base.errors import CmidError, one_line
-from ..base.files import whole, write_whole
+from ..base.files import take_lock, whole, write_whole
 from ..data.formats import quiet_decoders, read_failure
 from ..data.rasters import Conversion, read_item
 from ..data.shards import ShardLayout
-
-try:
-    import fcntl
-except ImportError:
-    fcntl = None  # Windows: no lock
 
 # %% ../../nbs/7_apply/05_items.ipynb #eb52d2c9
 @dataclass
@@ -247,17 +241,6 @@ def unfinished_folder(
     return folder
 
 
-def _is_taken(descriptor, folder):
-    "Try to lock a folder. Whether another process has the lock, or has removed the folder meanwhile"
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        print("note: this file system has no locks; make sure that no two commands write here", file=sys.stderr)
-    return not os.path.exists(folder) or not os.path.samestat(os.fstat(descriptor), os.stat(folder))
-
-
 @contextmanager
 def only_writer(
     folder,  # to lock; it is made
@@ -265,15 +248,13 @@ def only_writer(
     command: str,  # that writes it, for the error
 ):
     "Keep other processes out of a folder. Raises `CmidError` where one is there already."
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY) if fcntl else None
+    descriptor = take_lock(folder)
+    if descriptor is None:
+        raise CmidError(f"{result}: another {command} writes here; wait for its end, or name another place")
     try:
-        if fcntl and _is_taken(descriptor, folder):
-            raise CmidError(f"{result}: another {command} writes here; wait for its end, or name another place")
         yield
     finally:
-        if fcntl:
-            os.close(descriptor)
+        os.close(descriptor)
 
 # %% ../../nbs/7_apply/05_items.ipynb #75be91a8
 PIECE_ITEMS = 4096  # items of a piece

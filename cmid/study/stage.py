@@ -7,7 +7,6 @@ __all__ = ['hold_folder', 'Stage']
 
 # %% ../../nbs/8_study/03_stage.ipynb #77c5b9f8
 import io
-import os
 import resource
 import sys
 import time
@@ -15,48 +14,31 @@ import warnings
 from pathlib import Path
 
 from ..base.errors import CmidError, plain_name, writing
-from ..base.files import root, write_json, write_whole
+from ..base.files import root, take_lock, write_json, write_whole
 from ..base.params import Params, check_all
 from ..base.runtime import code_folder, device, provenance, seed_everything
 from .code import digest
-
-try:
-    import fcntl
-except ImportError:
-    fcntl = None  # Windows: no lock
 
 # %% ../../nbs/8_study/03_stage.ipynb #fed35371
 _held = {}  # folder -> descriptor of the lock that this process holds: a cell that runs twice does not lock twice
 
 
-def _is_locked(descriptor):
-    "Try to lock. Whether this process has the lock now: always, on a file system without locks"
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        print("note: this file system has no locks; make sure that no stage runs twice", file=sys.stderr)
-    return True
-
-
-def _holder(descriptor):
+def _holder(folder):
     "Id of the process that holds a lock, which Linux lists by the folder's inode; None elsewhere"
     try:
         rows = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
     except OSError:
         return None
-    inode = f":{os.fstat(descriptor).st_ino}"
+    inode = f":{folder.stat().st_ino}"
     for row in rows:
         if row[1] == "FLOCK" and row[5].endswith(inode):
             return int(row[4])
     return None
 
 
-def _refuse_second(descriptor, name):
+def _refuse_second(folder, name):
     "Raise `CmidError` for a stage that another process runs"
-    pid = _holder(descriptor)
-    os.close(descriptor)
+    pid = _holder(folder)
     if not pid:  # /proc/locks has 0 for a process of another container
         raise CmidError(f"{name}: is running already: wait for it, or stop it")
     raise CmidError(f"{name}: is running already as process {pid}: wait for it, or stop it with: kill -INT {pid}")
@@ -68,16 +50,14 @@ def hold_folder(
     wait: float = 10.0,  # s, how long to wait for a lock that another process holds
 ):
     "Keep other processes out of a folder until this one ends. Raises `CmidError` naming the process that holds it."
-    if fcntl is None or folder in _held:
+    if folder in _held:
         return
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
     until = time.monotonic() + wait
-    while not _is_locked(descriptor):
-        if time.monotonic() >= until:
-            _refuse_second(descriptor, name)
-        time.sleep(0.2)
+    with writing(folder):
+        while (descriptor := take_lock(folder)) is None:
+            if time.monotonic() >= until:
+                _refuse_second(folder, name)
+            time.sleep(0.2)
     _held[folder] = descriptor
 
 # %% ../../nbs/8_study/03_stage.ipynb #76560af6
