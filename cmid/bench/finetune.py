@@ -277,13 +277,12 @@ TASK_PARTS = "loader", "augment", "normalise", "network", "backward", "clip", "o
 def _timed_methods(step):
     "(owner, method, part) of everything that is timed in a step"
     learn, callback = step.learn, stage_callback(step.learn)
-    data = learn.dls.train.dataset
     clip = getattr(learn, "gradient_clip", None)
     return [
         (step, "take", "loader"),
         (callback, "before_batch", "normalise"),
         (callback, "inputs", "augment"),
-        *((data, name, "augment") for name in ("augment", "augmented") if getattr(data, name, None)),
+        (learn.dls.train.dataset, "augmented", "augment"),
         (torch.autograd, "backward", "backward"),
         *([(clip, "before_step", "clip")] if clip else []),
         (learn.opt.opt, "step", "optimiser"),
