@@ -25,7 +25,7 @@ import torch.nn.functional as F
 import cmid
 from .encoder import holds_task, network_hash
 from cmid.apply.graphs import (
-    BLOCK,
+    SIDE_MULTIPLE,
     BackboneGraph,
     DetectionGraph,
     LogitsGraph,
@@ -147,7 +147,7 @@ def _quiet():
             logging.disable(level)
 
 
-_MOST_SIDE = 128  # blocks of `BLOCK` px along a side whose size is open
+_MOST_SIDE = 128  # blocks of `SIDE_MULTIPLE` px along a side whose size is open
 
 
 def _open_sizes(graph, any_size):
@@ -155,7 +155,7 @@ def _open_sizes(graph, any_size):
     sizes = {0: torch.export.Dim("batch", min=1)}
     if any_size:
         for axis, name in ((len(graph.shape) - 1, "height"), (len(graph.shape), "width")):
-            sizes[axis] = BLOCK * torch.export.Dim(f"{name}_blocks", min=1, max=_MOST_SIDE)
+            sizes[axis] = SIDE_MULTIPLE * torch.export.Dim(f"{name}_blocks", min=1, max=_MOST_SIDE)
     return (sizes,)
 
 
@@ -326,8 +326,8 @@ def export_onnx(
 def _write(graph, file, weights):
     "Write and check a file in the folder of the unfinished; what there is to say of it"
     any_size, program = _sizes_and_program(graph, file.name)
-    size = f"multiples of {BLOCK} px" if any_size else "x".join(map(str, graph.shape[-2:])) + " px"
-    multiple = dict(multiple_of=BLOCK) if any_size else {}
+    size = f"multiples of {SIDE_MULTIPLE} px" if any_size else "x".join(map(str, graph.shape[-2:])) + " px"
+    multiple = dict(multiple_of=SIDE_MULTIPLE) if any_size else {}
     _save(program, graph.facts | dict(size=size, batch="any") | multiple, file, weights)
     difference = _checked_file(graph, any_size, file, file.name)
     size_on_disk = sum(o.stat().st_size for o in file.parent.iterdir())
