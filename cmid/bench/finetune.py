@@ -84,6 +84,8 @@ def _dated(side):
 
 def _boxed(side):
     image, boxes = boxes_scene("town", "bench", size=side)
+    if not boxes:
+        raise CmidError(f"--side: the generated place has no object within {side} px; give a larger side")
     polygons, names, marked = zip(*boxes[:_MOST_BOXES])
     polygons = np.array(polygons, "f4").reshape(-1, 4, 2)
     classes = np.array([[*dict.fromkeys(BOXES.values())].index(name) for name in names], "i8")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cmid.base.errors import CmidError
-from cmid.bench.bench import cmid_bench, cmid_plan
+from cmid.bench.bench import bench_table, cmid_bench, cmid_plan
 from cmid.bench.finetune import TASK_PARTS
 from cmid.bench.floor import PARTS
 from cmid.bench.grid import grid, run_grid
@@ -57,17 +57,24 @@ def test_a_table_for_people(capsys):
     assert labels(capsys.readouterr().out) >= {"step / floor", "floor", "step", "peak memory", "arithmetic"}
 
 
-@pytest.mark.parametrize("task, parts", [("change", TASK_PARTS), ("apply-change", INFERENCE_PARTS)])
+MEASURED = [
+    ("classify", TASK_PARTS),
+    ("change", TASK_PARTS),
+    pytest.param("detect", TASK_PARTS, marks=pytest.mark.slow),
+    ("apply-change", INFERENCE_PARTS),
+]
+
+
+@pytest.mark.parametrize("task, parts", MEASURED)
 def test_a_task_is_measured_as_pretraining_is(task, parts, capsys):
-    tiny = dict(task=task, backbone="test_resnet", batch=2, steps=1, side=64, device="cpu")
-    cmid_bench(**tiny)
-    assert labels(capsys.readouterr().out) >= {task, "step / floor", "floor", "step", "peak memory", *parts}
+    tiny = dict(task=task, backbone="test_resnet", batch=2, steps=1, side=128, device="cpu")
     cmid_bench(**tiny, json=True)
     (line,) = capsys.readouterr().out.splitlines()
     got = json.loads(line)
     assert {*got["parts"]} == {*parts}
     assert got["images_per_s"] == pytest.approx(got.get("images", 2) / got["step_s"])
-    assert (got["task"], got["backbone"], got["batch"], got["side"]) == (task, "test_resnet", 2, 64)
+    assert (got["task"], got["backbone"], got["batch"], got["side"]) == (task, "test_resnet", 2, 128)
+    assert labels(bench_table(got)) >= {task, "step / floor", "floor", "step", "peak memory", *parts}
 
 
 @pytest.mark.parametrize(
