@@ -41,7 +41,7 @@ docs: .venv/installed ## build the site of the notebooks in _docs/, and check it
 	NO_MKDOCS_2_WARNING=1 mkdocs build --quiet --strict -f docs/mkdocs.yml
 	python docs/check_links.py _docs
 
-bench: .venv/installed ## measure what a training step costs on this machine, for results/bench
+bench: .venv/installed ## measure what steps and inferences cost on this machine, for results/bench
 	cmid_bench --grid
 
 notebooks: .venv/installed ## execute the library notebooks in place, outputs and all
