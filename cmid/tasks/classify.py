@@ -99,6 +99,7 @@ def rand_augment(
     return augment
 
 
+_SHIFTS = "translate_x", "translate_y"
 _MOVES = "rotate", "shear_x", "shear_y", "translate_x_rel", "translate_y_rel", "translate_x_abs", "translate_y_abs"
 
 
@@ -194,11 +195,9 @@ def _matrix(name, amount, height, width):
     if name == "rotate":
         c, s, x, y = math.cos(math.radians(amount)), math.sin(math.radians(amount)), width / 2, height / 2
         return c, -s, x - c * x + s * y, s, c, y - s * x - c * y
-    units = dict(
-        translate_x_rel=(width, 0), translate_x_abs=(1, 0), translate_y_rel=(0, height), translate_y_abs=(0, 1)
-    )
-    across, down = units.get(name, (0, 0))
-    return 1, amount * (name == "shear_x"), amount * across, amount * (name == "shear_y"), 1, amount * down
+    unit = dict(translate_x_rel=width, translate_y_rel=height).get(name, 1)
+    shear_x, shear_y, across, down = (amount * name.startswith(o) for o in ("shear_x", "shear_y", *_SHIFTS))
+    return 1, shear_x, across * unit, shear_y, 1, down * unit
 
 
 def _linear_weights(d):
@@ -233,14 +232,6 @@ def _interpolated(x, across, down, weights):
         total += (rows[i] * columns[j])[:, None] * x.flatten(2).gather(2, cell).view_as(x)
     return total
 
-
-def _moved_linear(x, numbers):
-    return _moved(x, numbers, _linear_weights)
-
-
-def _moved_cubic(x, numbers):
-    return _moved(x, numbers, _cubic_weights)
-
 # %% ../../nbs/5_tasks/06_classify.ipynb #42d253a2
 _OPERATIONS = dict(
     auto_contrast=_auto_contrast,
@@ -254,8 +245,8 @@ _OPERATIONS = dict(
     color=_colour,
     sharpness=_sharpness,
     gaussian_blur=_gaussian_blur,
-    linear=_moved_linear,
-    cubic=_moved_cubic,
+    linear=partial(_moved, weights=_linear_weights),
+    cubic=partial(_moved, weights=_cubic_weights),
 )
 
 
