@@ -158,7 +158,8 @@ def _failure(learn, images, recorded):
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        return one_line(f"{type(error).__name__}: {error}")
+        reason, _, _ = str(error).partition("Set TORCHDYNAMO_VERBOSE")  # advice to developers
+        return one_line(f"{type(error).__name__}: {reason}")
     return ""
 
 # %% ../../nbs/4_train/12_compiled.ipynb #8a7bc539
