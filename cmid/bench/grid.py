@@ -45,22 +45,22 @@ def measure_row(
     return measure(**asked) | dict(task=task, compile=asked.get("compile", False))
 
 
-_ON_CPU = (  # backbone, batch, side in px, turns, ways: compiled or not
-    (R50, 16, 224, 2, (False,)),
-    (SWIN, 4, 224, 1, (False,)),
-    (VIT, 8, 224, 2, (False,)),
-    (R18, 32, 128, 3, (False, True)),
+_ON_CPU = (  # backbone, batch, side in px, turns, ways (compiled or not), and whether also from disk
+    (R50, 16, 224, 2, (False,), True),
+    (SWIN, 4, 224, 1, (False,), True),
+    (VIT, 8, 224, 2, (False,), False),
+    (R18, 32, 128, 3, (False, True), False),
 )
+_ON_GPU = tuple((aim.backbone, aim.batch, aim.side, 10, (False, True), True) for aim in AIMS)
 
 
 def _step_rows(gpu, compiler):
-    "Rows of pretraining; from disk, too, where they are not compiled"
-    sizes = [(aim.backbone, aim.batch, aim.side, 10, (False, True)) for aim in AIMS] if gpu else _ON_CPU
+    "Rows of pretraining; those that are compiled not from disk"
     rows = []
-    for backbone, batch, side, steps, ways in sizes:
+    for backbone, batch, side, steps, ways, disk in _ON_GPU if gpu else _ON_CPU:
         about = dict(task="pretrain", backbone=backbone, batch=batch, side=side, steps=steps)
         about |= dict(precision="bfloat16" if gpu else "float32")
-        rows += [about | dict(compile=way, disk=not way) for way in ways if compiler or not way]
+        rows += [about | dict(compile=way, disk=disk and not way) for way in ways if compiler or not way]
     return rows + [rows[0] | dict(precision="float16", disk=False)] * gpu
 
 
