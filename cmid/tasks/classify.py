@@ -446,7 +446,7 @@ def classification_learner(
     on: torch.device | None = None,  # device; None: the default one
     held_out=(),  # numbers of the images that choose the epoch
     say=print,  # takes a line
-    workers: int | None = None,  # processes that augment; None: up to 8 beside a GPU, none on a CPU
+    workers: int | None = None,  # processes that read; None: up to 8 beside a GPU, none on a CPU
     run=None,  # `TaskRun`: where checkpoints are kept; None: nowhere
 ):  # fastai `Learner`, whose `fit(settings.epochs)` trains
     "A fastai Learner. Raises `CmidError` where the precision is not available or batch norm sees one value."

@@ -7,15 +7,20 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import precision_recall_fscore_support
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader
 
 from cmid.base.errors import CmidError
 from cmid.base.scores import class_table
 from cmid.bench.operators import NoHostReads
 from cmid.tasks import finetune
+from cmid.tasks.change import ChangePairs
+from cmid.tasks.classify import AugmentedScenes, rand_augment
+from cmid.tasks.detect import TileDataset
 from cmid.tasks.finetune import DeviceBatches, ShuffledBatches, TaskItems
+from cmid.tasks.segment import SegmentationCrops
 from tests.tools.runs import quiet
-from tests.tools.trainings import TASKS, train
+from tests.tools.trainings import COUNT, TASKS, Images, settings_of, train
 
 
 @pytest.mark.parametrize(
@@ -99,6 +104,43 @@ def test_every_batch_is_given_once(count):
     rows = [rows.tolist() for _, _, rows in batches]
     assert len(rows) == len(batches)
     assert sorted(sum(rows, [])) == list(range(count))
+
+
+# --- augmentation on a device
+
+
+def items_of(task, images):
+    "The training items of a task."
+    if task == "segment":
+        return SegmentationCrops(images, 32, [0.5, 1.5], images.mean)
+    if task == "change":
+        return ChangePairs(images, range(COUNT), 32)
+    if task == "detect":
+        return TileDataset(images, range(COUNT), settings_of("detect"), images.mean)
+    augment = rand_augment("rand-m9-n4-mstd0.5-p1.0", images.mean)
+    return AugmentedScenes(images, images.labels, (0.3, 1.0), augment)
+
+
+def on_a_gpu(batch):
+    "A batch whose tensors have no values, and say that they are on a GPU."
+    if isinstance(batch, (list, tuple)):
+        return [on_a_gpu(o) for o in batch]
+    return torch.empty_like(batch, device="cuda") if isinstance(batch, torch.Tensor) else batch
+
+
+@pytest.mark.parametrize("count", [1, 4, 5])
+@pytest.mark.parametrize("task", TASKS)
+def test_augmentation_stays_on_the_device_of_its_batch(task, count):
+    "No operator mixes devices, and none needs a value; the result is as on the CPU, for one item and for odd numbers."
+    items = items_of(task, Images(task))
+    batch = items[3, np.arange(count)]
+    images, targets = items.augmented(*batch)
+    assert 0 <= images.min() < images.max() <= 1
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake_images, fake_targets = items_of(task, Images(task)).augmented(*on_a_gpu(batch))
+    pairs = [(images, fake_images), (targets, fake_targets)] if task != "detect" else [(images, fake_images)]
+    for found, fake in pairs:
+        assert (fake.device.type, fake.shape, fake.dtype) == ("cuda", found.shape, found.dtype)
 
 
 # --- steps that do not wait
