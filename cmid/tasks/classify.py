@@ -82,7 +82,7 @@ def rand_augment(
     config: str | None,  # timm's notation, such as rand-m9-mstd0.5; None: no RandAugment
     mean,  # per band, of images in [0, 1]: the colour that fills the corners of rotated images
 ):
-    "timm's RandAugment (arXiv 1909.13719), which draws operations; None: off. Raises `CmidError` as it is unknown."
+    "timm's RandAugment (arXiv 1909.13719), which only draws; None where off or not RGB. Raises `CmidError`: unknown."
     if config is None or len(mean) != 3:
         return None
     try:
