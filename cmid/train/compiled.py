@@ -11,6 +11,7 @@ import threading
 import time
 import warnings
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch._dynamo.utils import counters
@@ -69,30 +70,39 @@ def _encoders(learn):
     return [teacher] if student.gradient_checkpointing else [student, teacher]
 
 
+class _Part(NamedTuple):
+    "A method that is compiled."
+
+    owner: object
+    name: str
+    recorded: bool = True  # as a CUDA graph, where these are asked for
+    kept: bool = False  # are its results needed after a step?
+
+
 def _parts(learn):
-    "The methods that are compiled: their object, their name, and whether their results are kept past a step."
+    "What a step is made of."
     losses = ("losses_of",) if world() == 1 else ("reconstruct", "contrast")
     return [
-        *((learn.cmid.views, name, False) for name in ("crop", "jitter_part", "strong")),
-        *((encoder, "stages", False) for encoder in _encoders(learn)),
-        *((learn.model, name, True) for name in losses),
+        *(_Part(learn.cmid.views, name, recorded=False) for name in ("crop", "jitter_part", "strong")),
+        *(_Part(encoder, "stages") for encoder in _encoders(learn)),
+        *(_Part(learn.model, name, kept=True) for name in losses),
     ]
 
 
 def _replace_parts(learn, backend, recorded):
     "Puts compiled parts, which the first call compiles, in the place of methods."
-    options = dict(mode="reduce-overhead") if recorded else {}
-    for owner, name, kept in _parts(learn):
-        part = torch.compile(getattr(owner, name), dynamic=False, backend=backend, **options)
-        part = _numbers_as_tensors(part, learn.cmid.on)
-        setattr(owner, name, _results_copied(part) if recorded and kept else part)
+    for part in _parts(learn):
+        options = dict(mode="reduce-overhead") if recorded and part.recorded else {}
+        method = torch.compile(getattr(part.owner, part.name), dynamic=False, backend=backend, **options)
+        method = _numbers_as_tensors(method, learn.cmid.on)
+        setattr(part.owner, part.name, _results_copied(method) if recorded and part.kept else method)
 
 
 def end_compiled(
     learn,  # fastai Learner of `pretrain.pretrain_learner`
 ):
     "All parts are plain again, and their graphs are dropped."
-    replaced = [vars(owner).pop(name, None) for owner, name, _ in _parts(learn)]
+    replaced = [vars(part.owner).pop(part.name, None) for part in _parts(learn)]
     if any(replaced):
         torch.compiler.reset()
 

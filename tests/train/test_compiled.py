@@ -186,6 +186,25 @@ def test_limit(tmp_path):
     assert learn.cmid.done == 4
 
 
+def test_recorded_parts(monkeypatch):
+    "What a GPU would do, with nothing compiled: encoders and losses are recorded, and each step says that it begins."
+    modes, begun = [], []
+
+    def compiled(method, mode=None, **_):
+        modes.append((method.__name__, mode))
+        return method
+
+    monkeypatch.setattr("cmid.train.compiled._is_recorded", lambda _: True)
+    monkeypatch.setattr(torch, "compile", compiled)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: begun.append(1))
+    learn = train(compile="graph")
+    assert learn.compiled == "graph"
+    assert [name for name, mode in modes if mode == "reduce-overhead"] == ["stages", "stages", "losses_of"]
+    assert [name for name, mode in modes if mode is None] == ["crop", "jitter_part", "strong"]
+    assert len(begun) == 3 + 4  # trials: to warm up, to record, to replay; then the steps
+    assert weights_equal(learn, train())
+
+
 SCRIPT = "from tests.train.test_compiled import train; train(compile=True, say=print)"
 
 
