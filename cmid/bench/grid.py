@@ -155,20 +155,25 @@ def run_limited(
 ) -> str:  # what it printed
     "Run code. Raises `CmidError` with its last line of error where it fails, or where it takes longer than the limit."
     command = [sys.executable, "-W", "ignore", "-c", code, *args]
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        process = psutil.Popen(command, stdout=out, stderr=err, env=KEEP | os.environ)
-        try:
-            status = process.wait(limit)
-        except psutil.TimeoutExpired:
-            raise CmidError(f"took longer than {limit:g} s; raise --limit") from None
-        finally:
-            _end(process)
-        for file in (out, err):
-            file.seek(0)
-        if status:
-            told = err.read().strip() or f"the process ended with status {status} and no message"
-            raise CmidError(told.splitlines()[-1])
-        return out.read()
+    with tempfile.TemporaryDirectory(prefix="cmid-row-", ignore_cleanup_errors=True) as folder:
+        env = KEEP | os.environ | dict(TMPDIR=folder)  # temporary files of a process that is ended go with it
+        with open(f"{folder}/out", "w+") as out, open(f"{folder}/err", "w+") as err:
+            status = _status(psutil.Popen(command, stdout=out, stderr=err, env=env), limit)
+        out, err = (Path(folder, name).read_text("utf8", "replace") for name in ("out", "err"))
+    if status:
+        told = err.strip() or f"the process ended with status {status} and no message"
+        raise CmidError(told.splitlines()[-1])
+    return out
+
+
+def _status(process, limit):
+    "The exit status of a process; it is ended when this returns, or raises `CmidError`"
+    try:
+        return process.wait(limit)
+    except psutil.TimeoutExpired:
+        raise CmidError(f"took longer than {limit:g} s; raise --limit") from None
+    finally:
+        _end(process)
 
 
 def _measured_apart(request, on, limit):
