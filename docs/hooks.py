@@ -29,6 +29,7 @@ PACKAGES = dict(
     train="Train: pretraining",
     tasks="Tasks: probes and fine-tuning",
     viz="Figures: what was learnt",
+    apply="Apply: maps, tables and files for elsewhere",
     study="Study: stages and report",
     bench="Bench: speed and scale",
     pipeline="Stages, as DVC runs them",

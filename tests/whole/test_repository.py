@@ -400,3 +400,29 @@ def test_hooks_are_local():
     repositories = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
     assert [repository["repo"] for repository in repositories] == ["local"]
     assert {hook["language"] for hook in repositories[0]["hooks"]} == {"system"}
+
+
+def test_the_site_names_every_package():
+    "The navigation of the site has a title for each folder of notebooks."
+    tree = ast.parse((ROOT / "docs/hooks.py").read_text(encoding="utf-8"))
+    titles = next(o.value for o in tree.body if isinstance(o, ast.Assign) and o.targets[0].id == "PACKAGES")
+    folders = sorted((ROOT / "nbs").glob("[0-9]_*"))
+    assert [keyword.arg for keyword in titles.keywords] == [*(path.name[2:] for path in folders), "pipeline"]
+
+
+def prose(path):
+    return "\n".join("".join(o["source"]) for o in cells(path, "markdown"))
+
+
+def anchors(path):
+    "Anchors of a notebook's headings, as the site makes them."
+    headings = re.findall(r"^#+ (.+)$", prose(path), flags=re.M)
+    return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+
+
+@pytest.mark.parametrize("path", [*LIBRARY, *STAGES], ids=stem)
+def test_links_between_notebooks_lead_to_headings(path):
+    links = re.findall(r"\]\(([\w./-]+\.ipynb)(?:#([\w-]+))?\)", prose(path))
+    for link, anchor in links:
+        assert (path.parent / link).is_file(), link
+        assert not anchor or anchor.lower() in anchors(path.parent / link), f"{link}#{anchor}"
