@@ -110,6 +110,14 @@ def _count_operators(task, usual, device, as_json, bands, disk, **varied):
     _print(found, as_json, operators_table)
 
 
+def _way(compile):
+    "The setting `pretrain.compile` of a word"
+    ways = {"": False, "step": True, "graph": "graph"}
+    if compile not in ways:
+        raise CmidError(f"--compile: {compile!r} is not known; leave the word out, or use graph")
+    return ways[compile]
+
+
 def _only_pretrain(task, **given):
     "Refuse options that a task does not have"
     for name, value in given.items():
@@ -139,7 +147,7 @@ def cmid_bench(
     side: int = 0,  # px; 224 unless given, of a task as in params.yaml; smaller on a CPU
     bands: int = 3,
     precision: str = "auto",  # auto, float32, bfloat16 or float16
-    compile: store_true = False,  # compile the step
+    compile: Param("compile the step; graph: and record CUDA graphs", str, nargs="?", const="step") = "",
     device: str = "auto",  # auto, cpu, cuda or cuda:N
     accumulate: int = 1,  # micro-batches a step
     gradient_checkpointing: store_true = False,  # compute activations again instead of keeping them
@@ -158,7 +166,7 @@ def cmid_bench(
         _run_grid(device, rows, grid, limit)
         return
     usual = dict(backbone=backbone, batch=batch, side=side)
-    more = dict(bands=bands, precision=precision, compile=compile, accumulate=accumulate, disk=disk)
+    more = dict(bands=bands, precision=precision, compile=_way(compile), accumulate=accumulate, disk=disk)
     more |= dict(gradient_checkpointing=gradient_checkpointing)
     if operators:
         _count_operators(task, usual, device, json, **more)

@@ -51,7 +51,7 @@ _ON_CPU = (  # backbone, batch, side in px, turns, ways (compiled or not), and w
     (VIT, 8, 224, 2, (False,), False),
     (R18, 32, 128, 3, (False, True), False),
 )
-_ON_GPU = tuple((aim.backbone, aim.batch, aim.side, 10, (False, True), True) for aim in AIMS)
+_ON_GPU = tuple((aim.backbone, aim.batch, aim.side, 10, (False, True, "graph"), True) for aim in AIMS)
 
 
 def _step_rows(gpu, compiler):

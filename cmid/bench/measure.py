@@ -218,7 +218,7 @@ def machine() -> dict:  # processor, cores, threads, memory_gb, gpu
 def bench_settings(
     batch: int = 16,
     precision: str = "auto",
-    compile: bool = False,
+    compile: bool | str = False,  # as `pretrain.compile`: graph records CUDA graphs
     accumulate: int = 1,
     gradient_checkpointing: bool = False,
     profile: str = "paper",  # of params.yaml: full-size heads, queue of 65,536
@@ -339,7 +339,7 @@ def measure(
     side: int = 224,  # px
     bands: int = 3,
     precision: str = "auto",  # auto | float32 | bfloat16 | float16
-    compile: bool = False,  # the step
+    compile: bool | str = False,  # the step; graph: and record CUDA graphs
     device: str = "auto",
     accumulate: int = 1,  # micro-batches a step
     gradient_checkpointing: bool = False,

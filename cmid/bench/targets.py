@@ -233,13 +233,16 @@ def _plain_text(text):
     return text.replace("|", "/")
 
 
-def _compiled(row):
-    return bool(row.get("compiled", row.get("compile", False)))
+def _way(row):
+    "How a step was compiled, as text; empty where it was not"
+    if row.get("compile") == "graph":
+        return "CUDA graphs"
+    return "compiled" if row.get("compiled", row.get("compile", False)) else ""
 
 
 def _size(row):
     "Batch, precision and way of a row, as text"
-    facts = [str(row.get("batch", "")), row.get("precision", ""), *["compiled"] * _compiled(row)]
+    facts = [str(row.get("batch", "")), row.get("precision", ""), _way(row)]
     return ", ".join(filter(None, facts))
 
 
@@ -317,8 +320,8 @@ def _stacked_bars(axes, rows):
 
 def _bar_name(row):
     "Backbone and device of a bar"
-    how = ", compiled" * row["compiled"] + ", float16" * (row["precision"] == "float16")
-    return f"{_short_name(row['backbone'])}, {row['device']}{how}"
+    how = _short_name(row["backbone"]), row["device"], _way(row), "float16" * (row["precision"] == "float16")
+    return ", ".join(filter(None, how))
 
 
 def _label_bars(axes, rows, bounds):

@@ -83,7 +83,7 @@ def test_a_task_is_measured_as_pretraining_is(task, parts, capsys):
         (dict(backbone="resnet5O"), "did you mean 'resnet50"),
         (dict(batch=-1), "pretrain.batch"),
         (dict(task="segmnet"), "did you mean 'segment'"),
-        (dict(task="segment", compile=True), "--compile: is measured of --task pretrain only"),
+        (dict(task="segment", compile="step"), "--compile: is measured of --task pretrain only"),
         (dict(task="embed", precision="float16"), "--precision: is measured"),
         (dict(task="detect", backbone="resnet5O"), "did you mean 'resnet50"),
         (dict(task="change", precision="float12"), "change.precision"),

@@ -44,7 +44,7 @@ def test_the_command_counts(capsys):
     found = json.loads(capsys.readouterr().out)
     assert tuple(found) == PARTS and all(found.values())
     with pytest.raises(SystemExit):
-        cmid_bench(backbone="test_resnet", device="cpu", operators=True, compile=True)
+        cmid_bench(backbone="test_resnet", device="cpu", operators=True, compile="step")
     assert "--compile" in capsys.readouterr().err
 
 
