@@ -10,6 +10,7 @@ __all__ = ['PARTS', 'GeneratedImages', 'StepRunner', 'Floor', 'synchroniser', 'P
 import time
 from collections import Counter
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from statistics import median
 from unittest.mock import patch
 
@@ -118,7 +119,9 @@ def synchroniser(
     on: torch.device,
 ):  # a function without arguments
     "A function that waits until the device has done everything; on a CPU it does nothing."
-    return {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(on.type, lambda: None)
+    if on.type == "cuda":
+        return partial(torch.cuda.synchronize, on)
+    return torch.mps.synchronize if on.type == "mps" else lambda: None
 
 
 class PartsClock:

@@ -15,13 +15,6 @@ from .reconstruction import full_precision
 
 # %% ../../nbs/3_method/06_contrast.ipynb #6218d1fb
 @full_precision
-def _info_nce(query, key, cosines, temperature):
-    "The loss, given the cosines of each query with the queue, (N, Q)"
-    positive = (query * key).sum(1) / temperature
-    others = (cosines / temperature).logsumexp(1)
-    return (torch.logaddexp(positive, others) - positive).mean()
-
-
 def info_nce(
     query: Tensor,  # (N, D) unit vectors of the student
     key: Tensor,  # (N, D) unit vectors of the teacher, row by row the partners of `query`
@@ -29,7 +22,10 @@ def info_nce(
     temperature: float = 0.2,  # divides the cosines
 ) -> Tensor:  # scalar, in nats
     "Cross-entropy of finding each query's key among the queue; only queries get a gradient (MoCo, arXiv 1911.05722)"
-    return _info_nce(query, key.detach(), query @ queue.detach(), temperature)
+    key, queue = key.detach(), queue.detach()
+    positive = (query * key).sum(1) / temperature
+    others = (query @ queue / temperature).logsumexp(1)
+    return (torch.logaddexp(positive, others) - positive).mean()
 
 # %% ../../nbs/3_method/06_contrast.ipynb #25669028
 @full_precision

@@ -211,7 +211,8 @@ class TwoViews:
         "The colours of view B."
         factors = colours.factors.unbind()
         for part in colours.order:
-            x = self.jitter_part(x, factors, part)
+            if part < 2 or x.shape[1] == 3:  # saturation and hue are of red, green and blue
+                x = self.jitter_part(x, factors, part)
         return self.strong(x, colours)
 
     def jitter_part(self, x, factors, part):

@@ -28,7 +28,7 @@ from ..base.runtime import device, seed_everything
 from ..method.backbones import like_resnet
 from ..train.processes import average_buffers, average_gradients, mean_over_processes, rank, world
 from ..train.resume import TaskCheckpoints, TaskRun, seed_generators, stoppable
-from ..train.training import clock, parameter_groups, precision_of, too_large, unwrapped_errors
+from ..train.training import clock, parameter_groups, precision_of, too_large, tune_gpu, unwrapped_errors
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # fastai warns of a deprecated import of its own
@@ -369,15 +369,15 @@ class DeviceBatches:
             with torch.cuda.stream(stream):
                 following = to_device(batch, self.on, non_blocking=True), stream.record_event()
             if before:
-                yield _awaited(*before)
+                yield _awaited(*before, self.on)
             before = following
         if before:
-            yield _awaited(*before)
+            yield _awaited(*before, self.on)
 
 
-def _awaited(batch, copied):
-    "A batch that the current stream may read: it waits for the copy, and the copy's memory is kept until it has read"
-    step = torch.cuda.current_stream()
+def _awaited(batch, copied, on):
+    "A batch that the device's stream may read: it waits for the copy, and the copy's memory is kept until it has read"
+    step = torch.cuda.current_stream(on)
     step.wait_event(copied)
     for tensor in _tensors(batch):
         tensor.record_stream(step)
@@ -412,6 +412,7 @@ def _sum_of_losses(losses, _):
 
 def _precision_and_clipping(settings, dtype, on):
     "Callbacks for mixed precision and for clipped gradients, where the settings ask for them."
+    tune_gpu(on, dtype, one_shape=False)
     clip = getattr(settings, "clip", None)
     mixed = [DeviceAutocast(dtype, on)] if dtype != torch.float32 else []
     return mixed + ([GradientClip(clip)] if clip else [])

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch._dynamo.utils import counters
+from torch._functorch import config as functorch_config
 from torch.utils._pytree import tree_map_only
 
 with warnings.catch_warnings():  # fastai 2.8 scripts a function when it is imported, which torch calls deprecated
@@ -158,8 +159,9 @@ def _no_exchange(model):
 def _failure(learn, images, recorded):
     "Why a compiled step cannot be made; empty where it can. Raises `OutOfMemoryError`."
     limit = learn.cmid.settings.compile_limit
+    at_once = functorch_config.patch(force_non_lazy_backward_lowering=True)  # gradients too, within the time limit
     try:
-        with unchanged(learn), _no_exchange(learn.model), time_limit(limit):
+        with unchanged(learn), _no_exchange(learn.model), at_once, time_limit(limit):
             for _ in range(3 if recorded else 1):  # CUDA graphs: to warm up, to record, to replay
                 _begin_step(recorded)
                 trial_step(learn, images, "default")
@@ -168,6 +170,8 @@ def _failure(learn, images, recorded):
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
+        if "InvalidCxxCompiler" in str(error):
+            return "there is no C++ compiler (install g++)"
         reason, _, _ = str(error).partition("Set TORCHDYNAMO_VERBOSE")  # advice to developers
         return one_line(f"{type(error).__name__}: {reason}")
     return ""

@@ -227,7 +227,7 @@ def pretrain_learner(
     "A fastai Learner for CMID, made in each of the processes. Raises `CmidError` naming the key that is wrong."
     on, start = on or device(), start or read_start(settings.start, backbone, images)
     dtype, size = precision_of(settings.precision, on), micro_batch_size(settings)
-    tune_gpu(on, dtype)
+    tune_gpu(on, dtype, one_shape=True)
     model = _model_on_device(settings, backbone, variant, images, on, start)
     _check_batch_norm(size, variant, model)
     batches = Batches(images, index, settings.batch, seed, settings.epoch_images, on=on, rank=rank(), processes=world())

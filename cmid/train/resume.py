@@ -36,6 +36,9 @@ def _note_of_ways(then, now):
     return ", ".join(f"{key}: {then[key]} then, {value} now" for key, value in now.items() if then[key] != value)
 
 
+_ROUNDED = "compile", "gradient_checkpointing"  # ways to compute a batch that differ by rounding only
+
+
 class RunFolder:
     "The checkpoints of one run, in a folder named by the hash of the parameters that identify the run."
 
@@ -107,8 +110,10 @@ class RunFolder:
         then = self.ways[-1] if self.ways else None
         changed = _note_of_ways(then, self.way) if then else ""
         if changed:
+            rounded = all(then[key] == value for key, value in self.way.items() if key not in _ROUNDED)
+            why = "numbers are rounded in another way" if rounded else self.of_a_part
             say(
-                f"note: the same batch is computed in another way ({changed}): {self.of_a_part}, "
+                f"note: the same batch is computed in another way ({changed}): {why}, "
                 "so results differ a little from here on"
             )
         if changed or then is None:

@@ -59,10 +59,11 @@ def precision_of(
 def tune_gpu(
     on: torch.device,
     dtype: torch.dtype,  # of the run, from `precision_of`
+    one_shape: bool,  # does the run have images of one shape only?
 ):
-    "On a GPU: the quickest convolutions for one shape, and float32 products in TF32 where the run is in half precision."
+    "On a GPU: the quickest convolutions for one shape; float32 products in TF32 where the run is in half precision."
     if on.type == "cuda":
-        torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
+        torch.backends.cudnn.benchmark = one_shape and not torch.are_deterministic_algorithms_enabled()
         torch.backends.cuda.matmul.allow_tf32 = dtype != torch.float32
 
 # %% ../../nbs/4_train/00_training.ipynb #6ca8be05

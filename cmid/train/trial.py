@@ -8,6 +8,7 @@ __all__ = ['trial_step', 'unchanged', 'deterministic_cost']
 # %% ../../nbs/4_train/11_trial.ipynb #f3c69412
 import time
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
@@ -46,7 +47,8 @@ def unchanged(
 # %% ../../nbs/4_train/11_trial.ipynb #d678d3f9
 def _timed_steps(learn, images, steps):
     "Seconds of so many trial steps, after one that warms up."
-    wait = torch.cuda.synchronize if learn.cmid.on.type == "cuda" else bool
+    on = learn.cmid.on
+    wait = partial(torch.cuda.synchronize, on) if on.type == "cuda" else bool
     trial_step(learn, images)
     wait()
     begun = time.perf_counter()

@@ -82,14 +82,14 @@ class FakeStream:
 def test_a_gpu_copies_the_next_batch_before_it_works_on_this_one(monkeypatch):
     "Each step waits for its own copy alone, in its stream, and all of its tensors are kept until then."
     notes = []
-    step = FakeStream("step", notes)
+    step, gpu = FakeStream("step", notes), SimpleNamespace(type="cuda")
     monkeypatch.setattr(torch.cuda, "Stream", lambda on: FakeStream("copy", notes))
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext(notes.append(("in", stream.name))))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: step)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda on: step if on is gpu else None)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda o, stream: notes.append(("kept", stream.name)))
     monkeypatch.setattr(finetune, "to_device", lambda batch, on, non_blocking: notes.append(non_blocking) or batch)
     loader = DataLoader(Numbered(), sampler=ShuffledBatches(range(5), 2), batch_size=None)
-    for images, texts, _ in DeviceBatches(loader, SimpleNamespace(type="cuda")):
+    for images, texts, _ in DeviceBatches(loader, gpu):
         assert texts == [["a", 1]]
         notes.append(("step", images.unique().item()))
     copied, kept = [("in", "copy"), True], [("kept", "step")] * 2
