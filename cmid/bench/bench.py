@@ -6,6 +6,7 @@
 __all__ = ['bench_table', 'cmid_bench', 'cmid_plan']
 
 # %% ../../nbs/9_bench/09_bench.ipynb #2e55e67d
+import inspect
 import json
 
 from fastcore.script import Param, call_parse, store_true
@@ -66,8 +67,9 @@ def bench_table(
         "floor": f"{got['floor_s']:.4g} s",
         "step": f"{got['step_s']:.4g} s, {got['images_per_s']:,.4g} images/s",
     }
+    notes = dict(heads=" (compiled together: part of losses)") if got.get("compiled") else {}
     for part, floors in got["parts_over_floor"].items():
-        lines[f"  {part}"] = f"{got['parts'][part]:.4g} s, {floors:.3f} floors"
+        lines[f"  {part}"] = f"{got['parts'][part]:.4g} s, {floors:.3f} floors{notes.get(part, '')}"
     lines["peak memory"] = f"{got['peak_memory_mb']:,.0f} MB"
     for key, more in dict(gflop_per_image=_work_lines, jpeg_px=_disk_lines, loader_images_per_s=_loader_lines).items():
         lines |= more(got) if key in got else {}
@@ -82,97 +84,131 @@ def _print(value, as_json, table):
 _TASKS = f"{', '.join(BENCH_TASKS[:-1])} or {BENCH_TASKS[-1]}"
 _USUAL = dict(backbone="resnet50", batch=16, side=224)  # of pretraining
 _ROWS = "rows of --grid: numbers, tasks or backbones, separated by commas; list, or no value: show them"
+_GRID = "measure all that this device can do, and write results/bench/step-DEVICE.json over rows of the same kind"
+_OPERATORS = "count the operators of a step instead; with --grid: of three networks, for results/bench/operators.json"
 
 
-def _grid_rows(device, text):
-    "The rows of the device's grid that were chosen; None: all"
-    rows = bench_grid(find_device(device).type, has_compiler())
-    return choose_rows(rows, text) if text else None
+def _refuse(why, **given):
+    "Refuse options that are not as usual"
+    usual = inspect.signature(cmid_bench).parameters
+    for name, value in given.items():
+        if value != usual[name].default:
+            raise CmidError(f"--{name}: {why}; leave it out")
 
 
-def _run_grid(device, text, grid, limit):
+def _show_rows(known, grid):
+    if grid:
+        raise CmidError("--rows: a list measures nothing; leave out --grid, or name rows")
+    print(rows_table(known))
+
+
+def _run_grid(device, rows, grid, limit, **others):
     "Measure rows of the grid, or show them"
-    if text == "list":
-        print(rows_table(bench_grid(find_device(device).type, has_compiler())))
+    _refuse("has no effect on --grid and --rows", **others)
+    known = bench_grid(find_device(device).type, has_compiler())
+    if rows == "list":
+        _show_rows(known, grid)
         return
+    chosen = choose_rows(known, rows) if rows else None
     if not grid:
         raise CmidError("--rows: chooses rows of --grid; add --grid, or --rows list to show them")
-    print(f"wrote {run_grid(device, rows=_grid_rows(device, text), limit=limit)}")
+    print(f"wrote {run_grid(device, rows=chosen, limit=limit)}")
 
 
-def _count_operators(task, usual, device, as_json, bands, disk, **varied):
+def _write_operators(device, **others):
+    "Count the operators of three networks"
+    _refuse("has no effect on --operators --grid", **others)
+    if device not in ("auto", "cpu"):
+        raise CmidError(f"--device: --operators --grid counts on the CPU, not on {device!r}; use cpu")
+    print(f"wrote {write_operators()}")
+
+
+def _count_operators(task, usual, device, as_json, bands, disk, compile, **varied):
     "Print the operators of a step of pretraining"
     if task != "pretrain" or disk:
         raise CmidError("--operators: counts a step of --task pretrain; leave out --task and --disk")
-    usual = _USUAL | {key: value for key, value in usual.items() if value}
-    settings = bench_settings(usual["batch"], **varied)
+    usual = _USUAL | _given(usual)
+    settings = bench_settings(usual["batch"], compile=_way(compile), **varied)
     found = count_operators(usual["backbone"], settings, usual["side"], bands, find_device(device))
     _print(found, as_json, operators_table)
 
 
 def _way(compile):
     "The setting `pretrain.compile` of a word"
-    ways = {"": False, "step": True, "graph": "graph"}
+    ways = {None: False, "step": True, "graph": "graph"}
     if compile not in ways:
         raise CmidError(f"--compile: {compile!r} is not known; leave the word out, or use graph")
     return ways[compile]
 
 
-def _only_pretrain(task, **given):
-    "Refuse options that a task does not have"
-    for name, value in given.items():
-        if value:
-            raise CmidError(f"--{name}: is measured of --task pretrain only, not of {task}; leave it out")
+def _given(usual):
+    return {key: value for key, value in usual.items() if value is not None}
 
 
-def _asked(task, usual, **more):
+def _asked(task, usual, precision, **more):
     "Arguments of `measure_row`: of a task only those that it has"
+    usual = _given(usual)
     if task == "pretrain":
-        return _USUAL | {key: value for key, value in usual.items() if value} | more
-    names = dict(compile="compile", disk="disk", gradient_checkpointing="gradient_checkpointing")
-    _only_pretrain(task, accumulate=more["accumulate"] != 1, bands=more["bands"] != 3, **{o: more[o] for o in names})
-    how = {} if task.startswith(("apply-", "embed")) else dict(precision=more["precision"])
-    if not how:
-        _only_pretrain(task, precision=more["precision"] not in ("auto", "float32"))
-    return usual | how
+        return _USUAL | usual | more | dict(precision=precision, compile=_way(more["compile"]))
+    _refuse(f"is measured of --task pretrain only, not of {task}", **more)
+    if not task.startswith(("apply-", "embed")):
+        return usual | dict(precision=precision)
+    if precision not in ("auto", "float32"):
+        raise CmidError(f"--precision: is measured of training only, not of {task}; leave it out")
+    return usual
+
+
+def _measure_one(task, usual, steps, device, json, **more):
+    "Print one measurement"
+    asked = _asked(task, usual, **more)
+    if more["compile"] and not json:
+        print("compiling: this takes minutes before the first step", flush=True)
+    _print(measure_row(task, steps=steps, device=device, quiet=json, **asked), json, bench_table)
 
 
 @call_parse
 @cli
 def cmid_bench(
     task: Param(f"{_TASKS}", str) = "pretrain",
-    backbone: str = "",  # timm name; resnet50 unless given, of a task on a CPU resnet18
-    batch: int = 0,  # images a step, or windows at a time; 16 unless given, of a task as in params.yaml
+    backbone: str = None,  # timm name; resnet50 unless given, of a task on a CPU resnet18
+    batch: int = None,  # images a step, or windows at a time; 16 unless given, of a task as in params.yaml
     steps: int = 5,  # turns that are measured
-    side: int = 0,  # px; 224 unless given, of a task as in params.yaml; smaller on a CPU
-    bands: int = 3,
+    side: int = None,  # px; 224 unless given, of a task as in params.yaml; smaller on a CPU
+    bands: int = 3,  # of an image
     precision: str = "auto",  # auto, float32, bfloat16 or float16
-    compile: Param("compile the step; graph: and record CUDA graphs", str, nargs="?", const="step") = "",
+    compile: Param("compile the step; graph: and record CUDA graphs", str, nargs="?", const="step") = None,
     device: str = "auto",  # auto, cpu, cuda or cuda:N
     accumulate: int = 1,  # micro-batches a step
     gradient_checkpointing: store_true = False,  # compute activations again instead of keeping them
     disk: store_true = False,  # also from disk: loader alone, end to end, JPEGs
     json: store_true = False,  # one line of JSON
-    grid: store_true = False,  # measure everything that this device can do, and write results/bench
-    rows: Param(_ROWS, str, nargs="?", const="list") = "",
+    grid: Param(_GRID, store_true) = False,
+    rows: Param(_ROWS, str, nargs="?", const="list") = None,
     limit: float = LIMIT,  # seconds that a row of --grid may take
-    operators: store_true = False,  # count the operators of a step instead; with --grid: of three networks
+    operators: Param(_OPERATORS, store_true) = False,
 ):
     "Measure what a step of training or an inference costs, against its floor: the network's passes alone."
-    if grid and operators:
-        print(f"wrote {write_operators()}")
-        return
-    if grid or rows:
-        _run_grid(device, rows, grid, limit)
-        return
     usual = dict(backbone=backbone, batch=batch, side=side)
-    more = dict(bands=bands, precision=precision, compile=_way(compile), accumulate=accumulate, disk=disk)
-    more |= dict(gradient_checkpointing=gradient_checkpointing)
-    if operators:
+    more = dict(
+        bands=bands,
+        precision=precision,
+        compile=compile,
+        accumulate=accumulate,
+        gradient_checkpointing=gradient_checkpointing,
+        disk=disk,
+    )
+    others = usual | more | dict(task=task, steps=steps, json=json)
+    if not grid:
+        _refuse("is of the rows of --grid", limit=limit)
+    if operators and grid:
+        _write_operators(device, rows=rows, limit=limit, **others)
+    elif operators:
+        _refuse("has no effect on --operators", rows=rows, steps=steps)
         _count_operators(task, usual, device, json, **more)
-        return
-    asked = _asked(task, usual, **more)
-    _print(measure_row(task, steps=steps, device=device, quiet=json, **asked), json, bench_table)
+    elif grid or rows:
+        _run_grid(device, rows, grid, limit, **others)
+    else:
+        _measure_one(task, usual, steps, device, json, **more)
 
 # %% ../../nbs/9_bench/09_bench.ipynb #ce1ab388
 @call_parse

@@ -80,8 +80,9 @@ def grid(
 
 
 def has_compiler() -> bool:
-    "Whether there is a C++ compiler, which torch needs to compile."
-    return any(shutil.which(name) for name in ("g++", "clang++", os.environ.get("CXX", "g++")))
+    "Whether there is the C++ compiler that torch takes: CXX where it is set, else g++ (on macOS clang++)."
+    command = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++").split()
+    return bool(command) and shutil.which(command[0]) is not None
 
 # %% ../../nbs/9_bench/08_grid.ipynb #fe21097b
 def _words(row):
@@ -191,20 +192,24 @@ def _identity(row):
 _MADE = "commit", "changed", "versions"  # of a file, or of a row that was kept
 
 
-def _earlier(path, on_machine):
-    "(rows, failed rows) of a file that was measured on the same machine, each with its commit and versions"
+def _earlier(path):
+    "(machine, rows, failed rows) of a file, each row with its commit and versions"
     try:
         held = json.loads(path.read_text("utf8"))
         about = {key: held[key] for key in _MADE}
-        if held["machine"] != on_machine:
-            return [], []
-        return [[about | row for row in held[name]] for name in ("rows", "failed")]
-    except (OSError, ValueError, KeyError, TypeError):
-        return [], []  # there is none, or it is replaced
+        rows, failed = ([about | row for row in held.get(name, [])] for name in ("rows", "failed"))
+        return dict(held["machine"]), rows, failed
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise CmidError(f"{path}: is not a measurement of cmid_bench; move it away, then run this again") from None
+
+
+def _differences(there, here):
+    "What differs between two machines, in words"
+    return "; ".join(f"{key} {there.get(key)}, here {value}" for key, value in here.items() if there.get(key) != value)
 
 
 class GridFile:
-    "A results file that grows row by row."
+    "A results file that grows row by row. Raises `CmidError` where the file that is there is damaged."
 
     def __init__(
         self,
@@ -213,8 +218,11 @@ class GridFile:
         only=None,  # requests whose earlier rows stay until they are measured again; None: all earlier rows
     ):
         self.path, self.facts = path, facts | dict(machine=machine())
-        self.done, self.rows, self.failed = set(), [], []
-        self.earlier = _earlier(path, self.facts["machine"])
+        self.measured, self.tried, self.rows, self.failed = set(), set(), [], []
+        there, *self.earlier = _earlier(path) if path.exists() else (self.facts["machine"], [], [])
+        self.other = _differences(there, self.facts["machine"])  # "" where the file is of this machine
+        if self.other:
+            self.earlier = [[], []]
         if only is not None:
             kept = {_identity(row) for row in only}
             self.earlier = [[row for row in rows if _identity(row) in kept] for rows in self.earlier]
@@ -225,18 +233,38 @@ class GridFile:
         row: dict | None,  # what was measured
         why: str = "",  # it failed
     ):
-        "Add a row or a failure, and write the file."
-        self.done.add(_identity(request))
+        "Add a row or a failure, and write the file; one of another machine only when a row is measured."
+        self.tried.add(_identity(request))
         if row is None:
             self.failed.append(request | dict(why=why))
         else:
+            self.measured.add(_identity(request))
             self.rows.append(row)
-        rows, failed = ([row for row in rows if _identity(row) not in self.done] for rows in self.earlier)
+        if self.rows or not self.other:
+            self._write()
+
+    def _write(self):
+        rows, failed = self.earlier
+        rows = [row for row in rows if _identity(row) not in self.measured]
+        failed = [row for row in failed if _identity(row) not in self.tried]
         write_json(self.path, self.facts | dict(rows=self.rows + rows, failed=self.failed + failed))
 
 
 def _device_name(device):
     return device.type if device.type != "cuda" else "-".join(torch.cuda.get_device_name(device).lower().split())
+
+
+def _grid_file(path, facts, whole, rows):
+    "A `GridFile`; of another machine's file a choice of rows is refused, and the whole grid says that it replaces it"
+    file = GridFile(path, facts, whole if rows is None else None)
+    if file.other and rows is not None:
+        raise CmidError(
+            f"--rows: {file.path} was measured on another machine ({file.other}): "
+            "leave out --rows to measure all rows, or move the file away"
+        )
+    if file.other:
+        print(f"replaces the rows of another machine in {file.path} ({file.other})", file=sys.stderr)
+    return file
 
 
 def run_grid(
@@ -245,13 +273,13 @@ def run_grid(
     rows=None,  # of the grid; None: all for this kind of device
     limit: float = LIMIT,  # seconds a row
 ) -> Path:  # the file
-    "Measure rows and write their file, with the reason of each that fails. Raises `CmidError` where all fail."
+    "Measure rows and write their file, with why a row failed. Raises `CmidError` where all fail, or for a wrong file."
     if limit <= 0:
         raise CmidError(f"--limit: {limit:g} s measures nothing; give more than 0")
     found = find_device(on)
     whole = grid(found.type, has_compiler())
     path = Path(out or root() / "results" / "bench") / f"step-{_device_name(found)}.json"
-    file = GridFile(path, provenance(found), whole if rows is None else None)
+    file = _grid_file(path, provenance(found), whole, rows)
     for request in tqdm(whole if rows is None else rows, desc="grid"):
         try:
             file.add(request, _measured_apart(request, on, limit))
@@ -259,5 +287,6 @@ def run_grid(
             file.add(request, None, str(error))
             print(f"{' '.join(map(str, _words(request)))} failed: {error}", file=sys.stderr)
     if not file.rows:
-        raise CmidError(f"not one row could be measured (first: {file.failed[0]['why']}); see {path}")
+        seen = f"{path} stays as it was" if file.other else f"see {path}"
+        raise CmidError(f"not one row could be measured (first: {file.failed[0]['why']}); {seen}")
     return path
