@@ -133,7 +133,7 @@ def test_sizes_count_by_their_pixels_and_a_constant_band_is_not_blown_up():
 @pytest.fixture(scope="module")
 def trained():
     "Tiles, settings, metrics, epochs and what was trained."
-    data, settings, kept = tiles(5, size=(40, 33)), changed(SEGMENT, epochs=8, lr=4e-3, crop=32), {}
+    data, settings, kept = tiles(5, size=(40, 33)), changed(SEGMENT, epochs=16, lr=4e-3, crop=32), {}
     metrics, epochs, _ = segment(None, data, settings, on=CPU, say=quiet, trained=kept.update)
     return data, settings, metrics, epochs, kept
 
