@@ -216,8 +216,9 @@ class GridFile:
         path: Path,  # to write
         facts: dict,  # of `provenance`
         only=None,  # requests whose earlier rows stay until they are measured again; None: all earlier rows
+        on: torch.device | None = None,  # the device that is measured; None: the default one
     ):
-        self.path, self.facts = path, facts | dict(machine=machine())
+        self.path, self.facts = path, facts | dict(machine=machine(on))
         self.measured, self.tried, self.rows, self.failed = set(), set(), [], []
         there, *self.earlier = _earlier(path) if path.exists() else (self.facts["machine"], [], [])
         self.other = _differences(there, self.facts["machine"])  # "" where the file is of this machine
@@ -254,9 +255,9 @@ def _device_name(device):
     return device.type if device.type != "cuda" else "-".join(torch.cuda.get_device_name(device).lower().split())
 
 
-def _grid_file(path, facts, whole, rows):
+def _grid_file(path, facts, whole, rows, on):
     "A `GridFile`; of another machine's file a choice of rows is refused, and the whole grid says that it replaces it"
-    file = GridFile(path, facts, whole if rows is None else None)
+    file = GridFile(path, facts, whole if rows is None else None, on)
     if file.other and rows is not None:
         raise CmidError(
             f"--rows: {file.path} was measured on another machine ({file.other}): "
@@ -279,7 +280,7 @@ def run_grid(
     found = find_device(on)
     whole = grid(found.type, has_compiler())
     path = Path(out or root() / "results" / "bench") / f"step-{_device_name(found)}.json"
-    file = _grid_file(path, provenance(found), whole, rows)
+    file = _grid_file(path, provenance(found), whole, rows, found)
     for request in tqdm(whole if rows is None else rows, desc="grid"):
         try:
             file.add(request, _measured_apart(request, on, limit))

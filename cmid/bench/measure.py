@@ -199,8 +199,11 @@ def end_to_end(
         source.close()
 
 # %% ../../nbs/9_bench/01_measure.ipynb #a3ef1e91
-def machine() -> dict:  # processor, cores, threads, memory_gb, gpu
+def machine(
+    on: torch.device | None = None,  # the device that is measured; None: the default one
+) -> dict:  # processor, cores, threads, memory_gb, gpu (None where a CPU is measured)
     "What this runs on, without the name of the machine."
+    on = on or find_device()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         processor = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -211,7 +214,7 @@ def machine() -> dict:  # processor, cores, threads, memory_gb, gpu
         cores=psutil.cpu_count(),
         threads=torch.get_num_threads(),
         memory_gb=round(psutil.virtual_memory().total / 2**30),
-        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        gpu=torch.cuda.get_device_name(on) if on.type == "cuda" else None,
     )
 
 

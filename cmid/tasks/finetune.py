@@ -201,12 +201,26 @@ class DeviceAutocast(MixedPrecision):
         super().__init__("bf16" if dtype == torch.bfloat16 else "fp16")
         self.dtype = dtype
         self.on = on
+        self.inside = False  # of autocast, which a step enters and leaves
 
     def before_fit(self):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # without a GPU, its own autocast warns
             super().before_fit()
         self.autocast = torch.autocast(self.on.type, self.dtype)
+
+    def before_batch(self):
+        super().before_batch()
+        self.inside = True
+
+    def after_loss(self):
+        super().after_loss()
+        self.inside = False
+
+    def leave(self):
+        "Leaves mixed precision where an error kept the step from doing so."
+        if self.inside:
+            self.after_loss()
 
 # %% ../../nbs/5_tasks/04_finetune.ipynb #64ba72e6
 def _memory_format(on, batch):
@@ -473,8 +487,12 @@ def _train_epochs(learn, callback, done):
     if done == epochs:
         learn.model.eval()
         return
-    with stoppable(writer), unwrapped_errors():
-        learn.fit(epochs, start_epoch=done)
+    try:
+        with stoppable(writer), unwrapped_errors():
+            learn.fit(epochs, start_epoch=done)
+    finally:
+        for callback in learn.cbs.filter(lambda callback: isinstance(callback, DeviceAutocast)):
+            callback.leave()
 
 
 def fit(

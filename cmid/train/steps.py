@@ -107,9 +107,7 @@ class CMIDCallback(Callback):
         *first, last = self.learn.xb[0].chunk(self.settings.accumulate)
         self.micro_losses = [self._micro_batch(images, i) for i, images in enumerate(first)]
         self.learn.xb = (self.make_views(last, len(first)), self.tau)
-        self.learn.model = self.distributed
-        self.cast = self.autocast()
-        self.cast.__enter__()
+        self.learn.model = self._forward
 
     def make_views(
         self,
@@ -136,20 +134,17 @@ class CMIDCallback(Callback):
             self.scaler.scale(losses.total / self.settings.accumulate).backward()
         return _detached(losses)
 
-    def after_pred(self):
-        self._end_autocast()
+    def _forward(self, views, tau):
+        "What fastai calls in place of the model, once: the losses, in the run's precision and exchanged by processes."
+        self.learn.model = self.plain_model
+        with self.autocast():
+            return self.distributed(views, tau)
 
     def after_cancel_batch(self):
-        self._end_autocast()
+        self.learn.model = self.plain_model
 
     def after_cancel_fit(self):
-        self._end_autocast()
-
-    def _end_autocast(self):
-        if getattr(self, "cast", None) is not None:
-            self.cast.__exit__(None, None, None)
-            self.cast = None
-            self.learn.model = self.plain_model
+        self.learn.model = self.plain_model
 
     def after_loss(self):
         self.losses.append(torch.stack([*self.micro_losses, _detached(self.learn.pred)]).mean(0))

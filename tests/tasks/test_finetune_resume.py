@@ -13,6 +13,7 @@ import torch
 from cmid.base.errors import CmidError
 from cmid.tasks import finetune
 from cmid.tasks.finetune import DeviceAutocast, FineTuneCallback
+from cmid.tasks.segment import Segmenter
 from cmid.train import resume
 from cmid.train.checkpoint import checkpoints, latest
 from tests.tools.runs import quiet
@@ -198,6 +199,17 @@ def test_the_scaler_is_part_of_a_checkpoint(init, monkeypatch, stop_after, tmp_p
     states = [latest(runs_of(tmp_path / name)[0])[1]["scaler"] for name in ("whole", "stopped")]
     assert states[0] == states[1]
     assert (states[0]["scale"], states[0]["_growth_tracker"]) == (4.0 * 2 ** (STEPS // 2), STEPS % 2)
+
+
+def test_an_error_in_a_step_leaves_mixed_precision(init, monkeypatch):
+    def fail(*_):
+        assert torch.is_autocast_enabled("cpu")
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(Segmenter, "forward", fail)
+    with pytest.raises(RuntimeError, match="broken"):
+        train("segment", init, say=quiet, precision="bfloat16")
+    assert not torch.is_autocast_enabled("cpu")
 
 
 def test_a_full_disk_is_one_line(init, every_epoch, monkeypatch, tmp_path):

@@ -55,3 +55,20 @@ def test_losses_that_are_off_are_0():
     last = learn.journal.epochs[-1]
     assert last["contrast"] == last["distillation"] == 0
     assert last["reconstruction"] > 0
+
+
+def test_an_error_in_a_step_leaves_mixed_precision(monkeypatch):
+    "What runs after it computes with its own weights in its own precision, and the learner has its model again."
+    cpu = torch.device("cpu")
+    learn = pretrain_learner(Pool(), np.arange(11), settings(precision="bfloat16"), "resnet18", on=cpu, say=quiet)
+
+    def fail(*_):
+        assert torch.is_autocast_enabled("cpu")
+        raise RuntimeError("broken")
+
+    model = learn.model
+    monkeypatch.setattr(model, "forward", fail)
+    with pytest.raises(RuntimeError, match="broken"):
+        run_pretraining(learn)
+    assert not torch.is_autocast_enabled("cpu")
+    assert learn.model is model
