@@ -6,7 +6,7 @@
 __all__ = ['Probe']
 
 # %% ../../nbs/1_settings/07_probe.ipynb #9dd04d86
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -19,6 +19,9 @@ class Probe(Section):
     train: str
     test: str
     neighbours: Count
+    metric: Literal["cosine", "euclidean"]
+    vote: Literal["weighted", "majority"]
+    scaler: Literal["none", "standard"]
     temperature: Positive
     fractions: Annotated[list[Share], Field(min_length=1)]
     regularisation: Annotated[list[Positive], Field(min_length=1)]

@@ -17,7 +17,7 @@ from ..base.errors import CmidError
 from ..base.files import write_json
 from ..base.params import Params
 from ..base.precision import average_precision
-from ..base.scores import mean_interval, wilson
+from ..base.scores import mean_interval, pack_answers, wilson
 from ..settings.study import is_floor
 from .results import runs
 
@@ -98,6 +98,21 @@ def _classify(init, images, classes=6):
         per_class={f"class {c}": _class_scores(table, c) for c in range(classes)},
         confusion=table.tolist(),
     )
+
+# %% ../../nbs/8_study/08_examples.ipynb #f13da9c5
+def _answered(correct, images):
+    "Answers of which as many are right: half of what makes an image hard is the same for all"
+    shared, own = (np.random.default_rng(seed).random(images) for seed in (0, 1 + correct))
+    return pack_answers((shared + own).argsort().argsort() < correct)
+
+
+def _answers(metrics):
+    "answers.json as the probe and classify stages write it"
+    kinds = [kind for kind in ("linear", "knn", "finetune") if kind in metrics]
+    answers = dict(images="0" * 64)
+    for kind in kinds:
+        answers[kind] = {k: _answered(o["correct"], metrics["test_images"]) for k, o in metrics[kind].items()}
+    return answers
 
 # %% ../../nbs/8_study/08_examples.ipynb #efe61234
 def _purity(init, images):
@@ -411,8 +426,8 @@ def _run_files(stage, identity, test_images):
     if stage == "features":
         return dict(zip(("metrics", "embedding"), _features(init)))
     if stage in ("probe", "classify"):
-        made = dict(probe=_probe, classify=_classify)[stage]
-        return dict(metrics=made(init, test_images))
+        metrics = dict(probe=_probe, classify=_classify)[stage](init, test_images)
+        return dict(metrics=metrics, answers=_answers(metrics))
     made = dict(segment=_segment, change=_change, detect=_detect, correspondence=_correspondence)
     return dict(metrics=made[stage](init) if stage in made else _fixed_metrics(stage))
 

@@ -35,7 +35,7 @@ from ..method.backbones import like_resnet
 from ..method.images import crop, random_boxes, resample
 from ..settings.classify import Classify
 from .finetune import FineTuneCallback, TaskItems, check_bands, fit, task_learner, temporary_seed
-from .scene_classes import accuracy_with_interval, class_splits, pooled_features, subsample
+from .scene_classes import accuracy_with_interval, answers_record, class_splits, pooled_features, subsample
 from ..train.checkpoint import load_backbone, read_card
 from ..train.processes import mean_count
 from ..train.resume import numbers_digest, task_run
@@ -549,16 +549,16 @@ def classify(
     say=print,  # takes a line
     store: dict | None = None,  # of `Stage.store`: where checkpoints are kept; None: nowhere
     trained=None,  # takes `model`, trained with the most labels, and `settings`, as resolved; None: it is not kept
-) -> tuple:  # (dict as JSON takes it; epochs of the run with the most labels, for `classification_curves_figure`)
+) -> tuple:  # (metrics, answers: both as JSON takes them; epochs of the run with the most labels)
     "Fine-tune on fractions of the labels; test. Raises `CmidError` as `class_splits` and `fine_tune_classifier`."
     train, test = class_splits(prepared, settings.train, settings.test)
     truth = prepared.labels[test]
-    runs = {}
+    runs, correct = {}, {}
     for fraction in sorted(set(settings.fractions)):
         say(f"{100 * fraction:g} % of the labels")
         index = subsample(prepared.labels, train, fraction, seed)
         predicted, run, learn = _run(folder, prepared, index, test, settings, seed, on, say, store, fraction)
-        runs[str(fraction)] = run
+        runs[str(fraction)], correct[str(fraction)] = run, predicted == truth
     if trained:
         rate = drop_path_rate(settings, learn.model.encoder.name)
         trained(model=learn.model, settings=settings.model_copy(update=dict(drop_path=rate)))
@@ -571,7 +571,8 @@ def classify(
         chosen_on=f"validation ({held_out} images)" if held_out else "last",
         finetune=runs,
     )
-    return result | _scores(predicted, truth, prepared.classes), learn.classification.epochs
+    result |= _scores(predicted, truth, prepared.classes)
+    return result, answers_record(prepared, test, finetune=correct), learn.classification.epochs
 
 # %% ../../nbs/5_tasks/06_classify.ipynb #8d87be18
 _PANELS = {"loss": "loss", "learning rate": "lr", "validation accuracy": "validation"}

@@ -11,6 +11,7 @@ import warnings
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
@@ -20,7 +21,7 @@ from torch import nn
 from ..base.errors import CmidError
 from ..base.figures import COLOURS, MARKERS, legend_columns
 from ..settings.probe import Probe
-from .scene_classes import accuracy_with_interval, class_splits, pooled_features, subsample
+from .scene_classes import accuracy_with_interval, answers_record, class_splits, pooled_features, subsample
 from ..train.knn import knn_predict
 
 # %% ../../nbs/5_tasks/01_probe.ipynb #2b6b7fcf
@@ -91,11 +92,21 @@ def _recall(predicted, truth, names):
     return recall
 
 
+def _scaled(train, test, scaler):
+    "Features as they are, or each channel with mean 0 and deviation 1 over the training images."
+    if scaler == "none":
+        return train, test
+    fitted = StandardScaler().fit(np.asarray(train, np.float64))
+    return tuple(torch.as_tensor(fitted.transform(np.asarray(o, np.float64))) for o in (train, test))
+
+
 def _score_knn(train, labels, test, truth, classes, settings):
-    "Accuracy of the kNN vote of these training features."
+    "Predicted labels and accuracy of the kNN vote of these training features."
     k = min(settings.neighbours, len(train))
-    predicted = knn_predict(train, labels, test, classes, k, settings.temperature).numpy()
-    return accuracy_with_interval(predicted, truth, train_images=len(train), k=k)
+    train, test = _scaled(train, test, settings.scaler)
+    voting = k, settings.temperature, settings.metric, settings.vote
+    predicted = knn_predict(train, labels, test, classes, *voting).numpy()
+    return predicted, accuracy_with_interval(predicted, truth, train_images=len(train), k=k)
 
 
 def _score_linear(train, labels, test, truth, settings, seed):
@@ -104,6 +115,18 @@ def _score_linear(train, labels, test, truth, settings, seed):
     predicted = fit.predict(test)
     facts = dict(train_images=len(train), C=fit.C, held_out=fit.held_out, converged=fit.converged)
     return predicted, accuracy_with_interval(predicted, truth, **facts)
+
+
+def _score_fractions(features, labels, classes, settings, seed):
+    "Scores, and correct answers, of both probes at each fraction of the labels; predictions with the most labels."
+    (x, query), (y, truth) = features, labels
+    scores, correct = dict(knn={}, linear={}), dict(knn={}, linear={})
+    for fraction in sorted(set(settings.fractions)):
+        i, share = subsample(y, np.arange(len(y)), fraction, seed), str(fraction)
+        near, scores["knn"][share] = _score_knn(x[i], y[i], query, truth, classes, settings)
+        predicted, scores["linear"][share] = _score_linear(x[i], y[i], query, truth, settings, seed)
+        correct["knn"][share], correct["linear"][share] = near == truth, predicted == truth
+    return scores, correct, predicted
 
 # %% ../../nbs/5_tasks/01_probe.ipynb #16963794
 def probe(
@@ -115,22 +138,20 @@ def probe(
     seed: int = 0,  # of the subsets and of the held-out fifth
     device=None,  # where features are computed; None: where the encoder is
     progress: bool = False,  # show a bar
-) -> tuple:  # (dict as JSON takes it; int (test images,): labels by the linear probe with the most labels)
+) -> tuple:  # (metrics, answers), both as JSON takes them
     "kNN and linear accuracy on frozen features at each fraction of the labels. Raises `CmidError` as `class_splits`."
     train, test = class_splits(prepared, settings.train, settings.test)
-    x, query = (
+    features = [
         pooled_features(encoder, prepared, index, mean, std, settings.batch, device, progress)
         for index in (train, test)
-    )
-    names, y, truth = prepared.classes, prepared.labels[train], prepared.labels[test]
-    knn, linear = {}, {}
-    for fraction in sorted(set(settings.fractions)):
-        i = subsample(y, np.arange(len(y)), fraction, seed)
-        knn[str(fraction)] = _score_knn(x[i], y[i], query, truth, len(names), settings)
-        predicted, linear[str(fraction)] = _score_linear(x[i], y[i], query, truth, settings, seed)
+    ]
+    names, truth = prepared.classes, prepared.labels[test]
+    labels = prepared.labels[train], truth
+    scores, correct, predicted = _score_fractions(features, labels, len(names), settings, seed)
     chance = float(np.bincount(truth).max() / len(test))
-    result = dict(classes=len(names), test_images=len(test), chance=chance, knn=knn, linear=linear)
-    return result | dict(recall_at=str(fraction), recall=_recall(predicted, truth, names)), predicted
+    result = dict(classes=len(names), test_images=len(test), chance=chance) | scores
+    result |= dict(recall_at=str(max(settings.fractions)), recall=_recall(predicted, truth, names))
+    return result, answers_record(prepared, test, **correct)
 
 # %% ../../nbs/5_tasks/01_probe.ipynb #a5486f8c
 def _recall_percent(result, name):

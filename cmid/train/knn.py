@@ -10,13 +10,23 @@ import torch
 import torch.nn.functional as F
 
 # %% ../../nbs/4_train/02_knn.ipynb #f9bc9415
-SIMILARITIES = 2**24  # cosines held at a time: 64 MB
+SIMILARITIES = 2**24  # similarities held at a time: 64 MB
 
 
-def _vote(cosines, labels, classes, k, temperature):
+def _similarity(query, train, metric):
+    "Cosines of features of length 1, or minus their Euclidean distances, (B, N)."
+    if metric == "cosine":
+        return query @ train.T
+    return -torch.cdist(query, train, compute_mode="donot_use_mm_for_euclid_dist")  # the product loses small distances
+
+
+def _vote(similarities, labels, classes, k, temperature, vote):
     "Class with the largest vote, (B,). The nearest has weight 1, so that no temperature overflows."
-    nearest, at = cosines.topk(k)
-    weights = ((nearest - nearest[:, :1]) / temperature).exp()
+    nearest, at = similarities.topk(k)
+    if vote == "majority":
+        weights = torch.ones_like(nearest)
+    else:
+        weights = ((nearest - nearest[:, :1]) / temperature).exp()
     return torch.zeros(len(at), classes, device=at.device).scatter_add_(1, labels[at], weights).argmax(1)
 
 # %% ../../nbs/4_train/02_knn.ipynb #415bf6cd
@@ -26,10 +36,15 @@ def knn_predict(
     query: torch.Tensor,  # (M, C) features
     classes: int,  # how many there are
     k: int = 20,  # neighbours; all of them where there are fewer
-    temperature: float = 0.07,  # T
+    temperature: float = 0.07,  # T of a weighted vote
+    metric: str = "cosine",  # cosine | euclidean
+    vote: str = "weighted",  # weighted | majority
 ) -> torch.Tensor:  # (M,) labels
-    "Weighted votes of the nearest by cosine (arXiv 1805.01978, section 3.4), in chunks of bounded memory."
-    train, query = (F.normalize(features.float(), dim=1) for features in (train, query))
+    "Votes of the nearest (arXiv 1805.01978, section 3.4), in chunks of bounded memory."
+    train, query = train.float(), query.float()
+    if metric == "cosine":
+        train, query = (F.normalize(features, dim=1) for features in (train, query))
     labels = torch.as_tensor(train_labels, dtype=torch.long, device=train.device)
+    voting = labels, classes, min(k, len(train)), temperature, vote
     chunks = query.split(max(1, SIMILARITIES // len(train)))
-    return torch.cat([_vote(chunk @ train.T, labels, classes, min(k, len(train)), temperature) for chunk in chunks])
+    return torch.cat([_vote(_similarity(chunk, train, metric), *voting) for chunk in chunks])

@@ -14,7 +14,7 @@ from cmid.base.errors import CmidError
 from cmid.base.figures import confusion_figure
 from cmid.base.params import Params
 from cmid.base.runtime import step_generator
-from cmid.base.scores import class_table, wilson
+from cmid.base.scores import class_table, unpack_answers, wilson
 from cmid.method import backbones
 from cmid.method.images import crop, random_boxes
 from cmid.tasks import classify as module
@@ -377,13 +377,13 @@ QUICK = changed(PAPER, epochs=6, warmup_epochs=1, batch=8, lr=0.003, precision="
 
 @pytest.fixture(scope="module")
 def run(scenes, resnet):
-    "Result, epochs and lines of one run with all of the published augmentation."
+    "Result, answers, epochs and lines of one run with all of the published augmentation."
     lines = []
     return *classify(resnet, scenes, QUICK, seed=3, on=CPU, say=lines.append), lines
 
 
 def test_accuracy_exceeds_chance_and_results_agree(scenes, run):
-    result, epochs, _ = run
+    result, answers, epochs, _ = run
     whole = result["finetune"]["1.0"]
     assert json.loads(json.dumps(result, allow_nan=False)) == result
     assert (result["classes"], result["test_images"], result["chance"]) == (3, 15, pytest.approx(1 / 3))
@@ -395,6 +395,8 @@ def test_accuracy_exceeds_chance_and_results_agree(scenes, run):
         assert score["accuracy"] == score["correct"] / 15
         assert (score["low"], score["high"]) == wilson(score["correct"], 15)
         assert (score["epoch"], score["held_out"]) == (6, 0)
+    for share, score in result["finetune"].items():
+        assert unpack_answers(answers["finetune"][share], 15).sum() == score["correct"]
     confusion = np.array(result["confusion"])
     assert confusion.sum(1).tolist() == [5, 5, 5]
     assert confusion.trace() == whole["correct"]
@@ -406,7 +408,7 @@ def test_accuracy_exceeds_chance_and_results_agree(scenes, run):
 
 
 def test_each_epoch_is_reported_in_one_line(run):
-    lines = run[2]
+    lines = run[3]
     epochs = [line for line in lines if line.startswith("epoch ")]
     assert len(epochs) == 12
     assert all("images/s" in line and "left" in line for line in epochs)
@@ -471,8 +473,8 @@ def test_test_labels_do_not_choose_the_epoch(scenes, validated, resnet):
     labels = scenes.labels.copy()
     labels[test] = (labels[test] + 1) % 3
     wrong = Memory(scenes[np.arange(39)], labels, train, test, scenes.classes)
-    result, _ = classify(resnet, scenes, VALIDATED, 1, CPU, quiet)
-    other, _ = classify(resnet, wrong, VALIDATED, 1, CPU, quiet)
+    result, *_ = classify(resnet, scenes, VALIDATED, 1, CPU, quiet)
+    other, *_ = classify(resnet, wrong, VALIDATED, 1, CPU, quiet)
     assert result["chosen_on"] == "validation (6 images)"
     assert result["epoch"] == other["epoch"] == validated[0].classification.best_epoch
     assert np.roll(result["confusion"], 1, 0).tolist() == other["confusion"]
@@ -502,7 +504,7 @@ def test_the_best_epoch_is_kept_when_later_ones_are_worse(scenes, resnet, monkey
 def test_nothing_is_held_out_where_a_class_has_one_image(scenes, resnet):
     lines = []
     s = changed(QUICK, fractions=[0.1], validation=0.5, epochs=2, batch=16)
-    result, _ = classify(resnet, scenes, s, on=CPU, say=lines.append)
+    result, *_ = classify(resnet, scenes, s, on=CPU, say=lines.append)
     assert result["chosen_on"] == "last"
     assert result["finetune"]["0.1"]["train_images"] == 3
     assert any("nothing is held out" in line for line in lines)
@@ -615,7 +617,7 @@ def test_confusion_figure(k):
 
 
 def test_curves_figure(run):
-    _, epochs, _ = run
+    _, _, epochs, _ = run
     validated = [epoch | dict(validation=0.1 * epoch["epoch"]) for epoch in epochs]
     expected = {1: ["loss", "learning rate"], 2: ["loss", "learning rate", "validation accuracy"]}
     for number, shown in enumerate((epochs, validated), 1):

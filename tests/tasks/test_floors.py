@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from cmid.base.errors import CmidError
+from cmid.base.scores import unpack_answers
 from cmid.settings.probe import Probe
 from cmid.settings.study import FLOORS
 from cmid.tasks import floors
@@ -25,6 +26,9 @@ SETTINGS = Probe(
     train="train",
     test="test",
     neighbours=5,
+    metric="cosine",
+    vote="weighted",
+    scaler="none",
     temperature=0.07,
     fractions=[1.0],
     regularisation=[0.1, 10.0],
@@ -159,8 +163,9 @@ def test_floors_go_through_the_probe_of_backbones(scenes, init):
     frozen = frozen_encoder(init, None, scenes, SETTINGS)
     assert (frozen.facts["pretraining_data"], frozen.facts["made_by"]) == (None, None)
     assert frozen.facts["floor"]
-    metrics, predicted = probe(*frozen[:3], scenes, SETTINGS)
-    assert (metrics["test_images"], len(predicted)) == (12, 12)
+    metrics, answers = probe(*frozen[:3], scenes, SETTINGS)
+    assert metrics["test_images"] == 12
+    assert unpack_answers(answers["linear"]["1.0"], 12).sum() == metrics["linear"]["1.0"]["correct"]
     assert metrics["linear"]["1.0"]["accuracy"] > 0.9  # colours are enough
     again, _ = probe(*frozen_encoder(init, None, scenes, SETTINGS)[:3], scenes, SETTINGS)
     assert again == metrics

@@ -9,7 +9,7 @@ from torch import nn
 
 from cmid.base.errors import CmidError
 from cmid.base.figures import accuracy_figure
-from cmid.base.scores import wilson
+from cmid.base.scores import unpack_answers, wilson
 from cmid.method import backbones
 from cmid.settings.probe import Probe
 from cmid.tasks import probe as module
@@ -23,6 +23,9 @@ SETTINGS = Probe(
     train="train",
     test="test",
     neighbours=5,
+    metric="cosine",
+    vote="weighted",
+    scaler="none",
     temperature=0.07,
     fractions=[1.0, 0.1],
     regularisation=[0.1, 10.0],
@@ -191,7 +194,7 @@ def run(data, settings=SETTINGS, seed=0):
 
 
 def test_results_agree_with_each_other(scenes):
-    result, predicted = run(scenes)
+    result, answers = run(scenes)
     truth = scenes.labels[scenes.splits["test"]]
     assert json.loads(json.dumps(result, allow_nan=False)) == result
     assert (result["classes"], result["test_images"], result["chance"]) == (3, 15, pytest.approx(1 / 3))
@@ -203,18 +206,49 @@ def test_results_agree_with_each_other(scenes):
     for score in (*result["knn"].values(), *result["linear"].values()):
         assert score["accuracy"] == score["correct"] / 15
         assert (score["low"], score["high"]) == wilson(score["correct"], 15)
-    assert len(predicted) == 15
-    assert (predicted == truth).sum() == result["linear"]["1.0"]["correct"] > 12
+    assert result["linear"]["1.0"]["correct"] > 12
+    for kind in ("knn", "linear"):
+        for share, score in result[kind].items():
+            assert unpack_answers(answers[kind][share], 15).sum() == score["correct"]
     assert result["recall_at"] == "1.0"
+    correct = unpack_answers(answers["linear"]["1.0"], 15)
     for c, name in enumerate(scenes.classes):
-        assert result["recall"][name] == pytest.approx((predicted[truth == c] == c).mean())
+        assert result["recall"][name] == pytest.approx(correct[truth == c].mean())
+
+
+def test_answers_name_the_scored_list(scenes):
+    "The digest is the same whatever scores the list, and another where a name, a label or the order differs."
+
+    def listed(**changes):
+        images, labels = np.zeros((6, 1, 32, 32), "uint8"), np.array([0, 1, 0, 1, 0, 1])
+        values = dict(images=images, labels=labels, train=np.arange(2), test=np.arange(2, 6), names=["a", "b"])
+        return run(Memory(**values | changes))[1]["images"]
+
+    same = listed()
+    assert same == listed(images=np.full((6, 1, 32, 32), 255, "uint8")) == listed(labels=np.array([1, 0, 0, 1, 0, 1]))
+    assert len({same, listed(labels=np.array([0, 1, 1, 1, 0, 1])), listed(test=np.array([3, 2, 4, 5]))}) == 3
+    assert len({same, listed(names=["a", "c"]), listed(test=np.arange(2, 5))}) == 3
+    assert run(scenes)[1]["images"] != same
+
+
+def test_features_may_be_scaled_before_the_vote():
+    "Only the small channel knows the class: distances see it after scaling alone."
+    rng = np.random.default_rng(0)
+    y = np.arange(80) % 2
+    images = np.stack([rng.integers(0, 256, 80), 2 * y], 1)[:, :, None, None]
+    images = np.tile(images, (1, 1, 32, 32)).astype("uint8")
+    data = Memory(images, y, np.arange(40), np.arange(40, 80), ["a", "b"])
+    data.mean, data.std = [0.5, 0.5], [0.25, 0.25]
+    near = dict(metric="euclidean", vote="majority", fractions=[1.0])
+    plain, scaled = (run(data, SETTINGS.model_copy(update=near | dict(scaler=o)))[0] for o in ("none", "standard"))
+    assert plain["knn"]["1.0"]["accuracy"] < 0.8 < scaled["knn"]["1.0"]["accuracy"]
+    assert plain["linear"] == scaled["linear"]
 
 
 def test_every_batch_size_evaluates_the_whole_test_split(scenes):
-    result, predicted = run(scenes, SETTINGS.model_copy(update=dict(batch=1)))
-    other_result, other_predicted = run(scenes, SETTINGS.model_copy(update=dict(batch=11)))
-    assert result == other_result
-    assert (predicted == other_predicted).all()
+    assert run(scenes, SETTINGS.model_copy(update=dict(batch=1))) == run(
+        scenes, SETTINGS.model_copy(update=dict(batch=11))
+    )
 
 
 def test_the_same_seed_gives_the_same_numbers(scenes):
@@ -273,17 +307,20 @@ def test_the_order_of_a_split_does_not_matter_and_its_seed_does():
 
 
 def test_test_labels_change_no_prediction(scenes):
-    "Wrong test labels lower the score, and nothing else."
+    "Each prediction is right under exactly one of the three ways to turn the test labels."
     train, test = scenes.splits["train"], scenes.splits["test"]
-    wrong = scenes.labels.copy()
-    wrong[test] = (wrong[test] + 1) % 3
-    data = Memory(scenes, wrong, train, test, scenes.classes)
-    data.mean, data.std = scenes.mean, scenes.std
-    result, predicted = run(scenes)
-    other, other_predicted = run(data)
-    assert (predicted == other_predicted).all()
-    assert result["linear"]["1.0"]["C"] == other["linear"]["1.0"]["C"]
-    assert other["linear"]["1.0"]["accuracy"] < 0.2 < result["linear"]["1.0"]["accuracy"]
+    results, answers = [], []
+    for turn in range(3):
+        labels = scenes.labels.copy()
+        labels[test] = (labels[test] + turn) % 3
+        data = Memory(scenes, labels, train, test, scenes.classes)
+        data.mean, data.std = scenes.mean, scenes.std
+        result, packed = run(data)
+        results.append(result)
+        answers.append([unpack_answers(packed[kind]["1.0"], 15) for kind in ("knn", "linear")])
+    assert (np.sum(answers, 0) == 1).all()
+    assert len({result["linear"]["1.0"]["C"] for result in results}) == 1
+    assert results[1]["linear"]["1.0"]["accuracy"] < 0.2 < results[0]["linear"]["1.0"]["accuracy"]
 
 
 def test_a_class_without_test_images_has_no_recall():
