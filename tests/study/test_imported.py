@@ -1,0 +1,52 @@
+"Results that were made elsewhere and brought home: their study's parameters are those that they were made with."
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cmid.base.params import Params, check_all
+from cmid.study.study_tables import study_root
+
+ROOT = Path(__file__).parents[2]
+STUDIES = "aid-h100", "ucm-h100"
+RECORDS = sorted(o for study in STUDIES for o in (ROOT / "studies" / study).rglob("run.json"))
+
+
+@pytest.fixture(scope="module", params=STUDIES)
+def study(request):
+    "The parameters of a study as a root of its own, and its records."
+    folder = ROOT / "studies" / request.param
+    with study_root(ROOT, folder) as root:
+        yield check_all(Params(root)), [o for o in RECORDS if folder in o.parents]
+
+
+def settings_of(params, record):
+    "What a run of these parameters would record."
+    if record["stage"] == "baselines":
+        return {}
+    if record["stage"] == "pretrain":
+        return params.recipe(record["init"].split("-")[0]).model_dump()
+    return getattr(params, record["stage"]).model_dump()
+
+
+def test_the_study_would_repeat_what_was_run(study):
+    "Every recorded value is that of the study; a key that is newer than a record is not in it."
+    params, records = study
+    assert len(records) > 8
+    for path in records:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        settings = settings_of(params, record)
+        for key, value in record["parameters"].items():
+            assert settings[key] == value, f"{path}: {key}"
+        assert record["run"]["profile"] == params.run.profile
+
+
+def test_a_record_names_its_own_folder(study):
+    for path in study[1]:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        identity = [record[key] for key in ("dataset", "init") if key in record]
+        assert path.parts[-2 - len(identity) : -1] == (record["stage"], *identity)
+        seed = next((o for o in path.parts if o.startswith("seed-")), "seed-0")
+        assert record["run"]["seed"] == int(seed.removeprefix("seed-"))
+        assert (record["commit"][:7], record["changed"]) == ("f009c6e", False)
