@@ -14,7 +14,7 @@ import numpy as np
 from .comparisons import beside_heads, task_rows
 from .report_html import number, render, saved_figure, titled_figure
 from .report_scores import by_dataset, render_scores
-from .report_words import HEAD_NAMES, TASK_WORDS, init_name, percent
+from .report_words import HEAD_NAMES, TASK_WORDS, images_seen, init_name, percent
 from .result_schemas import checked_result
 from .results import stage_results
 
@@ -54,16 +54,6 @@ def _images(stage, row, metrics):
     return words + trivial_score(stage, metrics) + _protocol(stage, metrics)
 
 # %% ../../nbs/8_study/14_report_tasks.ipynb #8ff11503
-def _images_seen(root):
-    "Pretrained backbone -> images x epochs that it was trained on, where its record has them"
-    seen = {}
-    for (init,), result in stage_results(root, "pretrain").items():
-        epochs = result.run.get("parameters", {}).get("epochs")
-        if "images" in result.run and epochs is not None:
-            seen[init] = result.run["images"] * epochs
-    return seen
-
-
 def why_not_better(
     root,  # the study's
     rows,  # of `task_rows`
@@ -73,8 +63,8 @@ def why_not_better(
     if not lost:
         return ""
     words = f"{' and '.join(lost)} {'does' if len(lost) == 1 else 'do'} not win every comparison here."
-    seen = _images_seen(root)
-    for init in (o for o in lost if o in seen):
+    seen = {init: images_seen(result) for (init,), result in stage_results(root, "pretrain").items()}
+    for init in (o for o in lost if seen.get(o)):
         share = f"one for {round(PUBLISHED_IMAGES / seen[init]):,} of the published {PUBLISHED_IMAGES:,}"
         words += f" {init} was pretrained on {seen[init]:,} images (each counted as often as it was seen), {share}."
     return f"{words} {rows[0]['images']} test images can show only large differences."

@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = ['TASK_WORDS', 'HEAD_NAMES', 'FLOOR_NAMES', 'PROBE_NAMES', 'percent', 'points', 'share', 'init_name', 'verdict',
            'accuracy_sentence', 'purity_sentence', 'match_sentence', 'reconstruction_sentence', 'task_sentence',
-           'warning_sentences', 'start_words', 'start_sentences', 'headlines', 'summary']
+           'recipe_words', 'start_words', 'images_seen', 'summary']
 
 # %% ../../nbs/8_study/11_report_words.ipynb #bbb0c91d
+import json
+
 from .comparisons import ACCURACY_KINDS, accuracy_rows, score_rows, task_rows, with_most_labels
 from .results import TASK_SCORES, Result, metric_of, missing_runs, stage_results
 
@@ -119,6 +121,8 @@ def reconstruction_sentence(
     result: Result,  # of the reconstruct stage
 ) -> str:
     "Whether a student predicts masked blocks better than their mean does, in words."
+    if not result.metrics.get("trained", True):
+        return f"{init} was not trained to reconstruct (its recipe gives this loss no weight): its decoder is random."
     skill, images = metric_of(result, "skill"), metric_of(result, "images")
     if skill is None:
         return f"{init}, masked blocks of {images} images: they are flat, so that their mean is already exact."
@@ -140,14 +144,12 @@ def task_sentence(
     return f"{what}: {score} {percent(row['score'])} {_interval(row)} on {images} {_versus('score', other)}"
 
 # %% ../../nbs/8_study/11_report_words.ipynb #f4fe0884
-def warning_sentences(
-    root,  # the study's
-) -> list:  # sentences
-    "What was wrong with a pretraining run, in words."
-    sentences = []
-    for (init,), result in stage_results(root, "pretrain").items():
-        sentences += [f"Warning, pretraining of {init}: {o}." for o in result.metrics.get("warnings", [])]
-    return sentences
+def recipe_words(
+    run: dict,  # run.json of a pretraining run; older ones name no recipe
+) -> str:  # empty where the recipe changes nothing
+    "What the recipe of a run changes of the settings of pretraining, in words."
+    changes = run.get("changes") or {}
+    return ", ".join(f"{key} {json.dumps(value)}".replace('"', "") for key, value in changes.items())
 
 
 def start_words(
@@ -160,35 +162,14 @@ def start_words(
     return f"went on from {own}, hash {facts['hash'][:8]}"
 
 
-def start_sentences(
-    root,  # the study's
-) -> list:  # sentences
-    "Which pretraining runs did not begin with random weights, in words."
-    found = {init: start_words(o.run.get("start")) for (init,), o in stage_results(root, "pretrain").items()}
-    return [f"{init} {words}: its scores include what these weights knew." for init, words in found.items() if words]
-
-
-def _sentences(words, rows):
-    "A sentence for each comparison of some rows"
-    sentences = []
-    for row in rows:
-        sentences += [words(row, other) for other in row["against"]]
-    return sentences
-
-
-def headlines(
-    root,  # the study's
-) -> list:  # sentences
-    "The study in sentences: warnings, starts, accuracies, task scores, purity, matches, reconstructions."
-    sentences = warning_sentences(root) + start_sentences(root)
-    for stage in ACCURACY_KINDS:
-        sentences += _sentences(accuracy_sentence, with_most_labels(accuracy_rows(root, stage)))
-    for stage in TASK_SCORES:
-        sentences += _sentences(task_sentence, task_rows(root, stage))
-    sentences += _sentences(purity_sentence, score_rows(root, "features"))
-    sentences += _sentences(match_sentence, score_rows(root, "correspondence"))
-    reconstructions = stage_results(root, "reconstruct").items()
-    return sentences + [reconstruction_sentence(init, result) for (init,), result in reconstructions]
+def images_seen(
+    result: Result,  # of the pretrain stage
+) -> int | None:  # None where its record does not say
+    "Images that a pretraining run was trained on, each counted as often as it was seen."
+    images, settings = result.run.get("images"), result.run.get("parameters", {})
+    if images is None or "epochs" not in settings:
+        return None
+    return min(settings.get("epoch_images") or images, images) * settings["epochs"]
 
 # %% ../../nbs/8_study/11_report_words.ipynb #c67674bb
 def _differences(row, score):
@@ -237,7 +218,8 @@ def summary(
 ) -> dict:  # as JSON takes it
     "The study's headline numbers with differences to the baselines, and the number of warnings and missing runs."
     missing = sum(len(o) for o in missing_runs(root).values())
-    out = dict(missing=missing, warnings=len(warning_sentences(root)), probe={}, classify={}, features={})
+    warnings = sum(len(o.metrics.get("warnings", [])) for o in stage_results(root, "pretrain").values())
+    out = dict(missing=missing, warnings=warnings, probe={}, classify={}, features={})
     _accuracy_summary(root, out)
     _task_summary(root, out)
     _mean_summary(root, out)

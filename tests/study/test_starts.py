@@ -9,7 +9,8 @@ from cmid.base.files import load_yaml, write_json, write_whole
 from cmid.study.comparisons import accuracy_rows, probe_rows, score_rows, task_rows
 from cmid.study.examples import example_results
 from cmid.study.report import report_page
-from cmid.study.report_words import headlines, start_words
+from cmid.study.report_claims import headlines
+from cmid.study.report_words import start_words
 from cmid.study.study_tables import accuracy_table
 from tests.study.conftest import STUDY
 
