@@ -111,9 +111,19 @@ TASK_KINDS = "segment", "change", "detect"  # what the labelled images of an ent
 DATASET_KEYS = "dataset", "labelled"  # a section key of this name holds the name of a dataset
 _EXPECTED = dict(  # for the errors
     datasets="datasets by name",
+    recipes="overlays on pretrain by name",
     tasks="images with labels by name; {} for none",
     weight_files="files of weights by name; {} for none",
 )
+_ADDED = {  # keys that older files lack: the line that stands for what was so before
+    "recipes": "recipes: {cmid: {}, byol: {variant: byol}}",
+    "pretrain.variant": "variant: cmid",
+}
+
+
+def _add(key):
+    "What to do where a key is missing"
+    return f"add the line {_ADDED[key]!r}" if key in _ADDED else "add it"
 
 
 def schema(
@@ -156,14 +166,23 @@ def _key_and_message(key, message):
     return key + separator + message
 
 
+def _keys_beside(model, path):
+    "The keys that a schema has where a path ends; none where that is not a section"
+    for name in path:
+        field = getattr(model, "model_fields", {}).get(name)
+        model = field and field.annotation
+    return getattr(model, "model_fields", ())
+
+
 def _explain(error: ValidationError, model, where: str) -> str:
     "The first mistake in a section, as one line"
     first = _first_mistake(error)
     key = _dotted_key(first, where)
     if first["type"] == "extra_forbidden":
-        return f"{key}: unknown key{near(first['loc'][-1], model.model_fields)}"
+        *path, name = first["loc"]
+        return f"{key}: unknown key{near(name, _keys_beside(model, path))}"
     if first["type"] == "missing":
-        return f"{key}: missing; add it"
+        return f"{key}: missing; {_add(key)}"
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
     explained = _key_and_message(key, one_line(message))
     if first["type"] == "value_error":
@@ -215,15 +234,17 @@ def _check_overlay(overlay, profile):
 
 def _check_names(values, overlay):
     "Refuse a section that does not exist"
-    known = {*SECTIONS, *Run.model_fields, "datasets", "tasks", "weight_files", "profiles"}
+    known = {*SECTIONS, *Run.model_fields, "datasets", "tasks", "weight_files", "recipes", "profiles"}
     for name in (*values, *overlay):
         if name not in known:
             raise CmidError(f"params.yaml: {name}: unknown section{near(name, known)}")
 
 
 def _group(values, key):
-    "What params.yaml holds under `datasets`, `tasks` or `weight_files`; an error if it is not a dictionary"
+    "What params.yaml holds under `datasets`, `tasks`, `weight_files` or `recipes`; an error if it is not a dictionary"
     group = values.get(key)
+    if group is None and key in _ADDED:
+        raise CmidError(f"params.yaml: {key}: missing; {_add(key)}")
     if not isinstance(group, dict):
         raise CmidError(f"params.yaml: {key}: must hold {_EXPECTED[key]}")
     return group
@@ -238,6 +259,35 @@ def _check_member(group, key, name, named_in):
     if name not in group:
         known = ", ".join(map(str, group)) or "none"
         raise CmidError(f"params.yaml: {named_in or key}: {name!r} is not in {key}{near(name, group)}; known: {known}")
+
+
+_NOT_RECIPES = "random", "imagenet", "file"  # kinds of baselines, which begin their names
+
+
+def _check_recipe_name(name, named_in):
+    "Refuse a recipe whose name does not read as the first part of <recipe>-<backbone>"
+    key = f"params.yaml: {named_in or 'recipes'}"
+    if not (isinstance(name, str) and re.fullmatch("[A-Za-z][A-Za-z0-9_]*", name)):
+        raise CmidError(
+            f"{key}: {one_line(repr(name))} is not a valid name of a recipe: use letters, digits and '_', "
+            "and begin with a letter"
+        )
+    if name in _NOT_RECIPES:
+        raise CmidError(f"{key}: {name!r} is a kind of baseline and cannot name a recipe; use another name")
+
+
+def _check_recipe(name, overlay):
+    "Refuse a recipe that is not a group of keys, or that names a dataset"
+    if not isinstance(overlay, dict):
+        raise CmidError(
+            f"params.yaml: recipes.{name}: must hold keys of pretrain; write {name}: {{}} for pretrain as it is"
+        )
+    for key in DATASET_KEYS:
+        if key in overlay:
+            raise CmidError(
+                f"params.yaml: recipes.{name}.{key}: a recipe cannot change this key; "
+                f"write it as pretrain.{key}, where dvc.yaml reads it"
+            )
 
 # %% ../../nbs/0_base/03_params.ipynb #89b95fa4
 class Params:
@@ -264,9 +314,16 @@ class Params:
         values = self.values.get(name)
         if isinstance(values, dict):
             values = merge(values, self.overlay.get(name, {}))
+            self._check_methods(values.get("methods") if name == "study" else None)
         section = check(schema(name), values, name)
         self._check_references(name, section)
         return section
+
+    def _check_methods(self, methods):
+        "Refuse a method of the study that is not a recipe, before the names of runs that follow from it"
+        for name in methods if isinstance(methods, list) else ():
+            if isinstance(name, str):  # anything else is refused by its type
+                self._changes(name, "study.methods")
 
     def _check_references(self, name, section):
         "Refuse a section that names a dataset or task that is not in the file"
@@ -293,6 +350,27 @@ class Params:
     def tasks(self) -> dict:  # name -> values
         "Everything under `tasks`, not checked."
         return _group(self.values, "tasks")
+
+    def recipes(self) -> dict:  # name -> values
+        "Everything under `recipes`, not checked. Raises `CmidError` with the line to add where it is missing."
+        return _group(self.values, "recipes")
+
+    def _changes(self, name, named_in=None):
+        "The keys of pretrain that a recipe changes"
+        known = self.recipes()
+        _check_recipe_name(name, named_in)
+        _check_member(known, "recipes", name, named_in)
+        _check_recipe(name, known[name])
+        return known[name]
+
+    def recipe(
+        self,
+        name: str,  # a name under `recipes`
+    ) -> Section:  # `settings.pretrain.Pretrain`
+        "`pretrain` with a recipe laid over. Raises `CmidError` naming the key that is wrong, or similar names."
+        changes = self._changes(name)
+        section = self.pretrain.model_dump()  # a mistake there is not the recipe's
+        return check(schema("pretrain"), merge(section, changes), f"recipes.{name}")
 
     def dataset(
         self,
@@ -342,7 +420,7 @@ class Params:
 
     def architecture(
         self,
-        init: str,  # <method>-<backbone>, random-<backbone>, imagenet-<backbone> or file-<name>
+        init: str,  # <recipe>-<backbone>, random-<backbone>, imagenet-<backbone> or file-<name>
     ) -> str:  # timm name
         "The network behind an init. Raises `CmidError` as `weight_file`."
         file = self.weight_file(init)
@@ -373,7 +451,7 @@ def _check_splits(params, kind):
 def check_all(
     params: Params,  # of a study
 ) -> Params:  # the same
-    "Check every section, dataset and task. Raises `CmidError` naming the first key that is wrong."
+    "Check every section, dataset, task and recipe. Raises `CmidError` naming the first key that is wrong."
     for section in SECTIONS:
         getattr(params, section)
     for name in params.datasets():
@@ -382,6 +460,8 @@ def check_all(
         params.task(name)
     for name in params.weight_files():
         params.weight_file(f"file-{name}")
+    for name in params.recipes():
+        params.recipe(name)
     for kind in TASK_KINDS:
         _check_splits(params, kind)
     return params

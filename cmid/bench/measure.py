@@ -73,7 +73,7 @@ def gflop(
     "Arithmetic of a step in GFLOP an image: both views, student, teacher and heads."
     images = 2  # batch norm needs two values
     with torch.device("meta"):
-        model = build_cmid(settings, backbone, "cmid", bands, side)
+        model = build_cmid(settings, backbone, bands, side)
     views = _meta_views(model, images)
     step = _operations(lambda: model(views).total.backward())
     encoder = _operations(Floor(model, [views]))

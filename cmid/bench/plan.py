@@ -79,7 +79,7 @@ def plan_pretraining(
     _check_plan(images, epochs, devices, images_per_s, price)
     row = dict(rate=images_per_s) if images_per_s else measured_rate(backbone, side, bands, folder)
     with torch.device("meta"):
-        model = build_cmid(Params(profile="paper").pretrain, backbone, "cmid", bands, side)
+        model = build_cmid(Params(profile="paper").pretrain, backbone, bands, side)
     rate = row["rate"] * devices
     hours = images * epochs / rate / 3600
     run = dict(backbone=backbone, images=images, epochs=epochs, side=side, bands=bands, devices=devices)

@@ -49,9 +49,9 @@ def _check_matches(wanted, encoder, img_size):
 
 
 def _check_names(variant, backbone):
-    "Raise `CmidError` for an unknown method, or for a network that cannot be pretrained"
+    "Raise `CmidError` for an unknown variant, or for a network that cannot be pretrained"
     if variant not in ("cmid", "byol"):
-        raise CmidError(f"method {variant!r} is not known; use cmid or byol")
+        raise CmidError(f"variant {variant!r} is not known; use cmid or byol")
     backbones.check_pretrainable(backbone)
 
 

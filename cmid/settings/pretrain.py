@@ -46,6 +46,7 @@ class Pretrain(Section):
     "Settings of the method (paper, sections III and IV)."
 
     dataset: str
+    variant: Literal["cmid", "byol"]
     split: str | Annotated[dict[str, Positive], Field(min_length=1)] | None
     start: Annotated[str, Field(min_length=1)] | None
     epochs: Count

@@ -8,7 +8,7 @@ __all__ = ['FLOORS', 'is_floor', 'Floors', 'MapEntry', 'Study']
 # %% ../../nbs/1_settings/00_study.ipynb #8b941cfd
 import re
 from itertools import product
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
@@ -86,11 +86,11 @@ def _add_network(found, stage, dataset, init):
 
 
 class Study(Section):
-    "The runs of the study: backbones x methods, baselines, and the labelled images to compare them on."
+    "The runs of the study: backbones x recipes, baselines, and the labelled images to compare them on."
 
     backbones: Names
-    methods: Annotated[list[Literal["cmid", "byol"]], Field(min_length=1)]
-    baselines: Names
+    methods: list[str]
+    baselines: list[str]
     inits: Names
     floors: Floors
     probes: list[str]
@@ -100,10 +100,10 @@ class Study(Section):
     apply: dict[str, MapEntry]
 
     def produced(self) -> list:  # names such as cmid-resnet18
-        "Every init that a stage produces: <method>-<backbone>, and the baselines."
+        "Every init that a stage produces: <recipe>-<backbone>, and the baselines."
         names = []
-        for method in self.methods:
-            names += [f"{method}-{backbone}" for backbone in self.backbones]
+        for recipe in self.methods:
+            names += [f"{recipe}-{backbone}" for backbone in self.backbones]
         return names + self.baselines
 
     def networks(self) -> dict:  # name, such as segment-land-cmid-resnet18 -> (stage, dataset, init)
@@ -144,6 +144,8 @@ class Study(Section):
 
     def _check_inits(self):
         produced = self.produced()
+        if not produced:
+            raise ValueError("methods and baselines are both empty; list a recipe or a baseline")
         for name in self.inits:
             if name not in produced:
                 raise ValueError(

@@ -9,6 +9,7 @@ __all__ = ['WELL_KNOWN', 'stage_digests', 'check_networks', 'check_study', 'chec
 # %% ../../nbs/8_study/01_digest.ipynb #45774d84
 import argparse
 import hashlib
+import json
 import re
 
 from ..base.errors import CmidError, cli
@@ -54,11 +55,22 @@ def check_networks(
             raise CmidError(f"params.yaml: study.{key}: {error}") from None
 
 
+def _note_equal_recipes(params):
+    "Print a note where two recipes of the study would train the same network twice"
+    first = {}
+    for name in params.study.methods:
+        settings = json.dumps(params.recipe(name).model_dump(), sort_keys=True)
+        same = first.setdefault(settings, name)
+        if same != name:
+            print(f"note: params.yaml: recipes.{same} and recipes.{name} have equal settings: both train one network")
+
+
 def check_study(
     project,  # folder with params.yaml
 ):
     "Check every parameter and the device. Raises `CmidError` naming the first key that is wrong."
     params = check_all(Params(project))
+    _note_equal_recipes(params)
     check_networks(params)
     if params.run.device not in ("auto", "cpu"):
         device(params.run.device)
@@ -93,12 +105,14 @@ def _file_hash(path, key):
 
 def start_digest(
     params: Params,  # of a study
-) -> dict:  # hash of each file of the folder that pretraining goes on from
-    "What DVC must know of `pretrain.start`. Raises `CmidError` where it is not there, is made later or does not fit."
-    start = params.pretrain.start
+    recipe: str,  # a name under `recipes`
+) -> dict:  # hash of each file of the folder that pretraining by the recipe goes on from
+    "What DVC must know of a recipe's `start`. Raises `CmidError` where it is not there, is made later or does not fit."
+    start = params.recipe(recipe).start
     if start in (None, "imagenet"):
         return dict(start=start)
-    folder, key = params.path(start), "pretrain.start"
+    own = "start" in params.recipes()[recipe]
+    folder, key = params.path(start), f"recipes.{recipe}.start" if own else "pretrain.start"
     if folder.resolve().is_relative_to((params.root / "models").resolve()):
         raise CmidError(
             f"params.yaml: {key}: {start} is made by this study, after the start is read; copy it elsewhere"
@@ -108,7 +122,7 @@ def start_digest(
     from cmid.train.start import check_start
 
     for backbone in params.study.backbones:
-        check_start(read_card(folder), start, backbone)
+        check_start(read_card(folder), start, backbone, key)
     return hashes
 
 
@@ -134,9 +148,17 @@ def _parser():
 
 
 def _write_starts(project, folder):
+    "A file for each recipe that is run, so that another start reruns its own runs alone; one for all baselines"
     params = Params(project)
-    write_json(project / folder / "start.json", start_digest(params))
-    write_json(project / folder / "weights.json", weights_digest(params))
+    starts = {f"{name}.json": start_digest(params, name) for name in params.study.methods}
+    weights = weights_digest(params)
+    (project / folder / "starts").mkdir(parents=True, exist_ok=True)
+    for file in (project / folder / "starts").iterdir():
+        if file.name not in starts:
+            file.unlink()
+    for name, digests in starts.items():
+        write_json(project / folder / "starts" / name, digests)
+    write_json(project / folder / "weights.json", weights)
 
 
 @cli

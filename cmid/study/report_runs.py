@@ -12,7 +12,7 @@ from markupsafe import Markup
 from ..base.figures import CURVES, HEALTH, curves_figure, health_figure, lines_of
 from ..base.params import SECTIONS
 from .report_html import number, render, saved_figure, themed_figure
-from .report_words import reconstruction_sentence, start_words
+from .report_words import recipe_words, reconstruction_sentence, start_words
 from .result_schemas import checked_result
 from .results import params_of, read_json, runs, stage_results
 
@@ -41,15 +41,21 @@ def _start_sentence(result):
     return words and f"Training {words}."
 
 
+def _recipe_sentence(result):
+    words = recipe_words(result.run)
+    return words and f"Its recipe changes: {words}."
+
+
 def _pretraining(init, result):
     "One run: its length, its curves, its training health, its views"
     curve, epochs = (_optional_json(result.folder / f"{k}.json") for k in ("curve", "epochs"))
     health = lines_of(HEALTH, epochs)
     curve_words = f"Curves of {init}: {_line_words(lines_of(CURVES, curve))}."
     health_words = f"Training health of {init}: {_line_words(health)}."
+    sentences = _length_words(epochs), _recipe_sentence(result), _start_sentence(result)
     return dict(
         init=init,
-        words=" ".join(filter(None, [_length_words(epochs), _start_sentence(result)])),
+        words=" ".join(filter(None, sentences)),
         warnings=result.metrics.get("warnings", []),
         curves=themed_figure(lambda: curves_figure(curve, epochs), curve_words) if curve else "",
         health=themed_figure(lambda: health_figure(epochs), health_words) if health else "",
@@ -142,7 +148,7 @@ def parameter_section(root):
     "Every parameter of the study, its profile laid over."
     params = params_of(root)
     shown = {"run": params.run.model_dump()}
-    shown |= {k: params.values.get(k) or {} for k in ("datasets", "tasks")}
+    shown |= {k: params.values.get(k) or {} for k in ("datasets", "tasks", "recipes")}
     shown |= {k: getattr(params, k).model_dump() for k in SECTIONS}
     sections = [folded_settings(k, v) for k, v in shown.items()]
     return render("parameters", profile=params.run.profile, seed=params.run.seed, sections=sections)

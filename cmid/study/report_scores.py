@@ -19,8 +19,8 @@ from .results import Result, metric_of, params_of, read_json, require_metrics, s
 # %% ../../nbs/8_study/13_report_scores.ipynb #57eac340
 NOTE = (
     "▲ ▼ not explained by chance; ≈ may be chance: the interval includes 0. Accuracies have Wilson's interval. "
-    "Differences have Newcombe's, which assumes independent test sets: it is conservative here, where both are "
-    "scored on the same images. Both cover test-set sampling, not seed variance."
+    "Differences are taken image by image; where a run kept no answers, they have Newcombe's, which assumes "
+    "independent test sets and is wider. Both cover test-set sampling, not seed variance."
 )
 
 

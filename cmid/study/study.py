@@ -74,7 +74,7 @@ def with_set(
     return merge(values, over)
 
 # %% ../../nbs/8_study/06_study.ipynb #f8d20c6b
-STUDY_KEYS = "seeds", "stages", "models"  # of a study's params.yaml that the project's does not have
+STUDY_KEYS = "seeds", "stages", "models", "reference", "note"  # of a study's params.yaml, not of the project's
 
 
 def _own_images(values, over):

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['STAGES_DUE', 'markdown_table', 'accuracy_table', 'comparison_table', 'study_root', 'shared_files',
-           'pretraining_overlap', 'pretraining_sentence', 'study_command', 'mean_table', 'task_table', 'seed_table',
-           'study_page', 'all_studies', 'front_table']
+           'pretraining_overlap', 'pretraining_sentence', 'study_command', 'mean_table', 'task_table', 'run_parts',
+           'front_table']
 
 # %% ../../nbs/8_study/17_study_tables.ipynb #2496cd5f
 import re
 import shutil
 import tempfile
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
@@ -20,8 +20,17 @@ import yaml
 from ..base.errors import CmidError
 from ..base.files import load_yaml, write_whole
 from ..settings.study import is_floor
-from .comparisons import accuracy_rows, beside_heads, probe_rows, score_rows, seed_rows, task_rows
-from .report_words import HEAD_NAMES, PROBE_NAMES, TASK_WORDS, init_name, points, share, start_words
+from .comparisons import accuracy_rows, beside_heads, probe_rows, score_rows, task_rows
+from cmid.study.report_words import (
+    HEAD_NAMES,
+    PROBE_NAMES,
+    TASK_WORDS,
+    init_name,
+    points,
+    recipe_words,
+    share,
+    start_words,
+)
 from .results import missing_runs, stage_results
 from .study import study_params
 
@@ -38,12 +47,12 @@ def markdown_table(
     return "\n".join(map(_table_line, [head, ["---"] * len(head), *rows]))
 
 # %% ../../nbs/8_study/17_study_tables.ipynb #969a94d7
-def _difference_text(row, baseline, key="difference"):
+def _difference_text(row, baseline):
     "The difference of a row to a baseline with its interval; nothing where there is none"
     for against in row.get("against", ()):
         if against["baseline"] == baseline:
             interval = f"({points(against['low'])} to {points(against['high'])})"
-            return f"**{points(against[key])}** {interval}"
+            return f"**{points(against['difference'])}** {interval}"
     return ""
 
 
@@ -182,8 +191,8 @@ def pretraining_sentence(
     side = _result(root, "prepare", corpus).metrics["side"]
     per_epoch = min(settings.get("epoch_images") or images, images)
     length = f"{epochs:,} epoch{'s' * (epochs != 1)} of {per_epoch:,} images at {side} px, batch {batch}"
-    start = start_words(result.run.get("start"))
-    words = f", {start}" if start else ""
+    start, recipe = start_words(result.run.get("start")), recipe_words(result.run)
+    words = (f", {start}" if start else "") + (f"; the recipe changes {recipe}" if recipe else "")
     return f"`{init}`: {length}, on {device}, {rate:.0f} images a second{words}."
 
 
@@ -291,8 +300,12 @@ def _absent(root, own):
     return absent
 
 
-def _single_parts(root, study, own):
-    "Parts of the page of a study without seeds"
+def run_parts(
+    root,  # the project's
+    study,  # studies/<name>, without seeds
+    own: dict,  # its params.yaml
+) -> list:  # of Markdown
+    "The page of a study without seeds: how it was pretrained, what it scored, what has not run."
     with study_root(root, study) as folder:
         parts = [f"Backbones of the study `{own['models']}`."] if "models" in own else []
         for dataset in dict.fromkeys(row["dataset"] for row in probe_rows(folder)):
@@ -300,61 +313,6 @@ def _single_parts(root, study, own):
         parts += [table for table in (task_table(folder), mean_table(folder)) if table]
         absent = _absent(folder, own)
     return [*parts, f"Not run yet: {', '.join(absent)}."] if absent else parts
-
-
-def seed_table(
-    rows: list,  # of `seed_rows`
-) -> str:  # Markdown, or nothing
-    "Means over seeds with standard deviations."
-    most = max((len(row["scores"]) for row in rows), default=0)
-
-    def cells(row):
-        fewer = f" ({len(row['scores'])} seeds)" if len(row["scores"]) < most else ""
-        return (f"{row['dataset']}: {row['task']}{fewer}",)
-
-    def score(row):
-        deviation = f" ± {100 * row['std']:.1f}" if row and row["std"] is not None else ""
-        return f"{100 * row['mean']:.1f}{deviation}" if row else ""
-
-    def difference(row, baseline):
-        return _difference_text(row, baseline, "mean")
-
-    return _pivot((f"mean over {most} seeds",), [(cells(row), row) for row in rows], score, difference)
-
-
-def _seed_parts(root, study, own):
-    "Parts of the page of a study of several seeds"
-    with ExitStack() as stack:
-        runs = {
-            seed: stack.enter_context(study_root(root, study, Path(study) / f"seed-{seed}")) for seed in own["seeds"]
-        }
-        ran = [folder for folder in runs.values() if (folder / "results").is_dir()]
-        late = [str(seed) for seed, folder in runs.items() if folder not in ran]
-        parts = []
-        if ran:
-            parts += [pretraining_sentence(ran[0], init) for (init,) in stage_results(ran[0], "pretrain")]
-            scores = "Mean and standard deviation over seeds, in %"
-            parts.append(f"{scores}; differences in points, seed by seed, with Student's 95 % interval.")
-            parts.append(seed_table(seed_rows(ran)))
-    return [*parts, f"Not run yet: seeds {', '.join(late)}."] if late else parts
-
-# %% ../../nbs/8_study/17_study_tables.ipynb #91332f79
-def study_page(
-    root,  # the project's
-    study,  # studies/<name>
-) -> str:  # Markdown
-    "One study: how it was pretrained, what it scored, what has not run, and the command that repeats it."
-    own = load_yaml(Path(study) / "params.yaml")
-    parts = _seed_parts(root, study, own) if "seeds" in own else _single_parts(root, study, own)
-    return "\n\n".join([f"## {Path(study).name}", *parts, "Repeat it with", study_command(study)])
-
-
-def all_studies(
-    root,  # the project's
-) -> str:  # Markdown
-    "The pages of all studies, by name."
-    found = sorted(path.parent for path in Path(root).glob("studies/*/params.yaml"))
-    return "\n\n".join(study_page(root, study) for study in found) or "No study is here yet."
 
 # %% ../../nbs/8_study/17_study_tables.ipynb #e61f5af5
 def _front_rows(root, dataset):

@@ -31,27 +31,26 @@ def _describe_mix(index, settings):
 
 def study_learner(
     p: Params,  # of the study
-    method: str,  # cmid | byol
+    recipe: str,  # a name under `recipes`
     backbone: str,  # timm name
     on,  # torch.device
     code: str,  # digest of the code that trains
     say=print,  # takes a line
 ):  # fastai Learner, ready for `pretrain.run_pretraining`
-    "The learner of one method and backbone of a study. Raises `CmidError` naming the key or folder that is wrong."
-    settings, health = p.pretrain, p.health
+    "The learner of one recipe and backbone of a study. Raises `CmidError` naming the key or folder that is wrong."
+    settings, health = p.recipe(recipe), p.health
     prepared, labelled = (Prepared(p.path("prepared") / name) for name in (settings.dataset, health.labelled))
     index = select_corpus(prepared, settings.split)
     if isinstance(index, CorpusMix) and rank() == 0 and "CMID_LAUNCHER" not in os.environ:
         say(_describe_mix(index, settings))
-    return pretrain_learner(
+    learn = pretrain_learner(
         prepared,
         index,
         settings,
         backbone,
-        method,
         p.run.seed,
         on,
-        p.path("checkpoints") / f"{method}-{backbone}",
+        p.path("checkpoints") / f"{recipe}-{backbone}",
         prepared.hash,
         code,
         provenance(folder=p.root)["commit"],
@@ -60,6 +59,8 @@ def study_learner(
         labelled,
         read_start(settings.start, backbone, prepared, p.root),
     )
+    learn.recipe = recipe
+    return learn
 
 # %% ../../nbs/8_study/05_train.ipynb #608c4df1
 def code_of_pretraining() -> str:  # hexadecimal
@@ -68,7 +69,7 @@ def code_of_pretraining() -> str:  # hexadecimal
 
 
 def pretrain_study(
-    method: str,  # cmid | byol
+    recipe: str,  # a name under `recipes`
     backbone: str,  # timm name
     code: str = "",  # digest of the code that trains; empty: computed here
 ):
@@ -77,7 +78,7 @@ def pretrain_study(
     seed_everything(p.run.seed, p.run.deterministic)
     on = process_device(p.run.device)
     with process_group(on):
-        learn = run_pretraining(study_learner(p, method, backbone, on, code or code_of_pretraining()))
+        learn = run_pretraining(study_learner(p, recipe, backbone, on, code or code_of_pretraining()))
         learn.journal.say(f"trained to step {learn.cmid.done}: {learn.checkpoints.folder}")
 
 
@@ -85,14 +86,14 @@ def pretrain_study(
 def cmid_pretrain():
     "Pretrain one backbone of the study to its last checkpoint, under torchrun together with the other processes"
     parser = argparse.ArgumentParser(prog="cmid_pretrain", description=cmid_pretrain.__doc__)
-    parser.add_argument("method", choices=["cmid", "byol"])
+    parser.add_argument("recipe", help="one of recipes in params.yaml, such as cmid")
     parser.add_argument("backbone", help="timm name, such as resnet50")
     parser.add_argument("--code", default="", help="digest of the code that trains; computed if not given")
     args = parser.parse_args()
     follow_launcher()
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
-        pretrain_study(args.method, args.backbone, args.code)
+        pretrain_study(args.recipe, args.backbone, args.code)
     except (CmidError, OSError) as error:
         wait_for_the_first(error)
         raise
@@ -109,7 +110,7 @@ def _train_in_processes(learn, n, say):
     writer = learn.checkpoints
     run = writer.parameters
     program = ["-c", "from cmid.study.train import cmid_pretrain; cmid_pretrain()"]
-    arguments = [run["variant"], run["backbone"], "--code", run["code"]]
+    arguments = [learn.recipe, run["backbone"], "--code", run["code"]]
     folder = str(writer.folder.parent.parent.parent)
     learn.model.cpu()  # its GPU belongs to the first process
     launch(n, program + arguments, "cmid_pretrain", say, CMID_ROOT=folder)

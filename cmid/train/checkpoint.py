@@ -206,7 +206,7 @@ class Card(Section):
     mean: list[Finite]  # of each band, of images in [0, 1]
     std: list[Annotated[Finite, Field(gt=0)]]  # of each band
     bands: list[str]
-    method: str  # cmid, byol, random, imagenet, ...
+    method: str  # name of the recipe that pretrained it; or random, imagenet, ...
     parameters: dict[str, Any]
     stretch: dict[str, list[Finite]] | None = None  # low, high: raw values that became 0 and 1, by band
     data_hash: str | None

@@ -32,7 +32,7 @@ def card_entries(
     images,  # `dataset.Prepared` that the backbone is for
     mean,
     std,  # (C,) each, what inputs are normalised by
-    method: str,  # cmid | byol | random | imagenet
+    method: str,  # name of the recipe; or random, imagenet or what else it comes from
     parameters: dict,  # of the run
     health: dict,  # of its last epoch
     made: dict,  # provenance
@@ -58,8 +58,8 @@ def export_pretrained(
     model,  # `method.model.CMID`, trained or not
     images,  # `dataset.Prepared` that it was trained on
     folder,  # models/<init>
-    method: str,  # cmid | byol
-    parameters: dict,  # of the run
+    recipe: str,  # its name
+    parameters: dict,  # of the run: the settings with the recipe laid over, seed
     health: dict,  # of its last epoch
     made: dict,  # provenance
     start=None,  # `start.Start`: weights that it went on from
@@ -68,5 +68,6 @@ def export_pretrained(
     if start is not None:
         parameters = parameters | dict(start=start.facts)
     decoder = {f"decoder.{key}": value.detach().cpu() for key, value in model.decoder.state_dict().items()}
-    card = card_entries(images, *input_statistics(images, start), method, parameters, health, made)
+    parameters = dict(recipe=recipe, variant=model.variant) | parameters
+    card = card_entries(images, *input_statistics(images, start), recipe, parameters, health, made)
     return export_backbone(model.student.encoder, folder, card, decoder, model.teacher.encoder)

@@ -40,6 +40,7 @@ from .trial import deterministic_cost, trial_step
 
 # %% ../../nbs/4_train/13_pretrain.ipynb #21ae20d9
 MODEL_KEYS = (  # settings that `CMID` takes by the same name
+    "variant",
     "queue",
     "temperature",
     "projector_hidden",
@@ -59,7 +60,6 @@ MODEL_KEYS = (  # settings that `CMID` takes by the same name
 def build_cmid(
     settings: Pretrain,  # params.yaml: pretrain
     backbone: str,  # timm name
-    variant: str,  # cmid | byol
     bands: int = 3,  # of an image
     side: int = 224,  # of an image, px
     fidelity: str | None = None,  # corrected | published; None: that of the settings
@@ -70,8 +70,7 @@ def build_cmid(
         backbone,
         bands,
         side,
-        variant,
-        (weights.reconstruction, weights.contrast, weights.distillation),
+        weights=(weights.reconstruction, weights.contrast, weights.distillation),
         fidelity=fidelity or settings.fidelity,
         centre_momentum=settings.centre_momentum ** (1 / settings.accumulate),
         **{key: getattr(settings, key) for key in MODEL_KEYS},
@@ -95,12 +94,12 @@ def micro_batch_size(
     return settings.batch // parts
 
 
-def _check_batch_norm(size, variant, model):
+def _check_batch_norm(size, model):
     "Raises `CmidError` where batch norm would see a single value."
-    if variant == "byol" and size == 1:
+    if model.variant == "byol" and size == 1:
         raise CmidError(
             "params.yaml: pretrain.batch: byol's batch norm needs at least 2 images in a micro-batch; "
-            "raise batch, lower accumulate or processes, or use method cmid"
+            "raise batch, lower accumulate or processes, or use variant: cmid"
         )
     values = size * min(model.matches, (model.img_size // model.stride) ** 2)  # of a channel
     if model.student.encoder.has_batch_norm and values < 2:
@@ -110,9 +109,9 @@ def _check_batch_norm(size, variant, model):
         )
 
 
-def _model_on_device(settings, backbone, variant, images, on, start):
+def _model_on_device(settings, backbone, images, on, start):
     "The model on its device, with the weights that it starts from, computed as the settings say."
-    model = build_cmid(settings, backbone, variant, images.bands, images.side)
+    model = build_cmid(settings, backbone, images.bands, images.side)
     if start is not None:
         go_on_from(model, start)
     model = model.to(on, memory_format=torch.channels_last)
@@ -124,13 +123,12 @@ def _model_on_device(settings, backbone, variant, images, on, start):
     return model
 
 # %% ../../nbs/4_train/13_pretrain.ipynb #b2cdfd69
-def _identity(images, settings, backbone, variant, seed, data_hash, code, dtype, start):
+def _identity(images, settings, backbone, seed, data_hash, code, dtype, start):
     "Parameters that identify a run; those of a checkpoint must be the same."
     begun = dict(start=start.facts["hash"]) if start else {}
     return begun | dict(
         settings=settings.model_dump(exclude={"checkpoint_epochs", "start", *COMPUTE_KEYS}),
         backbone=backbone,
-        variant=variant,
         seed=seed,
         data=data_hash,
         side=images.side,
@@ -210,9 +208,8 @@ def _announce(learn, settings, batches, dtype, say):
 def pretrain_learner(
     images,  # `dataset.Prepared`: uint8 rows, with bands, side, mean and std
     index,  # numbers of the images to train on, from `select_corpus`
-    settings: Pretrain,  # params.yaml: pretrain
+    settings: Pretrain,  # of a recipe
     backbone: str,  # timm name
-    variant: str = "cmid",  # cmid | byol
     seed: int = 0,  # of everything random except the initial weights
     on: torch.device | None = None,  # device
     folder=None,  # of checkpoints; None writes none
@@ -228,14 +225,14 @@ def pretrain_learner(
     on, start = on or device(), start or read_start(settings.start, backbone, images)
     dtype, size = precision_of(settings.precision, on), micro_batch_size(settings)
     tune_gpu(on, dtype, one_shape=True)
-    model = _model_on_device(settings, backbone, variant, images, on, start)
-    _check_batch_norm(size, variant, model)
+    model = _model_on_device(settings, backbone, images, on, start)
+    _check_batch_norm(size, model)
     batches = Batches(images, index, settings.batch, seed, settings.epoch_images, on=on, rank=rank(), processes=world())
     say, health = (_silent, None) if rank() else (say, health)
     watch = health and Watch(images, distinct_images(index), health, labelled, settings.mask_ratio, seed, size)
     callbacks = [_steps(images, settings, model, start, seed, dtype), Journal(watch, say)]
     if folder is not None:
-        identity = _identity(images, settings, backbone, variant, seed, data_hash, code, dtype, start)
+        identity = _identity(images, settings, backbone, seed, data_hash, code, dtype, start)
         callbacks += [_checkpoints(folder, identity, settings, commit)]
     learn = _fastai_learner(batches, model, _optimiser(model, settings), callbacks, on, start)
     _announce(learn, settings, batches, dtype, say)

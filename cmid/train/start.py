@@ -81,13 +81,14 @@ def _architecture(name):
 
 def check_start(
     card,  # of a backbone folder
-    start: str,  # params.yaml: pretrain.start, for the error
+    start: str,  # the folder's name, for the error
     backbone: str,  # timm name that is pretrained
+    key: str = "pretrain.start",  # of params.yaml that names the start, for the error
 ):
     "Raise `CmidError` where a backbone folder is for another network."
     if _architecture(card.architecture) != _architecture(backbone):
         raise CmidError(
-            f"params.yaml: pretrain.start: {start} holds {card.architecture}, but study.backbones names {backbone}; "
+            f"params.yaml: {key}: {start} holds {card.architecture}, but study.backbones names {backbone}; "
             "use a start of the same architecture, or null"
         )
 

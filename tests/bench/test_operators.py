@@ -48,11 +48,11 @@ def test_the_command_counts(capsys):
     assert "--compile" in capsys.readouterr().err
 
 
-def learner(backbone, variant="cmid", **changed):
+def learner(backbone, **changed):
     "A pretraining of three steps, each of which raises where a value is read; after the first, for constants, too."
     settings = bench_settings(4, "float32", profile="smoke").model_copy(update=dict(epochs=1) | changed)
     images = GeneratedImages(3, 64, 12)
-    learn = pretrain_learner(images, np.arange(12), settings, backbone, variant, on=CPU, say=lambda _: None)
+    learn = pretrain_learner(images, np.arange(12), settings, backbone, on=CPU, say=lambda _: None)
     step = learn.one_batch
 
     def checked(*args):
@@ -74,7 +74,7 @@ def learner(backbone, variant="cmid", **changed):
     ids=lambda changed: changed["fidelity"],
 )
 def test_a_step_reads_no_value(backbone, variant, changed):
-    learn = run_pretraining(learner(backbone, variant, **changed))
+    learn = run_pretraining(learner(backbone, variant=variant, **changed))
     assert learn.cmid.done == 3
     assert torch.stack(learn.cmid.losses).isfinite().all()
 

@@ -53,14 +53,12 @@ class Corpus:
         return self.pixels[i]
 
 
-def train(backbone=RESNET, variant="cmid", until=None, folder=None, say=quiet, **settings):
+def train(backbone=RESNET, until=None, folder=None, say=quiet, **settings):
     "A run of four steps in two epochs."
     torch.manual_seed(0)
     how = changed(SETTINGS, **settings)
     cpu = torch.device("cpu")
-    learn = pretrain.pretrain_learner(
-        Corpus(), np.arange(8), how, backbone, variant, on=cpu, folder=folder, say=say, code="x"
-    )
+    learn = pretrain.pretrain_learner(Corpus(), np.arange(8), how, backbone, on=cpu, folder=folder, say=say, code="x")
     return pretrain.run_pretraining(learn, until)
 
 

@@ -69,9 +69,8 @@ def double_learner(settings, backbone, folder, callback=DoubleViews, say=quiet):
     "A learner in float64."
     torch.manual_seed(0)
     images, cpu = Noise(), torch.device("cpu")
-    learn = pretrain_learner(
-        images, np.arange(len(images)), settings, backbone, VARIANTS[backbone], on=cpu, folder=folder, say=say
-    )
+    settings = settings.model_copy(update=dict(variant=VARIANTS[backbone]))
+    learn = pretrain_learner(images, np.arange(len(images)), settings, backbone, on=cpu, folder=folder, say=say)
     learn.model.double()
     double = callback(settings, learn.cmid.views, 0)
     double.on = learn.cmid.on
@@ -234,7 +233,7 @@ def test_centre_forgets_at_the_same_speed_in_micro_batches():
     x, centres = torch.randn(1, 6, SETTINGS.prototypes), []  # one direction
     for n in (1, 4):
         settings = SETTINGS.model_copy(update=dict(accumulate=n))
-        loss = pretrain.build_cmid(settings, "resnet10t", "cmid", side=64).prototype_loss
+        loss = pretrain.build_cmid(settings, "resnet10t", side=64).prototype_loss
         for _ in range(n):
             loss(x, x, 0.05)
         centres.append(loss.centre)

@@ -182,18 +182,18 @@ def test_dvc_sees_other_weights(tmp_path, earlier):
     (tmp_path / "w.pth").write_bytes(b"1")
     inits = dict(backbones=["resnet10t"], baselines=["file-w"], inits=["file-w"])
     params = study(tmp_path, study=inits, weight_files=dict(w=entry), pretrain=dict(start="earlier"))
-    start, weights = start_digest(params), weights_digest(params)
+    start, weights = start_digest(params, "cmid"), weights_digest(params)
     export_backbone(create("resnet10t", img_size=64), earlier, FACTS)
     (tmp_path / "w.pth").write_bytes(b"2")
-    assert start_digest(params) != start
+    assert start_digest(params, "cmid") != start
     assert weights_digest(params) != weights
 
 
 def test_the_stages_depend_on_the_hashes_of_weights():
     stages = load_yaml(ROOT / "dvc.yaml")["stages"]
     written = {key for out in stages["folders"]["outs"] for key in out}
-    assert {"digests/start.json", "digests/weights.json"} <= written
-    assert "digests/start.json" in stages["pretrain"]["deps"]
+    assert {"digests/starts", "digests/weights.json"} <= written
+    assert "digests/starts/${item.recipe}.json" in stages["pretrain"]["deps"]
     assert "digests/weights.json" in stages["baselines"]["do"]["deps"]
 
 
@@ -205,7 +205,7 @@ def test_the_command_writes_the_hashes_and_refuses_what_is_not_there(tmp_path):
 
     study(tmp_path)
     assert digest().returncode == 0
-    assert json.loads((tmp_path / "digests/start.json").read_text()) == dict(start=None)
+    assert json.loads((tmp_path / "digests/starts/cmid.json").read_text()) == dict(start=None)
     assert json.loads((tmp_path / "digests/weights.json").read_text()) == {}
     study(tmp_path, pretrain=dict(start="nowhere"))
     done = digest()

@@ -350,9 +350,9 @@ PARAMS = [
         "params.yaml: study.detect: 'objcts' is not in tasks (did you mean 'objects'?)",
     ),
     setting_case(
-        "misspelt method",
+        "misspelt recipe",
         "study.methods=[cmit]",
-        "params.yaml: study.methods.0: should be 'cmid' or 'byol' (got 'cmit')",
+        "params.yaml: study.methods: 'cmit' is not in recipes (did you mean 'cmid'?)",
     ),
     setting_case("misspelt device", "device=gpu", "params.yaml: device: 'gpu' is not one of auto, cpu, mps, cuda"),
     setting_case(
@@ -1029,7 +1029,7 @@ CHECKPOINTS = [
 def build_with(**changes):
     def meet(d):
         settings = Params(ROOT, "smoke").pretrain.model_copy(update=changes)
-        return build_cmid(settings, "resnet18", "cmid", side=64)
+        return build_cmid(settings, "resnet18", side=64)
 
     return meet
 

@@ -39,11 +39,11 @@ class Corpus:
         return self.pixels[i]
 
 
-def short_learner(backbone="resnet18", variant="cmid", side=64, on="cuda", **settings):
+def short_learner(backbone="resnet18", side=64, on="cuda", **settings):
     "A run of five steps."
     torch.manual_seed(0)
     changed = SETTINGS.model_copy(update=settings)
-    return pretrain_learner(Corpus(side), np.arange(40), changed, backbone, variant, on=torch.device(on), say=quiet)
+    return pretrain_learner(Corpus(side), np.arange(40), changed, backbone, on=torch.device(on), say=quiet)
 
 
 class Strict(Callback):

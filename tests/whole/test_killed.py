@@ -94,7 +94,6 @@ def train(folder, begun, epochs=EPOCHS, killed_after=0):
             np.arange(IMAGES),
             settings,
             BACKBONE,
-            "cmid",
             0,
             torch.device("cpu"),
             folder,
