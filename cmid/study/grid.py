@@ -25,6 +25,7 @@ from cmid.study.study import (
     bring_cell_back,
     clone_environment,
     clone_lock,
+    lend_images,
     newest_commit,
     note_changes,
     prepare_clone,
@@ -187,10 +188,9 @@ class GridRun:
         slots = 1 if alone else self.pool.slots
         return clone_environment(work) | slot_environment(slot, slots, self.gpus, self.cores)
 
-    def _execute(self, job, slot, work, targets, held):
-        "Run DVC in a clone"
-        environment = self._environment(work, slot)
-        self.pool.command(job, [*self.command, *targets], work, environment, held)
+    def _execute(self, job, slot, work, command, held):
+        "Run a command in a clone"
+        self.pool.command(job, command, work, self._environment(work, slot), held)
 
     def _prepare(self, work, narrow=None):
         "Bring a clone up to date"
@@ -206,7 +206,7 @@ class GridRun:
             self._prepare(work)
             targets = self.grid.data_targets()
             if targets:
-                self._execute(job, slot, work, targets, held)
+                self._execute(job, slot, work, [*self.command, *targets], held)
             self.facts = shared_facts(work)
         return "done", ""
 
@@ -240,8 +240,11 @@ class GridRun:
         "Run the stages of a cell, and bring its results back even if one fails"
         work, results = self.grid.place / cell.name, self.grid.results(cell)
         inits = [cell.init] if cell.init else floor_names(self.grid)
+        lent = lend_images(self.grid.place / "images", work)
         try:
-            self._execute(job, slot, work, self.grid.targets(cell), held)
+            if lent:
+                self._execute(job, slot, work, ["dvc", "checkout", "--force", *lent], held)
+            self._execute(job, slot, work, [*self.command, *self.grid.targets(cell)], held)
         finally:
             with clone_lock(self.grid.place / f"results-{cell.seed}", wait=600):
                 files = bring_cell_back(work, results, inits)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STUDY_KEYS', 'with_set', 'study_params', 'newest_commit', 'project_params', 'note_changes', 'clone_lock',
-           'share_cache', 'studied_model', 'bring_back', 'bring_cell_back', 'read_study', 'stages_of', 'targets_of',
-           'prepare_clone', 'clone_environment', 'run_study']
+           'share_cache', 'lend_images', 'studied_model', 'bring_back', 'bring_cell_back', 'read_study', 'stages_of',
+           'targets_of', 'prepare_clone', 'clone_environment', 'run_study']
 
 # %% ../../nbs/8_study/06_study.ipynb #572c3200
 import os
@@ -211,6 +211,24 @@ def share_cache(
     "Let DVC keep what it stores in a shared folder, and link to it instead of copying."
     text = f'[cache]\n    dir = "{cache}"\n    type = "hardlink,symlink"\n'
     write_whole(work / ".dvc/config.local", text)
+
+
+def lend_images(
+    images: Path,  # the clone in which they were prepared
+    work: Path,  # another clone of the same cache
+) -> list:  # names of stages, whose outputs DVC can link to after this
+    "Tell a clone what the stages that read images gave in another one, as if they had run here."
+    lock, here = images / "dvc.lock", work / "dvc.lock"
+    known = load_yaml(here) if here.exists() else {}
+    stages = load_yaml(lock)["stages"] if lock.exists() else {}
+    lent = {name: entry for name, entry in stages.items() if name.startswith(("prepare@", "labels@"))}
+    if lent:
+        stages = known.get("stages", {}) | lent
+        write_whole(here, yaml.safe_dump(dict(schema="2.0") | known | dict(stages=stages), sort_keys=False))
+    for stage in ("prepare", "labels"):  # their JSON files are in Git elsewhere, so DVC does not store them
+        for path in (images / "results" / stage).rglob("*.json"):
+            write_whole(work / path.relative_to(images), path.read_bytes())
+    return [*lent]
 
 # %% ../../nbs/8_study/06_study.ipynb #abba30c1
 _FOLDER_KEYS = dict(datasets=("folder", "lists"), tasks=("folder",))  # group of params.yaml -> keys that name folders
