@@ -10,10 +10,11 @@ import yaml
 
 from cmid.base.files import load_yaml
 from cmid.settings.task import Task
+from cmid.study.front_page import front_table
 from cmid.study.readme import PAGES, command_table, notebook_table, rendered_pages, stage_table
 from cmid.study.smoke import smoke_study
 from cmid.study.study import study_params, with_set
-from cmid.study.study_tables import all_studies, front_table, study_page
+from cmid.study.study_pages import all_studies, study_page
 
 ROOT = Path(__file__).parents[2]
 FILES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "studies/README.md")]
@@ -51,7 +52,7 @@ def test_the_front_page_is_short():
 
 
 def test_the_front_table_is_that_of_today():
-    assert front_table(ROOT, ROOT / "studies/aid") in shown_text("index.ipynb"), "run make notebooks"
+    assert front_table(ROOT, ROOT / "studies/aid-h100") in shown_text("index.ipynb"), "run make notebooks"
 
 
 def test_the_tables_of_studies_are_those_of_today():
