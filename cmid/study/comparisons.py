@@ -97,16 +97,16 @@ _ACCURACY_KEYS = "accuracy", "low", "high", "correct", "train_images"
 
 def _accuracies(dataset, init, result, kind):
     "Accuracies of one result, one for each share of the labels"
-    shared, answers = dict(dataset=dataset, probe=kind), read_answers(result)
-    rows = []
+    shared = dict(dataset=dataset, probe=kind)
+    rows = {}
     for fraction in metric_of(result, kind):
         row = shared | dict(fraction=float(fraction), init=init)
         row |= {k: metric_of(result, k) for k in ("test_images", "chance")}
         row |= {k: metric_of(result, kind, fraction, k) for k in _ACCURACY_KEYS}
         row["scored_on"] = scored_on(result, "test_images") | dict(train_images=row["train_images"])
-        row["answers"] = _kept_answers(answers, kind, fraction)
-        rows.append(row)
-    return rows
+        rows[fraction] = row
+    answers = read_answers(result)
+    return [row | dict(answers=_kept_answers(answers, kind, fraction)) for fraction, row in rows.items()]
 
 
 def accuracy_rows(

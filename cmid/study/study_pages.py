@@ -45,7 +45,8 @@ def study_page(
         parts = _seed_parts(root, study, own) if "seeds" in own else run_parts(root, study, own)
     except CmidError as e:
         raise CmidError(f"studies/{Path(study).name}: {e}") from None
-    return "\n\n".join([f"## {Path(study).name}", *parts, "Repeat it with", study_command(study)])
+    note = [own["note"]] if "note" in own else []
+    return "\n\n".join([f"## {Path(study).name}", *note, *parts, "Repeat it with", study_command(study)])
 
 
 def all_studies(

@@ -7,7 +7,7 @@ import pytest
 
 from cmid.base.errors import CmidError
 from cmid.base.files import write_json
-from cmid.base.scores import wilson
+from cmid.base.scores import unpack_answers, wilson
 from cmid.study import comparisons
 from cmid.study.comparisons import probe_rows, score_rows, task_rows
 from cmid.study.examples import example_results
@@ -25,15 +25,56 @@ def test_intervals_by_hand(made):
     assert abs((row["high"] - row["low"]) / 2 - 0.042566) < 1e-5
 
 
+def linear_differences(folder):
+    "Differences of the linear probe with all labels, by baseline"
+    rows = [o for o in probe_rows(folder) if o["init"] == "cmid-resnet18" and o["correct"] == 306]
+    return {o["baseline"]: o for o in rows[0]["against"]}
+
+
 def test_difference_by_hand(made):
-    row = next(o for o in probe_rows(made) if o["init"] == "cmid-resnet18" and o["correct"] == 306)
-    against = {o["baseline"]: o for o in row["against"]}
-    assert list(against) == ["random-resnet18", "imagenet-resnet18"]
+    "Two images more, one right for each: of 502, n10 + 1 and n01 + 1 differ, d is their difference over 502."
+    found = linear_differences(made)
+    assert list(found) == ["random-resnet18", "imagenet-resnet18"]
+    files = [f"results/probe/scenes/{init}/answers.json" for init in ("cmid-resnet18", "random-resnet18")]
+    texts = [json.loads((made / file).read_text())["linear"]["1.0"] for file in files]
+    a, b = (unpack_answers(text, 500) for text in texts)
+    wins, losses = int((a & ~b).sum()) + 1, int((b & ~a).sum()) + 1
+    mean = (wins - losses) / 502
+    half = 1.964711 * ((wins + losses - 502 * mean**2) / 501 / 502) ** 0.5  # Student's t of 501
+    assert found["random-resnet18"]["difference"] == pytest.approx(0.202)
+    assert found["random-resnet18"]["low"] == pytest.approx(mean - half, abs=1e-6)
+    assert found["random-resnet18"]["high"] == pytest.approx(mean + half, abs=1e-6)
+
+
+@pytest.mark.parametrize("spoilt", ["no file", "other images", "no such share"])
+def test_difference_of_counts_by_hand(study, change, spoilt):
+    file = study / "results/probe/scenes/random-resnet18/answers.json"
+    if spoilt == "no file":
+        file.unlink()
+    elif spoilt == "other images":
+        change("probe/scenes/random-resnet18/answers.json", images="1" * 64)
+    else:
+        change("probe/scenes/random-resnet18/answers.json", linear={})
+    found = linear_differences(study)
     (low, high), (other_low, other_high) = wilson(306, 500), wilson(205, 500)
     below = ((0.612 - low) ** 2 + (other_high - 0.41) ** 2) ** 0.5
     above = ((high - 0.612) ** 2 + (0.41 - other_low) ** 2) ** 0.5
-    assert abs(against["random-resnet18"]["low"] - (0.202 - below)) < 1e-12
-    assert abs(against["random-resnet18"]["high"] - (0.202 + above)) < 1e-12
+    assert not found["random-resnet18"]["paired"]
+    assert found["imagenet-resnet18"]["paired"]
+    assert abs(found["random-resnet18"]["low"] - (0.202 - below)) < 1e-12
+    assert abs(found["random-resnet18"]["high"] - (0.202 + above)) < 1e-12
+
+
+def test_answers_of_another_run_are_refused(study, change):
+    other = study / "results/probe/scenes/cmid-resnet18/answers.json"
+    (study / "results/probe/scenes/random-resnet18/answers.json").write_text(other.read_text())
+    with pytest.raises(CmidError, match="random-resnet18/answers.json: .* correct answers, but metrics.json"):
+        probe_rows(study)
+
+
+def test_other_labels_are_not_compared(study, change):
+    change("probe/scenes/random-resnet18/run.json", parameters=dict(train="train_10", test="test"))
+    assert list(linear_differences(study)) == ["imagenet-resnet18"]
 
 
 def test_results_of_another_study_are_not_mixed_in(study):

@@ -1,0 +1,200 @@
+"A study of several seeds: what is compared with what, what is left out, and that every doubt is said."
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import yaml
+
+from cmid.base.errors import CmidError
+from cmid.base.files import load_yaml, write_json, write_whole
+from cmid.base.paired import answer_interval, student_interval
+from cmid.base.scores import pack_answers, unpack_answers
+from cmid.study.seeds import cost_table, seed_rows, seed_table
+
+LINEAR = "linear probe, accuracy"
+
+
+@pytest.fixture
+def seeds(study, tmp_path):
+    "Three runs with the same made-up results; two inits were pretrained, each as long."
+    for init in ("cmid-resnet18", "cmid-resnet50"):
+        record(study, init)
+    others = {seed: shutil.copytree(study, tmp_path / f"seed-{seed}") for seed in (1, 2)}
+    return {0: study} | others
+
+
+def record(folder, init, **settings):
+    "What a pretraining says of itself"
+    parameters = dict(dataset="pool", split=None, epochs=5, batch=8) | settings
+    run = dict(parameters=parameters, images=80, images_per_s=4.0, seconds=100, device="made up")
+    write_json(folder / f"results/pretrain/{init}/run.json", run)
+
+
+def answer(folder, init, right):
+    "Other answers of the linear probe with all labels"
+    at = folder / f"results/probe/scenes/{init}"
+    for name, change in (("metrics", dict(correct=int(right.sum()), accuracy=float(right.mean()))), ("answers", None)):
+        content = json.loads((at / f"{name}.json").read_text())
+        if change:
+            content["linear"]["1.0"] |= change
+        else:
+            content["linear"]["1.0"] = pack_answers(right)
+        write_json(at / f"{name}.json", content)
+
+
+def against(seeds, task=LINEAR, init="cmid-resnet18", baseline="random-resnet18", reference=None):
+    "One comparison"
+    row = next(o for o in seed_rows(seeds, reference) if (o["task"], o["init"]) == (task, init))
+    return next(o for o in row["against"] if o["baseline"] == baseline)
+
+
+def test_answers_are_paired_over_seeds_and_images(seeds):
+    rng, drawn = np.random.default_rng(0), {}
+    for init, skill in (("cmid-resnet18", 0.7), ("random-resnet18", 0.6)):
+        drawn[init] = rng.random((3, 500)) < skill
+        for folder, right in zip(seeds.values(), drawn[init]):
+            answer(folder, init, right)
+    found = against(seeds)
+    expected = answer_interval(drawn["cmid-resnet18"], drawn["random-resnet18"])
+    assert (found["mean"], found["low"], found["high"]) == pytest.approx(expected)
+    assert (found["seeds"], found["notes"]) == (3, [])
+    assert found["says"] == ("better" if expected[1] > 0 else "the data do not decide")
+
+
+def test_every_score_is_compared_with_the_baselines_of_its_architecture(seeds):
+    rows = seed_rows(seeds)
+    for row in rows:
+        own = row["init"] == "cmid-resnet18"
+        assert [o["baseline"] for o in row["against"]] == ["random-resnet18", "imagenet-resnet18"] * own
+        assert [o["seeds"] for o in row["against"]] == [3, 3] * own
+    assert len({row["task"] for row in rows}) == 10
+
+
+def test_a_reference_is_compared_with_everything_but_itself(seeds):
+    for row in seed_rows(seeds, "cmid-resnet18"):
+        assert [o["baseline"] for o in row["against"]] == ["cmid-resnet18"] * (row["init"] != "cmid-resnet18")
+    worse = against(seeds, init="random-resnet18", baseline="cmid-resnet18", reference="cmid-resnet18")
+    better = against(seeds)
+    assert worse["says"], better["says"] == ("worse", "better")
+    assert worse["mean"] == pytest.approx(-better["mean"])
+
+
+def test_an_unknown_reference_is_refused(seeds):
+    with pytest.raises(CmidError, match="reference: 'cmid-resnet8' is not an init of the study .did you mean"):
+        seed_rows(seeds, "cmid-resnet8")
+
+
+def test_one_seed_says_so(seeds):
+    one = against({0: seeds[0]})
+    assert one["says"] == "one seed: nothing is known about seeds"
+    assert one["low"] > 0  # although the images alone would decide
+    assert "one seed" in seed_table(seed_rows({0: seeds[0]}))
+
+
+@pytest.mark.parametrize(
+    "stage, task, words",
+    [
+        ("segment/land", "segmentation, mIoU", "data"),
+        ("change/dates", "change, BIT, F1", "data"),
+        ("probe/scenes", LINEAR, "data"),
+        ("correspondence", "correct matches", "data"),
+    ],
+)
+def test_a_seed_with_other_data_is_left_out_and_named(seeds, stage, task, words):
+    file = seeds[1] / f"results/{stage}/random-resnet18/run.json"
+    write_json(file, json.loads(file.read_text()) | dict(data="other"))
+    found = against(seeds, task)
+    assert found["seeds"] == 2
+    assert found["notes"][0] == f"seed 1 is left out: the two differ in their {words}"
+
+
+def test_what_was_never_scored_on_the_same_data_is_not_comparable(seeds):
+    for folder in seeds.values():
+        file = folder / "results/probe/scenes/random-resnet18/run.json"
+        write_json(file, json.loads(file.read_text()) | dict(parameters=dict(train="train_10", test="test")))
+    found = against(seeds)
+    assert (found["says"], found["mean"], found["seeds"]) == ("not comparable", None, 0)
+    assert all("training split, test split" in note for note in found["notes"])
+
+
+def test_seeds_of_other_data_say_so_and_are_unpaired(seeds):
+    for init in ("cmid-resnet18", "random-resnet18"):
+        at = seeds[2] / f"results/probe/scenes/{init}"
+        write_json(at / "run.json", json.loads((at / "run.json").read_text()) | dict(data="other"))
+        write_json(at / "answers.json", json.loads((at / "answers.json").read_text()) | dict(images="1" * 64))
+    found = against(seeds)
+    assert found["seeds"] == 3
+    assert [note.split()[0] for note in found["notes"]] == ["answers", "the"]
+    assert found["high"] - found["low"] > against({0: seeds[0], 1: seeds[1]})["high"] - found["low"]
+
+
+def test_runs_that_kept_counts_only_say_so(seeds):
+    (seeds[1] / "results/probe/scenes/random-resnet18/answers.json").unlink()
+    before = against({0: seeds[0], 2: seeds[2]})
+    found = against(seeds)
+    assert found["notes"] == ["answers were not kept for the same images, so images are unpaired"]
+    assert found["high"] - found["low"] > before["high"] - before["low"]
+
+
+def test_purity_of_images_chosen_by_each_seed_has_the_interval_of_seeds(seeds):
+    for seed, folder in seeds.items():
+        for init in ("cmid-resnet18", "random-resnet18"):
+            file = folder / f"results/features/scenes/{init}/embedding.json"
+            content = json.loads(file.read_text())
+            moved = np.roll(content["label"], seed).tolist()
+            purity = (np.array(content["purity"]) + 0.01 * seed * (init[0] == "c")).tolist()
+            write_json(file, content | dict(label=moved, purity=purity))
+    found = against(seeds, "purity of the feature space")
+    values = [against({0: seeds[0]}, "purity of the feature space")["mean"] + 0.01 * seed for seed in seeds]
+    assert (found["mean"], found["low"], found["high"]) == pytest.approx(student_interval(values))
+
+
+def test_unequal_cost_is_noted(seeds):
+    reference = dict(init="cmid-resnet50", baseline="cmid-resnet18", reference="cmid-resnet18")
+    assert against(seeds, **reference)["notes"] == []
+    record(seeds[1], "cmid-resnet50", epochs=50)
+    assert against(seeds, **reference)["notes"] == [
+        "unequal cost: 400 / 4,000 images seen in pretraining against 400",
+    ]
+    for folder in seeds.values():
+        record(folder, "cmid-resnet50", batch=16)
+    assert against(seeds, **reference)["notes"] == ["unequal cost: 16 images in a batch against 8"]
+    shutil.rmtree(seeds[2] / "results/pretrain/cmid-resnet50")
+    assert against(seeds, **reference)["notes"] == ["its pretraining is not recorded"]
+    assert against(seeds)["notes"] == []  # a baseline was not pretrained here
+
+
+def test_what_pretraining_cost(seeds):
+    record(seeds[1], "cmid-resnet50", epochs=50)
+    lines = cost_table(seeds).splitlines()
+    assert lines[2:] == [
+        "| cmid-resnet18 | pool | 400 | 8 | 100 | 4 | made up |",
+        "| cmid-resnet50 | pool | 400 / 4,000 | 8 | 100 | 4 | made up |",
+    ]
+
+
+def test_a_seed_without_the_run_is_counted(seeds):
+    shutil.rmtree(seeds[2] / "results/probe/scenes/cmid-resnet18")
+    rows = seed_rows(seeds)
+    row = next(o for o in rows if (o["task"], o["init"]) == (LINEAR, "cmid-resnet18"))
+    assert (len(row["scores"]), row["against"][0]["seeds"]) == (2, 2)
+    line = next(line for line in seed_table(rows).splitlines() if f"{LINEAR} | cmid-resnet18" in line)
+    assert "61.2 ± 0.0 (2 of 3 seeds)" in line
+
+
+def test_answers_of_examples_are_as_many_as_their_metrics_say(seeds):
+    content = json.loads((seeds[0] / "results/probe/scenes/cmid-resnet18/answers.json").read_text())
+    assert unpack_answers(content["linear"]["1.0"], 500).sum() == 306
+
+
+def test_a_baseline_of_another_architecture_names_it(seeds):
+    for folder in seeds.values():
+        values = load_yaml(folder / "params.yaml")
+        values["study"]["backbones"] = ["resnet50"]
+        values["study"]["inits"] = ["cmid-resnet50", "random-resnet18", "imagenet-resnet18"]
+        values["study"]["apply"] = {}
+        write_whole(folder / "params.yaml", yaml.safe_dump(values, sort_keys=False))
+    rows = seed_rows(seeds, "random-resnet18")
+    assert {row["init"]: row.get("other") for row in rows}["imagenet-resnet18"] == "resnet18"
