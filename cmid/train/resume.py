@@ -178,7 +178,7 @@ class Checkpoints(RunFolder, Callback):
 
     def __init__(
         self,
-        folder,  # of the runs of a method and backbone
+        folder,  # of the runs of a recipe and backbone
         parameters: dict,  # that identify the run
         every: int = 1,  # epochs between checkpoints
         commit: str | None = None,  # that trains, for the record
