@@ -23,6 +23,7 @@ from .jobs import Job, Pool, job_processes, slot_environment, visible_gpus
 from .progress import screen, show_jobs
 from cmid.study.study import (
     bring_cell_back,
+    check_reference,
     clone_environment,
     clone_lock,
     lend_images,
@@ -58,6 +59,7 @@ class Grid:
         self.pipeline = _pipeline(self.project)
         self.values = study_params(project_params(self.project, self.commit), self.own, self.sets)
         self.cells = grid_cells(self.pipeline, self.values, self.seeds, self.named)
+        check_reference(self.own.get("reference"), {cell.init for cell in self.cells} - {None}, where)
         self.place = self.project / ".studies" / self.folder.name
 
     def results(self, cell) -> Path:

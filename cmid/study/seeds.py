@@ -6,11 +6,11 @@
 __all__ = ['Entry', 'run_entries', 'pretraining_costs', 'decision', 'seed_rows', 'seed_table', 'seed_sentence', 'cost_table']
 
 # %% ../../nbs/8_study/20_seeds.ipynb #65128b00
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
 
-from ..base.errors import CmidError, near
 from ..settings.study import is_floor
 from cmid.study.comparisons import (
     ACCURACY_KINDS,
@@ -28,7 +28,8 @@ from cmid.study.comparisons import (
     with_architecture,
 )
 from .report_words import images_seen, init_name, points, share
-from .results import TASK_SCORES, runs, stage_results
+from .results import TASK_SCORES, params_of, runs, stage_results
+from .study import check_reference
 from .study_tables import markdown_table
 
 # %% ../../nbs/8_study/20_seeds.ipynb #56a84277
@@ -238,19 +239,11 @@ def _seed_row(key, init, others, all_runs):
 
 
 def _first_seen(dictionaries):
-    "Keys of several dictionaries, in the order in which they come up"
+    "Keys of several dictionaries, or values of several lists, in the order in which they come up"
     keys = {}
     for dictionary in dictionaries:
         keys |= dict.fromkeys(dictionary)
     return list(keys)
-
-
-def _check_reference(root, reference):
-    "Refuse a reference that the study does not have"
-    known = {identity[-1]: None for stage in ("probe", "classify", *TASK_SCORES) for identity in runs(root)[stage]}
-    if reference is not None and reference not in known:
-        names = ", ".join(known)
-        raise CmidError(f"reference: {reference!r} is not an init of the study{near(reference, known)}; have: {names}")
 
 
 def seed_rows(
@@ -259,7 +252,7 @@ def seed_rows(
 ) -> list:  # dicts: task, dataset, init, scores, mean, std, against (baseline, seeds, mean, low, high, says, notes)
     "Mean and deviation over seeds, and differences over seeds and images. Raises `CmidError` for another reference."
     (first, *_) = roots.values()
-    _check_reference(first, reference)
+    check_reference(reference, params_of(first).study.inits)
     entries = {seed: run_entries(root) for seed, root in roots.items()}
     costs = {seed: pretraining_costs(root) for seed, root in roots.items()}
     all_runs = _Runs(entries, costs, {init for (init,) in runs(first)["pretrain"]})
@@ -278,9 +271,9 @@ def _score_words(row, most):
     return f"{100 * row['mean']:.1f}{deviation}{fewer}"
 
 
-def _against_cells(against):
-    "Cells of one comparison"
-    said = "; ".join([against["says"], *against["notes"]])
+def _against_cells(against, notes):
+    "Cells of one comparison, with the numbers of its notes"
+    said = " ".join([against["says"], *(f"({notes.index(note) + 1})" for note in against["notes"])])
     if against["mean"] is None:
         return init_name(against["baseline"]), "", said
     interval = f"{points(against['mean'])} ({points(against['low'])} to {points(against['high'])})"
@@ -288,19 +281,26 @@ def _against_cells(against):
     return init_name(against["baseline"]), f"**{interval}**" if decided else interval, said
 
 
+def _row_lines(row, most, notes):
+    "Lines of one row: one for each comparison"
+    task = f"{row['dataset']}: {row['task']}" if row["dataset"] else row["task"]
+    cells = task, init_name(row["init"]), _score_words(row, most)
+    return [(*cells, *_against_cells(against, notes)) for against in row["against"]] or [(*cells, "", "", "")]
+
+
 def seed_table(
     rows: list,  # of `seed_rows`
 ) -> str:  # Markdown, or nothing
-    "Means over seeds with standard deviations, and a line for each comparison, which says whether the data decide."
+    "Means over seeds with deviations, a line for each comparison, which says whether the data decide; notes below."
     if not rows:
         return ""
-    most, lines = max(len(row["scores"]) for row in rows), []
-    for row in rows:
-        task = f"{row['dataset']}: {row['task']}" if row["dataset"] else row["task"]
-        cells = task, init_name(row["init"]), _score_words(row, most)
-        lines += [(*cells, *_against_cells(against)) for against in row["against"]] or [(*cells, "", "", "")]
+    most = max(len(row["scores"]) for row in rows)
+    notes = _first_seen(against["notes"] for against in chain.from_iterable(row["against"] for row in rows))
+    lines = chain.from_iterable(_row_lines(row, most, notes) for row in rows)
     mean = f"mean ± deviation over {most} seeds" if most > 1 else "one seed"
-    return markdown_table(("score", "backbone", mean, "compared with", "difference", "the data say"), lines)
+    table = markdown_table(("score", "backbone", mean, "compared with", "difference", "the data say"), lines)
+    below = "; ".join(f"({i}) {note}" for i, note in enumerate(notes, 1))
+    return f"{table}\n\nNotes: {below}." if notes else table
 
 
 def seed_sentence(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STUDY_KEYS', 'with_set', 'study_params', 'newest_commit', 'project_params', 'note_changes', 'clone_lock',
-           'share_cache', 'lend_images', 'studied_model', 'bring_back', 'bring_cell_back', 'read_study', 'stages_of',
-           'targets_of', 'prepare_clone', 'clone_environment', 'run_study']
+           'share_cache', 'lend_images', 'studied_model', 'bring_back', 'bring_cell_back', 'read_study',
+           'check_reference', 'stages_of', 'targets_of', 'prepare_clone', 'clone_environment', 'run_study']
 
 # %% ../../nbs/8_study/06_study.ipynb #572c3200
 import os
@@ -23,6 +23,7 @@ from ..base.errors import CmidError, near, plain_name
 from ..base.files import load_yaml, parse_yaml, root, take_lock, whole_folder, write_whole
 from ..base.params import Params, check_all, merge
 from ..base.runtime import code_folder
+from ..settings.study import is_floor
 from ..settings.task import FORMATS
 
 # %% ../../nbs/8_study/06_study.ipynb #b4640c55
@@ -371,6 +372,20 @@ def read_study(
         known = ", ".join(o.parent.name for o in root().glob("studies/*/params.yaml"))
         raise CmidError(f"{folder}: holds no params.yaml; known: {known or 'none'}")
     return load_yaml(path)
+
+
+def check_reference(
+    reference: str | None,  # init that all others are compared with; None: the baselines
+    known,  # inits of the study
+    where: str = "",  # its params.yaml, for the error
+):
+    "Raise `CmidError` where a study is to be compared with an init that it does not have."
+    if reference is None or reference in known or is_floor(reference):
+        return
+    name = f"{where}: reference" if where else "reference"
+    raise CmidError(
+        f"{name}: {reference!r} is not an init of the study{near(reference, known)}; name one of study.inits"
+    )
 
 
 def stages_of(
