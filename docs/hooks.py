@@ -13,8 +13,10 @@ from pathlib import Path
 import latex2mathml.converter
 import nbformat
 from mkdocs.structure.files import File
+from mkdocs.structure.nav import Link
 
 from cmid.study.readme import directives, shown_cell
+from cmid.study.results_page import results_page
 
 ROOT = Path(__file__).parents[1]
 STAGING = ROOT / ".cache/docs"
@@ -36,6 +38,7 @@ PACKAGES = dict(
 )
 RENDERED = "index", "map", "studies"  # pages of prose and tables, which show no code
 PAGES = "scale", "safety"
+RESULTS = "results.html"  # of all studies, beside the pages
 MOVED = {f"{name}.ipynb": f"{name}.md" for name in RENDERED} | {"../studies/README.md": "studies.md"}
 LINK = r'href="([^"]*\.(?:ipynb|md|yaml|ini|lock|dvc|cff|py|json)(?:#[^"]*)?|(?:\.\./)+[^"]*)"'
 
@@ -138,6 +141,17 @@ def on_config(config):
     nav.append({"All names": "names.md"})
     config.nav = nav
     return config
+
+
+def on_nav(nav, config, files):
+    "The page of all results is no page of the theme: it stands in the navigation as a link."
+    after = next(i for i, item in enumerate(nav.items) if item.title == title(ROOT / "nbs/studies.ipynb"))
+    nav.items.insert(after + 1, Link("All results, to filter and sort", RESULTS))
+    return nav
+
+
+def on_post_build(config):
+    Path(config.site_dir, RESULTS).write_text(results_page(ROOT, home="index.html"), encoding="utf-8")
 
 
 def on_files(files, config):

@@ -1,0 +1,201 @@
+"The page of all results: every row, a plain table without its script, and safe with any text from a file."
+
+import base64
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cmid.base.files import load_yaml, write_json, write_whole
+from cmid.study.comparisons import accuracy_rows
+from cmid.study.examples import example_results
+from cmid.study.results_page import all_results, embedded_json, results_page
+from tests.study.conftest import STUDY
+
+ROOT = Path(__file__).parents[2]
+EVIL = '</script><img src=x onerror="alert(1)">'
+VOID = {"meta", "img", "br", "wbr"}
+
+
+class Page(HTMLParser):
+    "Elements, cells of the table, and texts of scripts."
+
+    def __init__(self, html):
+        super().__init__()
+        self.elements, self.open, self.rows, self.scripts = [], [], [], []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        elif tag == "td":
+            self.rows[-1].append("")
+        elif tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "script" in self.open:
+            self.scripts[-1] += data
+        elif "td" in self.open:
+            self.rows[-1][-1] += data
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    "A project with results of its own, a study of two seeds, and one that takes its backbones."
+    folder = tmp_path_factory.mktemp("project")
+    values = load_yaml(ROOT / "params.yaml")
+    inits = ["cmid-resnet18", "random-resnet18"]
+    values["study"] = STUDY | dict(backbones=["resnet18"], baselines=inits[1:], inits=inits, apply={}, detect=[])
+    write_whole(folder / "params.yaml", yaml.safe_dump(values))
+    example_results(folder)
+    for name in ("two/seed-0", "two/seed-1", "lent"):
+        shutil.copytree(folder / "results", folder / "studies" / name / "results")
+    write_whole(folder / "studies/two/params.yaml", "seeds: [0, 1]\n")
+    write_whole(folder / "studies/lent/params.yaml", "models: paid\n")
+    shutil.copytree(folder / "results/pretrain", folder / "studies/paid/results/pretrain")
+    write_whole(folder / "studies/paid/params.yaml", "stages: [pretrain]\n")
+    record(folder / "studies/paid/results", images=400, parameters=dict(epochs=10), trained_s=90.0, device="GPU")
+    for seed, seconds in ((0, 100.0), (1, 300.0)):
+        facts = dict(images=1000, parameters=dict(epochs=20), trained_s=seconds, device="CPU")
+        record(folder / f"studies/two/seed-{seed}/results", **facts)
+    better = folder / "studies/two/seed-1/results/segment/land/cmid-resnet18/metrics.json"
+    shutil.copy(better.parents[1] / "random-resnet18/metrics.json", better)
+    return folder
+
+
+def record(results, **facts):
+    file = results / "pretrain/cmid-resnet18/run.json"
+    write_json(file, json.loads(file.read_text()) | facts)
+
+
+@pytest.fixture(scope="module")
+def results(project):
+    "Studies and rows: resampling takes seconds."
+    return all_results(project)
+
+
+@pytest.fixture(scope="module")
+def html(project):
+    return results_page(project)
+
+
+def found(results, **wanted):
+    return [row for row in results[1] if all(row[key] == value for key, value in wanted.items())]
+
+
+def test_every_study_and_every_score_is_there(results):
+    studies, rows = results
+    assert [study["name"] for study in studies] == ["default", "lent", "paid", "two"]
+    assert not any(study["fault"] for study in studies)
+    tasks = {row["task"] for row in rows if row["study"] == "default" and row["init"] == "cmid-resnet18"}
+    beginnings = "linear probe", "kNN", "fine-tuned", "segmentation", "change, BIT", "change, diff", "purity", "correct"
+    assert all(any(task.startswith(beginning) for task in tasks) for beginning in beginnings)
+    assert {row["commit"] for row in rows} == {"0" * 40}
+    assert {row["device"] for row in rows} == {"made up"}
+    (two,) = [study for study in studies if study["name"] == "two"]
+    assert two["command"].startswith("cmid_study studies/two")
+
+
+def test_a_row_of_one_seed_has_its_own_interval(project, results):
+    own = next(o for o in accuracy_rows(project, "probe") if o["init"] == "cmid-resnet18" and o["fraction"] == 1)
+    (row,) = found(results, study="default", init="cmid-resnet18", task="linear probe, accuracy")
+    assert (row["score"], row["low"], row["high"]) == (own["accuracy"], own["low"], own["high"])
+    assert row["difference"] == pytest.approx(own["against"][0]["difference"])
+    assert (row["images"], row["seeds"], row["reference"]) == (500, [0], "random-resnet18")
+
+
+def test_a_row_of_two_seeds_reaches_over_both(results):
+    (row,) = found(results, study="two", init="cmid-resnet18", task="segmentation, mIoU")
+    first, second = row["scores"]
+    assert first > second
+    assert row["score"] == pytest.approx((first + second) / 2)
+    assert row["low"] < second and row["high"] > first
+    assert row["seeds"] == [0, 1]
+
+
+def test_costs_are_means_over_seeds_or_those_of_the_study_that_paid(results):
+    (row,) = found(results, study="two", init="cmid-resnet18", task="kNN, accuracy")
+    assert (row["seen"], row["seconds"], row["trained_on"]) == (20_000, 200.0, "CPU")
+    (row,) = found(results, study="lent", init="cmid-resnet18", task="kNN, accuracy")
+    assert (row["seen"], row["seconds"], row["trained_on"]) == (4_000, 90.0, "GPU")
+    (row,) = found(results, study="two", init="random-resnet18", task="kNN, accuracy")
+    assert (row["seen"], row["seconds"]) == (None, None)
+
+
+def test_without_its_script_it_is_a_plain_table(results, html):
+    _, rows = results
+    page = Page(html)
+    shown = [cells for cells in page.rows if cells]
+    assert len(shown) == len(rows)
+    for cells, row in zip(shown, rows):
+        assert cells[0] == row["study"]
+        assert cells[5] == f"{100 * row['score']:.1f}"
+    ids = {attributes.get("id") for _, attributes in page.elements}
+    links = [attributes["href"] for tag, attributes in page.elements if tag == "a"]
+    assert links and all(link.removeprefix("#") in ids for link in links)
+
+
+def test_it_fetches_nothing_and_runs_its_own_script_alone(results, html):
+    page = Page(html)
+    assert not [a for tag, a in page.elements if tag in ("link", "iframe", "object", "img") or "src" in a]
+    policy = next(a["content"] for tag, a in page.elements if a.get("http-equiv") == "Content-Security-Policy")
+    data, script = page.scripts
+    mark = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert policy == f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{mark}'"
+    assert json.loads(data) == json.loads(json.dumps(results[1]))
+    for unsafe in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "http:", "https:"):
+        assert unsafe not in script.replace("http://www.w3.org/2000/svg", "")
+
+
+def test_text_from_files_stays_text(project, tmp_path):
+    evil = shutil.copytree(project, tmp_path / "evil")
+    file = evil / "results/probe/scenes/cmid-resnet18/run.json"
+    write_json(file, json.loads(file.read_text()) | dict(device=EVIL, commit=EVIL))
+    record(evil / "results", images=4, parameters=dict(epochs=1), device=EVIL)
+    shutil.rmtree(evil / "studies/two")
+    (evil / "studies/lent").rename(evil / "studies/<img src=x onerror=alert(2)>")
+    page = Page(results_page(evil))
+    assert len(page.scripts) == 2
+    assert not [tag for tag, _ in page.elements if tag == "img"]
+    assert not [key for _, attributes in page.elements for key in attributes if key.startswith("on")]
+    assert [cells for cells in page.rows if any(EVIL in cell for cell in cells)]
+    assert EVIL in {row["device"] for row in json.loads(page.scripts[0])}
+    assert "<img src=x onerror=alert(2)>" in {row["study"] for row in json.loads(page.scripts[0])}
+
+
+@pytest.mark.parametrize("text", [EVIL, "<!--<script>", "\u2028\u2029", "&lt;", '"\\', "{{ 7 * 7 }}"])
+def test_embedded_json_holds_any_text(text):
+    written = embedded_json({text: [text]})
+    assert json.loads(written) == {text: [text]}
+    assert not re.search("[<>&\u2028\u2029]", written)
+
+
+def test_what_is_wrong_with_a_study_is_named_and_the_others_stand(project, tmp_path):
+    broken = shutil.copytree(project, tmp_path / "broken")
+    (broken / "studies/two/seed-1/results/segment/land/cmid-resnet18/metrics.json").write_text("{")
+    write_whole(broken / "studies/lent/params.yaml", "models: nobody\n")
+    html = results_page(broken)
+    faults = re.findall(r'<p class="note">([^<]*)', html)
+    assert ["nobody" in fault for fault in faults] == [True, False]
+    assert "segment/land/cmid-resnet18/metrics.json: is not readable JSON" in faults[1]
+    assert {cells[0] for cells in Page(html).rows if cells} == {"default"}
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="needs node")
+def test_the_script_parses():
+    script = ROOT / "cmid/study/templates/results_page.js"
+    assert subprocess.run(["node", "--check", script], capture_output=True).returncode == 0
