@@ -155,7 +155,7 @@ def duplicate_findings(
     _, start, group, size = np.unique(hashes, return_index=True, return_inverse=True, return_counts=True)
     if len(size) == len(files):
         return
-    examples = [_copies_of(group[k], group, files, names) for k in np.sort(start[size > 1])[:MOST_EXAMPLES]]
+    examples = [_copies_of(group[k], group, files, names, splits) for k in np.sort(start[size > 1])[:MOST_EXAMPLES]]
     yield finding("duplicate", "warning", len(files) - len(size), "files with the same pixels as another one", examples)
     copied = size[group] > 1
     held = {split: _held(numbers, files[copied], group[copied]) for split, numbers in splits.items()}
@@ -170,8 +170,14 @@ def _placed(item_hash, first):
     return item_hash.astype("u8") * (2 * places + 1).astype("u8")
 
 
-def _copies_of(number, group, files, names):
-    return " = ".join(names[files[k]] for k in np.flatnonzero(group == number)[:4])
+def _name_in_splits(file, names, splits):
+    "The name of a file, and the splits that it is in"
+    within = [split for split, numbers in splits.items() if file in np.asarray(numbers)]
+    return f"{names[file]} ({', '.join(within)})" if within else names[file]
+
+
+def _copies_of(number, group, files, names, splits):
+    return " = ".join(_name_in_splits(files[k], names, splits) for k in np.flatnonzero(group == number)[:4])
 
 
 def _held(numbers, files, group):

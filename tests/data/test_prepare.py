@@ -264,8 +264,9 @@ def test_aid(tmp_path):
     assert prepared.manifest["splits"] == dict(train_20=2000, test_80=8000, train_50=5000, test_50=5000)
     assert np.bincount(prepared.labels).min() == 220
     assert np.bincount(prepared.labels).max() == 420
+    within = "(test_50, test_80)"
     assert [finding["examples"] for finding in prepared.audit if finding["kind"] == "duplicate"] == [
-        ["Industrial/industrial_203.jpg = Industrial/industrial_205.jpg"]
+        [f"Industrial/industrial_203.jpg {within} = Industrial/industrial_205.jpg {within}"]
     ]
     i = int(prepared.splits["test_50"][-1])
     expected = np.asarray(Image.open(tmp_path / "aid" / prepared.source(i)).convert("RGB")).transpose(2, 0, 1)

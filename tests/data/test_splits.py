@@ -105,7 +105,7 @@ def test_copies_across_splits(images, name):
     lists = images.lists(train="ash_0.png\nbirch_0.png\n", **{name: "copy.png\n"})
     prepared = images.prepare(lists=lists)
     found = {finding["kind"]: finding["examples"] for finding in prepared.audit}
-    assert found["duplicate"] == ["ash/ash_0.png = birch/copy.png"]
+    assert found["duplicate"] == [f"ash/ash_0.png (train) = birch/copy.png ({name})"]
     assert found["leak"] == ["ash/ash_0.png = birch/copy.png"]
     assert f"train and {name}" in audit_table(prepared.manifest)
 
