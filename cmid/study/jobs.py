@@ -68,14 +68,15 @@ def job_processes(
 
 def kill_job(
     mark,  # value of CMID_JOB
-    wait: float = 10.0,  # s, how long they may take to end
+    wait: float = 10.0,  # s, how long they may take to end; 0: leave that to whoever waits for them
 ):
     "Kill what is left of a job on this machine."
     left = job_processes(mark)
     for process in left:
         with suppress(psutil.Error):
             process.kill()
-    psutil.wait_procs(left, timeout=wait)
+    if wait:
+        psutil.wait_procs(left, timeout=wait)  # takes the status of a child away from `subprocess`
 
 # %% ../../nbs/8_study/25_jobs.ipynb #49fc7ce7
 _RUNNING = re.compile(r"Running stage '([^']+)'")

@@ -83,7 +83,8 @@ class Lines:
         "Print what is new."
         for job in jobs:
             line = state_line(job, readers[job.name])
-            if job.state != "waiting" and self.said.get(job.name) != line:
+            is_beginning = job.state == "running" and not readers[job.name].stage
+            if job.state != "waiting" and not is_beginning and self.said.get(job.name) != line:
                 self.said[job.name] = line
                 print(line, file=self.stream, flush=True)
 

@@ -1,0 +1,341 @@
+"A grid: cells side by side, each once, stopped and resumed. A small command stands in for the pipeline but once."
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cmid.base.errors import CmidError
+from cmid.base.files import load_yaml
+from cmid.base.params import DATASET_KEYS, Params, check_all, merge
+from cmid.study.cells import Cell, cell_params
+from cmid.study.grid import Grid, cell_key, run_grid, shared_facts
+from cmid.study.jobs import Job, Pool, job_processes, log_lines
+from cmid.study.study import study_params
+from tests.tools.study import Study, environment
+
+ROOT = Path(__file__).parents[2]
+STAND_IN = """
+import json, os, sys, time, yaml
+from pathlib import Path
+values = yaml.safe_load(Path("params.yaml").read_text())
+init, seed, here = values["study"]["inits"][0], values["seed"], Path(os.environ["CMID_ROOT"])
+home = here.parents[2]
+log = home / "log"
+def say(what):
+    with open(log, "a") as file:
+        print(what, init, seed, os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get("OMP_NUM_THREADS"), file=file)
+say("begin")
+while (home / f"hold-{init}-{seed}").exists():
+    time.sleep(0.05)
+results = here / "results/probe/mine" / init
+results.mkdir(parents=True, exist_ok=True)
+(results / "metrics.json").write_text(json.dumps(seed))
+say("end")
+"""
+PIPELINE = [sys.executable, "-c", STAND_IN]
+COMMAND = f"""
+import sys
+from cmid.base.errors import cli
+from cmid.study.grid import Grid, run_grid
+@cli
+def grid():
+    run_grid(Grid(sys.argv[1]), (), 2, [sys.executable, "-c", {STAND_IN!r}])
+grid()
+"""
+INITS = "cmid-resnet18", "random-resnet18"
+CELLS = [f"{init}-seed-{seed}" for seed in (4, 9) for init in INITS]
+
+
+def commit(folder):
+    who = ["-c", "user.name=cmid", "-c", "user.email=cmid@example.com"]
+    for args in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "x"]):
+        subprocess.run(["git", *args], cwd=folder, check=True, capture_output=True)
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    "A grid of two inits and two seeds, in a repository without a pipeline."
+    folder = tmp_path / "repo"
+    (folder / "studies/tiny").mkdir(parents=True)
+    values = load_yaml(ROOT / "params.yaml")
+    named = {k: {o: "mine" for o in DATASET_KEYS if o in v} for k, v in values.items() if isinstance(v, dict)}
+    images = dict(mine=dict(folder=str(tmp_path), lists=str(tmp_path)))
+    own = merge(named, dict(profile="smoke", datasets=images, study=dict(probes=["mine"]), seeds=[4, 9]))
+    (folder / "params.yaml").write_text(yaml.safe_dump(values))
+    (folder / "studies/tiny/params.yaml").write_text(yaml.safe_dump(own))
+    commit(folder)
+    monkeypatch.setenv("CMID_ROOT", str(folder))
+    return folder / "studies/tiny"
+
+
+def run(study, *only, jobs=2):
+    "States of the cells after a run."
+    try:
+        run_grid(Grid(study), only, jobs, PIPELINE)
+    except CmidError as error:
+        return str(error)
+    return "ran"
+
+
+def said(study):
+    "What the stand-ins wrote, in order."
+    log = study.parents[1] / "log"
+    return [line.split() for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def begun(study):
+    return sorted(f"{init}-seed-{seed}" for what, init, seed, *_ in said(study) if what == "begin")
+
+
+def until(condition, seconds=60):
+    "Wait for something to become true."
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
+
+
+def hold(study, cell):
+    init, seed = cell.split("-seed-")
+    held = study.parents[1] / f"hold-{init}-{seed}"
+    held.touch()
+    return held
+
+
+def started(study):
+    "`cmid_study` as a process of its own, in a session of its own as under a shell."
+    home = study.parents[1]
+    pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    env = os.environ | dict(PYTHONPATH=str(ROOT), CMID_ROOT=str(home), PYTHONWARNINGS="ignore")
+    return subprocess.Popen([sys.executable, "-c", COMMAND, str(study)], cwd=home, env=env, **pipe)
+
+
+# Scheduling
+
+
+def test_every_cell_runs_once_and_what_is_done_is_left_alone(study, capsys):
+    assert run(study) == "ran"
+    assert begun(study) == sorted(CELLS)
+    assert run(study) == "ran"
+    assert begun(study) == sorted(CELLS)
+    assert capsys.readouterr().out.splitlines()[-1] == "4 left alone"
+    found = {o.relative_to(study).as_posix(): json.loads(o.read_text()) for o in study.rglob("metrics.json")}
+    assert found == {f"seed-{seed}/results/probe/mine/{init}/metrics.json": seed for seed in (4, 9) for init in INITS}
+
+
+def test_no_more_than_so_many_run_at_once(study):
+    run(study, jobs=2)
+    running, most = 0, 0
+    for what, *_ in said(study):
+        running += 1 if what == "begin" else -1
+        most = max(most, running)
+    assert most == 2
+
+
+def test_jobs_share_gpus_and_cores(study, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,7")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name in ("MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    run(study, jobs=2)
+    cores = len(os.sched_getaffinity(0))
+    assert {o[3] for o in said(study)} == {"2,7", "5"}
+    assert {o[4] for o in said(study)} == {str(max(1, cores // 2))}
+
+
+def test_only_runs_the_cells_that_are_named(study):
+    run(study, CELLS[2])
+    assert begun(study) == [CELLS[2]]
+    with pytest.raises(CmidError, match="has no such cell .did you mean"):
+        Grid(study).chosen(["cmid-resnet18-seed-5"])
+
+
+def test_a_change_runs_again_what_depends_on_it(study):
+    run(study)
+    own = load_yaml(study / "params.yaml")
+    (study / "params.yaml").write_text(yaml.dump(own | dict(recipes=dict(cmid=dict(temperature=0.3)))))
+    run(study)
+    assert begun(study) == sorted([*CELLS, CELLS[0], CELLS[2]]), "a recipe: its own runs"
+    (study / "seed-9/results/probe/mine/random-resnet18/metrics.json").unlink()
+    run(study)
+    assert begun(study)[-1] == CELLS[3] and len(begun(study)) == 7, "results that are gone: their cell"
+
+
+def test_images_code_and_stages_are_part_of_what_cells_depend_on(study, tmp_path):
+    work = tmp_path / "images"
+    (work / "digests").mkdir(parents=True)
+    seen = {shared_facts(work)}
+    files = {"digests/probe.json": "{}", "dvc.yaml": "stages: {}", "digests/start.json": "{}"}
+    entry = dict(outs=[dict(path="prepared/mine", md5="1")])
+    for name, text in {**files, "dvc.lock": json.dumps(dict(stages={"prepare@mine": entry}))}.items():
+        (work / name).write_text(text)
+        seen.add(shared_facts(work))
+    entry["outs"][0]["md5"] = "2"
+    (work / "dvc.lock").write_text(json.dumps(dict(stages={"prepare@mine": entry})))
+    seen.add(shared_facts(work))
+    assert len(seen) == 6
+    (work / "digests/report.json").write_text("{}")
+    assert shared_facts(work) in seen, "the report is no part of a cell"
+    grid = Grid(study)
+    assert len({cell_key(grid, cell, facts) for cell in grid.cells for facts in seen}) == 4 * 6
+
+
+# Failures, kills and stops
+
+
+def test_a_failure_does_not_cost_the_others(study, capsys):
+    clone = study.parents[1] / ".studies/tiny" / CELLS[1]
+    (clone / "results/probe/mine").mkdir(parents=True)
+    (clone / "results/probe/mine/random-resnet18").touch()  # a file where a folder should be
+    assert run(study) == "1 failed, see above; run again to resume"
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1] == "3 done, 1 failed"
+    reason = next(line for line in out.splitlines() if line.startswith(f"failed: {CELLS[1]}: "))
+    assert "is not a clone of the repository; move it away" in reason
+    assert begun(study) == sorted(set(CELLS) - {CELLS[1]})
+
+
+def test_a_killed_cell_is_run_again_alone(study, capsys):
+    held = hold(study, CELLS[1])
+    place = study.parents[1] / ".studies/tiny"
+    process = started(study)
+    until(lambda: len([o for o in said(study) if o[0] == "end"]) == 3)
+    for child in job_processes(place / CELLS[1]):
+        os.kill(child.pid, signal.SIGKILL)
+    out = process.communicate(timeout=60)[0]
+    assert process.returncode == 1
+    assert f"failed: {CELLS[1]}: was killed (signal 9) (log: {place}/logs/{CELLS[1]}.log)" in out
+    held.unlink()
+    assert run(study) == "ran"
+    assert begun(study) == sorted([*CELLS, CELLS[1]])
+
+
+def test_ctrl_c_stops_all_and_running_again_resumes(study):
+    held = [hold(study, cell) for cell in CELLS]
+    process = started(study)
+    until(lambda: len(said(study)) == 2)
+    os.kill(process.pid, signal.SIGINT)
+    out = process.communicate(timeout=60)[0]
+    assert process.returncode == 130
+    assert out.splitlines()[-2:] == ["4 not run", "grid: stopped; run again to resume"]
+    place = study.parents[1] / ".studies/tiny"
+    assert not [o for cell in CELLS for o in job_processes(place / cell)]
+    for path in held:
+        path.unlink()
+    assert run(study) == "ran"
+    assert len(begun(study)) == 6
+
+
+def test_two_at_once_share_the_work(study):
+    held = [hold(study, cell) for cell in CELLS[:2]]
+    first = started(study)
+    until(lambda: len(said(study)) == 2)
+    second = started(study)
+    until(lambda: len([o for o in said(study) if o[0] == "end"]) == 2)
+    out = second.communicate(timeout=60)[0]
+    assert second.returncode == 0
+    assert out.splitlines()[-1] == "2 done, 2 left alone"
+    assert f"left alone: {CELLS[0]}: is being run by process" in out
+    for path in held:
+        path.unlink()
+    assert first.communicate(timeout=60)[0].splitlines()[-1] == "2 done, 2 left alone"
+    assert begun(study) == sorted(CELLS)
+    assert len([*study.rglob("metrics.json")]) == 4
+
+
+def test_a_second_signal_kills(tmp_path):
+    "A command that takes no notice of Ctrl-C."
+    pool = Pool(1)
+    deaf = (
+        "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
+    )
+
+    def do(job, slot):
+        pool.command(job, [sys.executable, "-c", deaf], tmp_path, dict(os.environ))
+        return "done", ""
+
+    def show():
+        if job.log.exists() and "deaf" in log_lines(job.log):
+            pool.stop()
+
+    job = Job("deaf", do, tmp_path / "log")
+    pool.run([job], show)
+    assert [job.state, pool.times >= 2] == ["stopped", True]
+    assert not job_processes(tmp_path)
+
+
+def test_places_of_earlier_layouts_are_named(study, capsys):
+    old = study.parents[1] / ".studies/tiny-seed-4/.git"
+    old.mkdir(parents=True)
+    run(study, CELLS[0])
+    assert f"note: {old.parent} and the like are not used any more; remove them" in capsys.readouterr().out
+    (study.parents[1] / ".studies/tiny/.git").mkdir()
+    assert "is the clone of a study without seeds" in run(study)
+
+
+# Parameters
+
+
+def filled(path):
+    "Parameters of a study, with folders that are there."
+    own = load_yaml(path)
+    values = study_params(load_yaml(ROOT / "params.yaml"), own)
+    for group, keys in (("datasets", ("folder", "lists")), ("tasks", ("folder",))):
+        for entry in values[group].values():
+            entry |= {key: "." for key in keys}
+    return own, values
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("studies/*/params.yaml")), ids=lambda path: path.parent.name)
+def test_parameters_of_every_study_and_cell_are_valid(path, tmp_path):
+    own, values = filled(path)
+    inits = values["study"]["inits"]
+    cells = [Cell(init, seed) for init in [*inits, None] for seed in own.get("seeds", [])[:1]]
+    for narrowed in [values, *(cell_params(values, cell) for cell in cells)]:
+        (tmp_path / "params.yaml").write_text(yaml.safe_dump(narrowed))
+        check_all(Params(tmp_path))
+
+
+def test_the_grid_of_aid_is_the_one_that_is_described():
+    own, values = filled(ROOT / "studies/aid-grid/params.yaml")
+    recipes = ["cmid", "published", "nolocal", "contrast", "mim", "byol"]
+    assert values["study"]["methods"] == recipes
+    assert values["study"]["inits"] == [f"{recipe}-resnet18" for recipe in recipes] + ["random-resnet18"]
+    pretrain = merge(values["pretrain"], values["profiles"]["small"]["pretrain"])
+    assert [own["seeds"], pretrain["epochs"], pretrain["batch"]] == [[0, 1, 2], 120, 128]
+    assert values["profiles"]["small"]["prepare"]["side"] == 128
+
+
+# The whole path
+
+
+@pytest.mark.slow
+def test_a_real_grid_prepares_images_once(tmp_path):
+    copy = Study(tmp_path)
+    own = dict(seeds=[0, 1], stages=["probe"], study=dict(methods=[], inits=["random-resnet18"]))
+    (tmp_path / "studies/tiny").mkdir(parents=True)
+    (tmp_path / "studies/tiny/params.yaml").write_text(yaml.safe_dump(own))
+    copy.commit()
+    command = ["cmid_study", "studies/tiny", "--jobs", "2"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    place = tmp_path / ".studies/tiny"
+    clones = [place / name for name in ("images", "random-resnet18-seed-0", "random-resnet18-seed-1")]
+    for clone in clones[1:]:
+        ran = [line for line in log_lines(place / f"logs/{clone.name}.log") if line.startswith("Running stage")]
+        assert ran and not [line for line in ran if "prepare@" in line or "labels@" in line]
+    files = [o.relative_to(clones[0]) for o in (clones[0] / "prepared").rglob("*") if o.is_file()]
+    assert len(files) > 10
+    for file in files:
+        assert len({(clone / file).stat().st_ino for clone in clones}) == 1, f"{file} is there twice"
+    seeds = [json.loads((clone / "results/probe/scenes/random-resnet18/run.json").read_text()) for clone in clones[1:]]
+    assert [o["run"]["seed"] for o in seeds] == [0, 1]
+    again = subprocess.run(command, cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True)
+    assert "2 left alone" in again.stdout.splitlines(), again.stdout + again.stderr
