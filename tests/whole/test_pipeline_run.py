@@ -13,6 +13,8 @@ import timm
 import torch
 import yaml
 
+from cmid.study.result_schemas import read_answers
+from cmid.study.results import stage_results
 from cmid.study.smoke import SMOKE_MAPS
 from cmid.tasks.card import task_scores
 from cmid.tasks.load import load_task
@@ -135,6 +137,15 @@ def test_what_has_no_backbone_is_scored_beside_them(study):
         network = load_task(study.folder / f"models/{task}-unet")
         assert (network.card.network, network.card.backbone) == ("unet", None)
     assert {o.name for o in (study.folder / "models").iterdir()} & {"imagestats", "randomconv", "unet"} == set()
+
+
+def test_answers_are_kept_image_by_image_of_one_list(study):
+    "They fit metrics.json, which `read_answers` checks; floors and backbones, probes and fine-tuning score one list."
+    runs = [*stage_results(study.folder, "probe").items(), *stage_results(study.folder, "classify").items()]
+    assert {init for (_, init), _ in runs} >= {INIT, "imagestats", "randomconv"}
+    found = [read_answers(result) for _, result in runs]
+    assert all(len(answers) > 1 for answers in found)
+    assert len({answers["images"] for answers in found}) == 1
 
 
 def test_fine_tuned_networks_are_kept_with_their_scores(study):
