@@ -37,7 +37,7 @@ PACKAGES = dict(
     pipeline="Stages, as DVC runs them",
 )
 RENDERED = "index", "map", "studies"  # pages of prose and tables, which show no code
-PAGES = "scale", "safety"
+PAGES = "how-long", "methodology", "grid", "scale", "safety"
 RESULTS = "results.html"  # of all studies, beside the pages
 MOVED = {f"{name}.ipynb": f"{name}.md" for name in RENDERED} | {"../studies/README.md": "studies.md"}
 LINK = r'href="([^"]*\.(?:ipynb|md|yaml|ini|lock|dvc|cff|py|json)(?:#[^"]*)?|(?:\.\./)+[^"]*)"'
