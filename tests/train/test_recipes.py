@@ -48,7 +48,7 @@ def learner(recipe, folder=None, **values):
 
 @pytest.mark.parametrize("recipe", SMOKE.recipes())
 def test_every_recipe_trains(recipe):
-    learn = run_pretraining(learner(recipe))
+    learn = run_pretraining(learner(recipe, epochs=1, warmup_epochs=0))
     weights = learn.cmid.settings.weights.model_dump()
     summary = pretrain_summary(learn)
     assert [summary[name] > 0 for name in LOSSES] == [weights[name] > 0 for name in LOSSES]
@@ -127,7 +127,7 @@ def pipeline(tmp_path):
     paths = written_by(stage)
     folders = " ".join(sorted({str(Path(o).parent) for o in paths}))
     stage |= dict(cmd=f"mkdir -p {folders} && touch {' '.join(paths)}")
-    put(tmp_path, "dvc.yaml", yaml.safe_dump(dict(stages=dict(pretrain=stage))))
+    put(tmp_path, "dvc.yaml", yaml.safe_dump(dict(stages=dict(pretrain=stage)), sort_keys=False))
     values = load_yaml(ROOT / "params.yaml")
     values["study"]["methods"] = ["cmid", "mim"]
     put(tmp_path, "params.yaml", yaml.safe_dump(values))
