@@ -346,7 +346,7 @@ def cmid_study():
     args = _parser().parse_args()
     if args.jobs < 1:
         raise CmidError(f"--jobs {args.jobs}: must be 1 or more")
-    if "seeds" not in read_study(Path(args.folder).resolve()):
+    if read_study(Path(args.folder).resolve()).get("seeds") is None:
         _run_single(args)
         return
     grid = Grid(args.folder, args.set)

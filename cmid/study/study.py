@@ -456,10 +456,12 @@ def run_study(
     sets=(),  # assignments, see `with_set`
     command=("dvc", "repro"),  # what runs the pipeline
 ) -> Path:  # where it ran
-    "Run a study in a clone of the repository, and copy its results back."
+    "Run a study in a clone, and copy its results back. Raises `CmidError` where it has seeds: that is a grid."
     project, folder = root(), Path(folder).resolve()
     code_folder(project)
     own = read_study(folder)
+    if own.get("seeds") is not None:
+        raise CmidError(f"{folder}: has seeds, so it is a grid; run it by cmid_study, or cmid.study.grid.run_grid")
     targets = targets_of(own, stages_of(own, folder / "params.yaml"))
     work = project / ".studies" / folder.name
     with clone_lock(work):
