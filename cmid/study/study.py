@@ -56,7 +56,8 @@ def _settable(values):
     section, recipes = values.get("pretrain"), values.get("recipes")
     if not (isinstance(section, dict) and isinstance(recipes, dict)):
         return values
-    return values | dict(recipes={name: merge(section, own or {}) for name, own in recipes.items()})
+    known = {name: merge(section, own) for name, own in recipes.items() if isinstance(own, dict)}
+    return values | dict(recipes=recipes | known)
 
 
 def with_set(
@@ -451,6 +452,14 @@ def _run_in(work, command):
         raise CmidError(f"{ended}; see the error above; run again to resume") from None
 
 
+def _read_single(folder):
+    "params.yaml of a study without seeds"
+    own = read_study(folder)
+    if own.get("seeds") is not None:
+        raise CmidError(f"{folder}: has seeds, so it is a grid; run it by cmid_study, or cmid.study.grid.run_grid")
+    return own
+
+
 def run_study(
     folder,  # studies/<name>, without seeds
     sets=(),  # assignments, see `with_set`
@@ -459,9 +468,7 @@ def run_study(
     "Run a study in a clone, and copy its results back. Raises `CmidError` where it has seeds: that is a grid."
     project, folder = root(), Path(folder).resolve()
     code_folder(project)
-    own = read_study(folder)
-    if own.get("seeds") is not None:
-        raise CmidError(f"{folder}: has seeds, so it is a grid; run it by cmid_study, or cmid.study.grid.run_grid")
+    own = _read_single(folder)
     targets = targets_of(own, stages_of(own, folder / "params.yaml"))
     work = project / ".studies" / folder.name
     with clone_lock(work):
