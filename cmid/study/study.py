@@ -456,7 +456,7 @@ def _read_single(folder):
     "params.yaml of a study without seeds"
     own = read_study(folder)
     if own.get("seeds") is not None:
-        raise CmidError(f"{folder}: has seeds, so it is a grid; run it by cmid_study, or cmid.study.grid.run_grid")
+        raise CmidError(f"{folder}: has seeds, so it is a grid; run it by cmid_study, or cmid.study.grid.run_cells")
     return own
 
 

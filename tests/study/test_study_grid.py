@@ -15,7 +15,7 @@ from cmid.base.errors import CmidError
 from cmid.base.files import load_yaml
 from cmid.base.params import DATASET_KEYS, Params, check_all, merge
 from cmid.study.cells import Cell, cell_params
-from cmid.study.grid import Grid, cell_key, run_grid, shared_facts
+from cmid.study.grid import Grid, cell_key, run_cells, shared_facts
 from cmid.study.jobs import Job, Pool, job_processes, log_lines
 from cmid.study.study import study_params
 from tests.tools.study import Study, environment
@@ -43,10 +43,10 @@ PIPELINE = [sys.executable, "-c", STAND_IN]
 COMMAND = f"""
 import sys
 from cmid.base.errors import cli
-from cmid.study.grid import Grid, run_grid
+from cmid.study.grid import Grid, run_cells
 @cli
 def grid():
-    run_grid(Grid(sys.argv[1]), (), 2, [sys.executable, "-c", {STAND_IN!r}])
+    run_cells(Grid(sys.argv[1]), (), 2, [sys.executable, "-c", {STAND_IN!r}])
 grid()
 """
 INITS = "cmid-resnet18", "random-resnet18"
@@ -78,7 +78,7 @@ def study(tmp_path, monkeypatch):
 def run(study, *only, jobs=2):
     "States of the cells after a run."
     try:
-        run_grid(Grid(study), only, jobs, PIPELINE)
+        run_cells(Grid(study), only, jobs, PIPELINE)
     except CmidError as error:
         return str(error)
     return "ran"
