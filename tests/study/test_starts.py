@@ -23,7 +23,7 @@ START = dict(start="models/earlier", hash="0123456789abcdef", architecture="resn
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory):
-    "Made-up results of a study with baselines of other architectures, one run of which went on from given weights."
+    "Made-up results of a study with baselines of other architectures; one run went on from given weights, by a recipe."
     folder = tmp_path_factory.mktemp("begun")
     values = load_yaml(ROOT / "params.yaml")
     inits = ["cmid-resnet18", "random-resnet18", "file-same", *OTHERS]
@@ -32,7 +32,7 @@ def begun(tmp_path_factory):
     write_whole(folder / "params.yaml", json.dumps(values))
     example_results(folder)
     file = folder / "results/pretrain/cmid-resnet18/run.json"
-    write_json(file, json.loads(file.read_text()) | dict(start=START))
+    write_json(file, json.loads(file.read_text()) | dict(start=START, changes=dict(mask_ratio=0.3)))
     return folder
 
 
@@ -60,7 +60,7 @@ def test_the_report_and_the_tables_name_the_architecture(begun, plain):
 def test_what_pretraining_went_on_from_is_said_beside_the_run_and_among_the_findings(begun, plain):
     words = "went on from models/earlier (byol), hash 01234567"
     assert f"cmid-resnet18 {words}: its scores include what these weights knew." in headlines(begun)
-    assert f"Training {words}." in " ".join(report_page(begun).split())
+    assert f"Its recipe changes: mask_ratio 0.3. Training {words}." in " ".join(report_page(begun).split())
     assert start_words(START | dict(start="imagenet", method="imagenet, a1_in1k")) == (
         "went on from timm's ImageNet weights, hash 01234567"
     )
