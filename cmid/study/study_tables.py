@@ -199,14 +199,15 @@ def pretraining_sentence(
 def study_command(
     study,  # studies/<name>
 ) -> str:
-    "The command that repeats a study; replace the folders of images by your own."
+    "The command that repeats a study; replace the folders of images, and the files of weights, by your own."
     own = load_yaml(Path(study) / "params.yaml")
     lines = [f"cmid_study studies/{Path(study).name}"]
-    for group in ("datasets", "tasks"):
+    for group in ("datasets", "tasks", "weight_files"):
         for name, entry in (own.get(group) or {}).items():
             if str(entry.get("folder", "")).startswith("data/"):
                 continue  # generated, so it is there
-            lines += [f"  --set {group}.{name}.{key}={entry[key]}" for key in ("folder", "lists") if key in entry]
+            named = [key for key in ("folder", "lists", "file") if key in entry]
+            lines += [f"  --set {group}.{name}.{key}={entry[key]}" for key in named]
     return "```bash\n" + " \\\n".join(lines) + "\n```"
 
 # %% ../../nbs/8_study/17_study_tables.ipynb #d5d1e7e2

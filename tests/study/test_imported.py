@@ -1,4 +1,4 @@
-"Results that were made elsewhere and brought home: their study's parameters are those that they were made with."
+"Results that were made elsewhere, or by a part of a study: its parameters are those that they were made with."
 
 import json
 from pathlib import Path
@@ -9,16 +9,15 @@ from cmid.base.params import Params, check_all
 from cmid.study.study_tables import study_root
 
 ROOT = Path(__file__).parents[2]
-STUDIES = "aid-h100", "ucm-h100"
-RECORDS = sorted(o for study in STUDIES for o in (ROOT / "studies" / study).rglob("run.json"))
+COMMITS = {"aid-h100": "f009c6e", "ucm-h100": "f009c6e", "ucm": "29d5b78"}  # study -> what its results were made at
 
 
-@pytest.fixture(scope="module", params=STUDIES)
+@pytest.fixture(scope="module", params=COMMITS)
 def study(request):
-    "The parameters of a study as a root of its own, and its records."
+    "The parameters of a study as a root of its own, its records, and their commit."
     folder = ROOT / "studies" / request.param
     with study_root(ROOT, folder) as root:
-        yield check_all(Params(root)), [o for o in RECORDS if folder in o.parents]
+        yield check_all(Params(root)), sorted(folder.rglob("run.json")), COMMITS[request.param]
 
 
 def settings_of(params, record):
@@ -32,7 +31,7 @@ def settings_of(params, record):
 
 def test_the_study_would_repeat_what_was_run(study):
     "Every recorded value is that of the study; a key that is newer than a record is not in it."
-    params, records = study
+    params, records, _ = study
     assert len(records) > 8
     for path in records:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -43,10 +42,11 @@ def test_the_study_would_repeat_what_was_run(study):
 
 
 def test_a_record_names_its_own_folder(study):
-    for path in study[1]:
+    _, records, commit = study
+    for path in records:
         record = json.loads(path.read_text(encoding="utf-8"))
         identity = [record[key] for key in ("dataset", "init") if key in record]
         assert path.parts[-2 - len(identity) : -1] == (record["stage"], *identity)
         seed = next((o for o in path.parts if o.startswith("seed-")), "seed-0")
         assert record["run"]["seed"] == int(seed.removeprefix("seed-"))
-        assert (record["commit"][:7], record["changed"]) == ("f009c6e", False)
+        assert (record["commit"][:7], record["changed"]) == (commit, False)
