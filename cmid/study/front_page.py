@@ -107,28 +107,28 @@ def _words(root, reference):
     return " ".join([f"{length}.", pretraining_overlap(root, main, reference), scores, _match_words(root)])
 
 
-def _lines(root, seed, first):
-    "(place in the table, line) of one seed; `first` is the seed that needs no name"
-    study, columns = params_of(root).study, _columns(root)
-    recipes = params_of(root).values.get("recipes") or {}
-    for place, init in enumerate(study.inits):
-        rows = [column.get(init) for column in columns.values()]
-        if any(rows):
-            title = _title(init, recipes) + (f", seed {seed}" if seed != first else "")
-            yield (place, seed), [title, *map(_cell, rows)]
+def _lines(root):
+    "A line for each backbone that has a score"
+    params, columns = params_of(root), _columns(root)
+    recipes = params.values.get("recipes") or {}
+    lines = [(init, [column.get(init) for column in columns.values()]) for init in params.study.inits]
+    return [[_title(init, recipes), *map(_cell, rows)] for init, rows in lines if any(rows)]
+
+
+def _seed_words(study, seeds):
+    "Which seed the table shows, and what ran with others too"
+    first, *others = seeds
+    ran = sorted({o.name.split("-")[0] for seed in others for o in Path(study).glob(f"seed-{seed}/results/pretrain/*")})
+    more = f"; {' and '.join(f'`{o}`' for o in ran)} ran with other seeds too" if ran else ""
+    return f"The table is of seed {first}{more}."
 
 
 def front_table(
     root,  # the project's
     study,  # studies/<name>, with seeds and a reference
 ) -> str:  # Markdown
-    "What each pretraining of a study is worth: how it was done, and one table with a line a backbone and seed."
+    "What each pretraining of a study is worth: how it was done, and one table of its first seed, a line a backbone."
     own = load_yaml(Path(study) / "params.yaml")
-    first, lines = own["seeds"][0], []
-    for seed in own["seeds"]:
-        with study_root(root, study, Path(study) / f"seed-{seed}") as folder:
-            if seed == first:
-                words, columns = _words(folder, own["reference"]), list(_columns(folder))
-            lines += _lines(folder, seed, first)
-    table = markdown_table(("pretraining", *columns), [line for _, line in sorted(lines)])
-    return f"{words}\n\n{table}"
+    with study_root(root, study, Path(study) / f"seed-{own['seeds'][0]}") as folder:
+        words = f"{_words(folder, own['reference'])} {_seed_words(study, own['seeds'])}"
+        return f"{words}\n\n{markdown_table(('pretraining', *_columns(folder)), _lines(folder))}"
