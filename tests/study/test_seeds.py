@@ -25,6 +25,12 @@ def seeds(study, tmp_path):
     return {0: study} | others
 
 
+@pytest.fixture
+def equal(made):
+    "Three runs that are one, not to be changed."
+    return dict.fromkeys(range(3), made)
+
+
 def record(folder, init, **settings):
     "What a pretraining says of itself"
     parameters = dict(dataset="pool", split=None, epochs=5, batch=8) | settings
@@ -63,8 +69,8 @@ def test_answers_are_paired_over_seeds_and_images(seeds):
     assert found["says"] == ("better" if expected[1] > 0 else "the data do not decide")
 
 
-def test_every_score_is_compared_with_the_baselines_of_its_architecture(seeds):
-    rows = seed_rows(seeds)
+def test_every_score_is_compared_with_the_baselines_of_its_architecture(equal):
+    rows = seed_rows(equal)
     for row in rows:
         own = row["init"] == "cmid-resnet18"
         assert [o["baseline"] for o in row["against"]] == ["random-resnet18", "imagenet-resnet18"] * own
@@ -72,25 +78,25 @@ def test_every_score_is_compared_with_the_baselines_of_its_architecture(seeds):
     assert len({row["task"] for row in rows}) == 10
 
 
-def test_a_reference_is_compared_with_everything_but_itself(seeds):
-    for row in seed_rows(seeds, "cmid-resnet18"):
+def test_a_reference_is_compared_with_everything_but_itself(equal):
+    for row in seed_rows(equal, "cmid-resnet18"):
         assert [o["baseline"] for o in row["against"]] == ["cmid-resnet18"] * (row["init"] != "cmid-resnet18")
-    worse = against(seeds, init="random-resnet18", baseline="cmid-resnet18", reference="cmid-resnet18")
-    better = against(seeds)
+    worse = against(equal, init="random-resnet18", baseline="cmid-resnet18", reference="cmid-resnet18")
+    better = against(equal)
     assert worse["says"], better["says"] == ("worse", "better")
     assert worse["mean"] == pytest.approx(-better["mean"])
 
 
-def test_an_unknown_reference_is_refused(seeds):
+def test_an_unknown_reference_is_refused(equal):
     with pytest.raises(CmidError, match="reference: 'cmid-resnet8' is not an init of the study .did you mean"):
-        seed_rows(seeds, "cmid-resnet8")
+        seed_rows(equal, "cmid-resnet8")
 
 
-def test_one_seed_says_so(seeds):
-    one = against({0: seeds[0]})
+def test_one_seed_says_so(equal):
+    one = against({0: equal[0]})
     assert one["says"] == "one seed: nothing is known about seeds"
     assert one["low"] > 0  # although the images alone would decide
-    assert "one seed" in seed_table(seed_rows({0: seeds[0]}))
+    assert "one seed" in seed_table(seed_rows({0: equal[0]}))
 
 
 @pytest.mark.parametrize(
@@ -184,8 +190,8 @@ def test_a_seed_without_the_run_is_counted(seeds):
     assert "61.2 ± 0.0 (2 of 3 seeds)" in line
 
 
-def test_answers_of_examples_are_as_many_as_their_metrics_say(seeds):
-    content = json.loads((seeds[0] / "results/probe/scenes/cmid-resnet18/answers.json").read_text())
+def test_answers_of_examples_are_as_many_as_their_metrics_say(equal):
+    content = json.loads((equal[0] / "results/probe/scenes/cmid-resnet18/answers.json").read_text())
     assert unpack_answers(content["linear"]["1.0"], 500).sum() == 306
 
 
