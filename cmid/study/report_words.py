@@ -203,14 +203,15 @@ def _task_summary(root, out):
 
 
 def _mean_summary(root, out):
-    "Purity, matches, reconstruction skill"
+    "Purity, matches, reconstruction skill of those that were trained for it"
     for row in score_rows(root, "features"):
         numbers = _differences(row, "purity") | dict(chance=row["chance"])
         _at(out, "features", row["dataset"])[row["init"]] = numbers
     matches = score_rows(root, "correspondence")
     out["correspondence"] = {o["init"]: _differences(o, "accuracy") | dict(chance=o["chance"]) for o in matches}
     reconstructions = stage_results(root, "reconstruct").items()
-    out["reconstruct"] = {init: metric_of(o, "skill") for (init,), o in reconstructions}
+    trained = {init: o for (init,), o in reconstructions if o.metrics.get("trained", True)}
+    out["reconstruct"] = {init: metric_of(o, "skill") for init, o in trained.items()}
 
 
 def summary(
