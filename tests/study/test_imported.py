@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from cmid.base.files import load_yaml
 from cmid.base.params import Params, check_all
-from cmid.study.study_tables import study_root
+from cmid.study.report_words import PROBE_NAMES
+from cmid.study.study_tables import PUBLISHED_KEYS, study_root
 
 ROOT = Path(__file__).parents[2]
 COMMITS = {"aid-h100": "f009c6e", "ucm-h100": "f009c6e", "ucm": "29d5b78"}  # study -> what its results were made at
@@ -50,3 +52,16 @@ def test_a_record_names_its_own_folder(study):
         seed = next((o for o in path.parts if o.startswith("seed-")), "seed-0")
         assert record["run"]["seed"] == int(seed.removeprefix("seed-"))
         assert (record["commit"][:7], record["changed"]) == (commit, False)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "studies/published").glob("*.yaml")), ids=lambda path: path.stem)
+def test_what_others_published_has_a_protocol_and_a_source(path):
+    rows = load_yaml(path)["rows"]
+    assert rows[0]["source"].startswith("[arXiv")
+    for row in rows:
+        assert tuple(row) == PUBLISHED_KEYS
+        assert row["score"] in PROBE_NAMES
+        percent = row["percent"] if isinstance(row["percent"], list) else [row["percent"]]
+        assert percent == sorted(percent)
+        assert all(1 < value <= 100 for value in percent)  # in %, not a share
+        assert all(row[key].strip() for key in ("features", "protocol", "compare", "source"))
