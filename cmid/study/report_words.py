@@ -10,7 +10,7 @@ __all__ = ['TASK_WORDS', 'HEAD_NAMES', 'FLOOR_NAMES', 'PROBE_NAMES', 'percent', 
 # %% ../../nbs/8_study/11_report_words.ipynb #bbb0c91d
 import json
 
-from .comparisons import ACCURACY_KINDS, accuracy_rows, score_rows, task_rows, with_most_labels
+from .comparisons import accuracy_rows, score_rows, task_rows, with_most_labels
 from .results import TASK_SCORES, Result, metric_of, missing_runs, stage_results
 
 # %% ../../nbs/8_study/11_report_words.ipynb #e675883b
