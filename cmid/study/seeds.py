@@ -217,6 +217,7 @@ def _compared(key, init, other, all_runs):
     row, notes = dict(baseline=other, seeds=len(same)), _data_notes(pairs)
     result = _COMPARE[key[0]](*([entry.evidence for entry in side] for side in zip(*same.values()))) if same else None
     if result is None:
+        notes += ["the two have no score of the same images"] if same else []
         return row | dict(mean=None, low=None, high=None, says="not comparable", notes=notes)
     notes += _seed_notes(key[0], [a for a, _ in same.values()], result) + _unlike(init, other, same, all_runs)
     span = dict(mean=result["difference"], low=result["low"], high=result["high"])

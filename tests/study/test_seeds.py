@@ -157,6 +157,15 @@ def test_purity_of_images_chosen_by_each_seed_has_the_interval_of_seeds(seeds):
     assert (found["mean"], found["low"], found["high"]) == pytest.approx(student_interval(values))
 
 
+def test_purity_of_other_images_is_not_comparable(seeds):
+    file = seeds[1] / "results/features/scenes/random-resnet18/embedding.json"
+    content = json.loads(file.read_text())
+    write_json(file, content | dict(label=content["label"][1:] + [0]))
+    found = against(seeds, "purity of the feature space")
+    assert (found["says"], found["mean"]) == ("not comparable", None)
+    assert found["notes"] == ["the two have no score of the same images"]
+
+
 def test_unequal_cost_is_noted(seeds):
     reference = dict(init="cmid-resnet50", baseline="cmid-resnet18", reference="cmid-resnet18")
     assert against(seeds, **reference)["notes"] == []
