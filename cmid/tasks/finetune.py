@@ -160,8 +160,7 @@ def temporary_seed(
 class TaskItems(Dataset):
     "Training items of a task, asked for by (step, numbers of items): the CPU reads a batch, the device augments it."
 
-    def __getitem__(self, at):  # uint8 images, tensors that `augmented` needs, targets last
-        raise NotImplementedError
+    # a subclass has `__getitem__`, which gives uint8 images, tensors that `augmented` needs, and the targets
 
     def augmented(
         self,
@@ -201,7 +200,6 @@ class DeviceAutocast(MixedPrecision):
         super().__init__("bf16" if dtype == torch.bfloat16 else "fp16")
         self.dtype = dtype
         self.on = on
-        self.inside = False  # of autocast, which a step enters and leaves
 
     def before_fit(self):
         with warnings.catch_warnings():
@@ -209,17 +207,9 @@ class DeviceAutocast(MixedPrecision):
             super().before_fit()
         self.autocast = torch.autocast(self.on.type, self.dtype)
 
-    def before_batch(self):
-        super().before_batch()
-        self.inside = True
-
-    def after_loss(self):
-        super().after_loss()
-        self.inside = False
-
     def leave(self):
         "Leaves mixed precision where an error kept the step from doing so."
-        if self.inside:
+        if torch.is_autocast_enabled(self.on.type):
             self.after_loss()
 
 # %% ../../nbs/5_tasks/04_finetune.ipynb #64ba72e6
