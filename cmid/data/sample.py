@@ -87,12 +87,12 @@ def _list_file(numbers):
 
 
 def lists_item():
-    "The splits of the scenes: the first 40 images of each class for training, the other 10 for testing."
-    return {"scenes/train.txt": _list_file(range(40)), "scenes/test.txt": _list_file(range(40, 50))}
+    "The splits of the scenes: the first 40 images of each class for training, the other 60 for testing."
+    return {"scenes/train.txt": _list_file(range(40)), "scenes/test.txt": _list_file(range(40, 100))}
 
 
 SPLITS = {  # tiles and pairs -> split -> how many
-    segmentation_item: dict(train=16, val=8),
+    segmentation_item: dict(train=16, val=16),
     boxes_item: dict(train=24, val=8),
     change_item: dict(train=24, val=8, test=8),
 }
@@ -105,7 +105,7 @@ def items(
     found = [(lists_item, ())]
     found += [(pool_item, (i, seed)) for i in range(400)]
     for kind in CLASSES:
-        found += [(scene_item, (kind, i, seed)) for i in range(50)]
+        found += [(scene_item, (kind, i, seed)) for i in range(100)]
     for make, counts in SPLITS.items():
         for split, count in counts.items():
             found += [(make, (split, i, seed)) for i in range(count)]
