@@ -6,7 +6,7 @@ const body = table.tBodies[0];
 const lines = Array.from(body.rows);
 const chosen = { study: "", dataset: "", task: "", method: "", backbone: "" };
 const names = { study: "study", dataset: "data set", task: "score", method: "method", backbone: "backbone" };
-const colours = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#888888"];
+const colours = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a4fbf"];
 const plot = { cost: "seen", group: "" };
 
 function make(name, attributes, text, parent) {
