@@ -88,6 +88,25 @@ def _own_images(values, over):
         values["study"] = study | {k: own.get(k, []) for k in FORMATS} | dict(apply=own.get("apply", {}))
 
 
+def _has_start(entry, inits):
+    "Whether the network of a map starts from one of these inits, or needs no backbone"
+    model = str(entry.get("model")) if isinstance(entry, dict) else ""
+    return model.endswith(tuple(f"-{init}" for init in inits)) or is_floor(model.rpartition("-")[2])
+
+
+def _own_maps(values, over):
+    "A study that names inits keeps the project's maps of these alone; one with `apply: {}` has no maps"
+    own, study = over.get("study"), values.get("study")
+    if not isinstance(own, dict) or not isinstance(study.get("apply"), dict):
+        return
+    inits = own.get("inits")
+    if own.get("apply") == {}:
+        values["study"] = study | dict(apply={})
+    elif isinstance(inits, list) and "apply" not in own:
+        maps = {name: entry for name, entry in study["apply"].items() if _has_start(entry, inits)}
+        values["study"] = study | dict(apply=maps)
+
+
 def study_params(
     base: dict,  # the project's params.yaml
     over: dict,  # the study's
@@ -99,6 +118,7 @@ def study_params(
         values["datasets"] = over["datasets"]
     if {"datasets", "tasks"} & {*over}:
         _own_images(values, over)
+    _own_maps(values, over)
     for assignment in sets:
         values = with_set(values, assignment)
     return values
