@@ -1656,12 +1656,12 @@ STAGES = {  # id: what is wrong, the stage, what its line says
     ),
     "a shard cut short": (
         lambda d: swap(d / "prepared/pool/images-00000.npy", lambda b: b[:-1]),
-        "pretrain -p method cmid -p backbone resnet18",
+        "pretrain -p recipe cmid -p backbone resnet18",
         "/prepared/pool/images-00000.npy: missing or truncated",
     ),
     "a backbone unknown to timm": (
         nothing,
-        "pretrain -p method cmid -p backbone resnt50",
+        "pretrain -p recipe cmid -p backbone resnt50",
         "backbone 'resnt50' is unknown to timm (did you mean 'resnet50'",
     ),
     "a GPU where there is none": (

@@ -448,7 +448,7 @@ def works_in(process, folder):
         return False
 
 
-STAGE = "cmid_stage", "pretrain", "-p", "method", "cmid", "-p", "backbone", BACKBONE
+STAGE = "cmid_stage", "pretrain", "-p", "recipe", "cmid", "-p", "backbone", BACKBONE
 
 
 class Command:
