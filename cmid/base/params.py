@@ -134,14 +134,17 @@ def schema(
     return getattr(module, name.capitalize())
 
 # %% ../../nbs/0_base/03_params.ipynb #2052ff74
+_WHOLE = ("split",)  # keys whose value may be a dictionary with names of the user's own, which is replaced as a whole
+
+
 def merge(
     base: dict,  # defaults
     over: dict,  # values that replace those of `base`
 ) -> dict:  # a new dictionary
-    "Merge one nested dictionary over another."
+    "Merge one nested dictionary over another; a mix of splits is replaced as a whole."
     merged = dict(base)
     for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        both = isinstance(value, dict) and isinstance(base.get(key), dict) and key not in _WHOLE
         merged[key] = merge(base[key], value) if both else value
     return merged
 
