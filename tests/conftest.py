@@ -3,10 +3,10 @@ with a test."""
 
 import os
 
+os.environ["TQDM_DISABLE"] = "1"  # before anything that imports tqdm
+
 import pytest
 import torch
-
-os.environ["TQDM_DISABLE"] = "1"  # before anything is imported
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
