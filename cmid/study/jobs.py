@@ -130,16 +130,21 @@ class Job:
         self.ended, self.note, self.state = time.monotonic(), note, state
 
 
+def _ending_signals():
+    "The signals that end a program; not SIGHUP where nohup has it ignored"
+    found = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    return [o for o in found if o.name != "SIGHUP" or signal.getsignal(o) != signal.SIG_IGN]
+
+
 @contextmanager
 def _taking_signals(handler):
     "Call a handler for the signals that end a program"
-    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {name: signal.signal(getattr(signal, name), handler) for name in names}
+    before = {number: signal.signal(number, handler) for number in _ending_signals()}
     try:
         yield
     finally:
-        for name, old in before.items():
-            signal.signal(getattr(signal, name), old)
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 class Pool:

@@ -189,6 +189,16 @@ def test_dvc_sees_other_weights(tmp_path, earlier):
     assert weights_digest(params) != weights
 
 
+def test_a_start_need_not_fit_a_backbone_that_the_study_does_not_begin_from_it(tmp_path, earlier):
+    inits = dict(backbones=["resnet10t", "resnet18"], methods=["cmid", "onward"], baselines=[])
+    changes = dict(recipes=dict(onward=dict(start="earlier")))
+    used = ["onward-resnet10t", "cmid-resnet18"]
+    assert start_digest(study(tmp_path, study=inits | dict(inits=used), **changes), "onward")
+    params = study(tmp_path, study=inits | dict(inits=[*used, "onward-resnet18"]), **changes)
+    with pytest.raises(CmidError, match="recipes.onward.start: earlier holds resnet10t"):
+        start_digest(params, "onward")
+
+
 def test_the_stages_depend_on_the_hashes_of_weights():
     stages = load_yaml(ROOT / "dvc.yaml")["stages"]
     written = {key for out in stages["folders"]["outs"] for key in out}
