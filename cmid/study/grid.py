@@ -59,8 +59,13 @@ class Grid:
         self.pipeline = _pipeline(self.project)
         self.values = study_params(project_params(self.project, self.commit), self.own, self.sets)
         self.cells = grid_cells(self.pipeline, self.values, self.seeds, self.named)
-        check_reference(self.own.get("reference"), {cell.init for cell in self.cells} - {None}, where)
+        check_reference(self.own.get("reference"), self._compared(), where)
         self.place = self.project / ".studies" / self.folder.name
+
+    def _compared(self):
+        "The section `study` without floors that no cell runs"
+        study = self.values["study"]
+        return study if any(cell.init is None for cell in self.cells) else study | dict(floors={})
 
     def results(self, cell) -> Path:
         "Where the results of a cell are brought."
@@ -123,6 +128,16 @@ def _borrowed(grid, cell):
     return [hashlib.sha256(o.read_bytes()).hexdigest() for o in sorted(folder.iterdir()) if o.is_file()]
 
 
+def _scenes(grid, cell, values):
+    "Files that a cell draws maps of: where one was written anew, DVC is to look at it"
+    found = []
+    for entry in values["study"]["apply"].values() if "apply" in grid.targets(cell) else ():
+        folder = grid.project / entry["folder"]
+        facts = [(o.relative_to(folder), o.stat()) for o in folder.rglob("*") if o.is_file()]
+        found += sorted([str(name), stat.st_size, stat.st_mtime_ns] for name, stat in facts)
+    return found
+
+
 def cell_key(
     grid: Grid,
     cell,  # of the grid
@@ -131,7 +146,8 @@ def cell_key(
     "Hash of everything that a cell's results depend on."
     values = cell_params(grid.values, cell)
     own = {name: recipe for name, recipe in values.get("recipes", {}).items() if name in values["study"]["methods"]}
-    return _hash([values | dict(recipes=own), grid.targets(cell), facts, _borrowed(grid, cell)])
+    others = _borrowed(grid, cell), _scenes(grid, cell, values)
+    return _hash([values | dict(recipes=own), grid.targets(cell), facts, *others])
 
 
 def _record(work):
@@ -139,17 +155,24 @@ def _record(work):
     return work / ".git/cmid-cell.json"
 
 
+def _file_hashes(results, names):
+    "SHA-256 of the files that are there"
+    there = [name for name in names if (results / name).is_file()]
+    return {name: hashlib.sha256((results / name).read_bytes()).hexdigest() for name in there}
+
+
 def is_done(
     work: Path,  # clone of the cell
     results: Path,  # where its results were brought
     key: str,  # of `cell_key`
 ) -> bool:
-    "Whether a cell ended with this key, and its results are still there."
+    "Whether a cell ended with this key, and its results are still there as they were brought."
     try:
         record = json.loads(_record(work).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return record["key"] == key and all((results / name).is_file() for name in record["files"])
+    hashes = record.get("hashes")  # a record of an earlier version has none
+    return record["key"] == key and hashes is not None and hashes == _file_hashes(results, hashes)
 
 # %% ../../nbs/8_study/27_grid.ipynb #17dde0de
 _WAIT = 0.5  # s between two looks at a lock
@@ -194,10 +217,10 @@ class GridRun:
         "Run a command in a clone"
         self.pool.command(job, command, work, self._environment(work, slot), held)
 
-    def _prepare(self, work, narrow=None):
+    def _prepare(self, work, narrow=None, borrows=False):
         "Bring a clone up to date"
         grid = self.grid
-        prepare_clone(grid.project, work, grid.own, grid.sets, narrow, grid.commit)
+        prepare_clone(grid.project, work, grid.own, grid.sets, narrow, grid.commit, borrows)
         share_cache(work, grid.place / "cache")
 
     def _images(self, job, slot):
@@ -234,23 +257,30 @@ class GridRun:
             if is_done(work, results, key):
                 return "left alone", "is done"
             _record(work).unlink(missing_ok=True)
-            self._prepare(work, partial(cell_params, cell=cell))
+            self._prepare(work, partial(cell_params, cell=cell), cell.init is not None)
             self._run_cell(cell, job, slot, held, key)
         return "done", ""
 
+    def _lend(self, work):
+        "Lend a cell the images that this call prepared; no other process changes them meanwhile"
+        images = self.grid.place / "images"
+        with ExitStack() as stack:
+            self._wait_for(images, stack)
+            if shared_facts(images) != self.facts:
+                raise CmidError(f"{images}: another cmid_study has prepared other images there; run again")
+            return lend_images(images, work)
+
     def _run_cell(self, cell, job, slot, held, key):
-        "Run the stages of a cell, and bring its results back even if one fails"
+        "Run the stages of a cell, and bring its results back where all ended well: never those of two settings"
         work, results = self.grid.place / cell.name, self.grid.results(cell)
         inits = [cell.init] if cell.init else floor_names(self.grid)
-        lent = lend_images(self.grid.place / "images", work)
-        try:
-            if lent:
-                self._execute(job, slot, work, ["dvc", "checkout", "--force", *lent], held)
-            self._execute(job, slot, work, [*self.command, *self.grid.targets(cell)], held)
-        finally:
-            with clone_lock(self.grid.place / f"results-{cell.seed}", wait=600):
-                files = bring_cell_back(work, results, inits)
-        write_json(_record(work), dict(key=key, files=[o.as_posix() for o in files]))
+        lent = self._lend(work)
+        if lent:
+            self._execute(job, slot, work, ["dvc", "checkout", "--force", *lent], held)
+        self._execute(job, slot, work, [*self.command, *self.grid.targets(cell)], held)
+        with clone_lock(self.grid.place / f"results-{cell.seed}", wait=600):
+            files = [o.as_posix() for o in bring_cell_back(work, results, inits)]
+            write_json(_record(work), dict(key=key, hashes=_file_hashes(results, files)))
 
 
 def floor_names(

@@ -37,11 +37,11 @@ def _check_key(values, key):
         values = values[name]
 
 
-def _nested(path, value):
-    "A value below the keys of a path"
-    for name in reversed(path):
-        value = {name: value}
-    return value
+def _assigned(values, path, value):
+    "A copy in which a value stands at the end of a path, in place of what was there"
+    name, *rest = path
+    inner = values.get(name)
+    return values | {name: _assigned(inner if isinstance(inner, dict) else {}, rest, value) if rest else value}
 
 
 def _is_in_profile(values, path):
@@ -70,10 +70,11 @@ def with_set(
         raise CmidError(f"--set {assignment}: write KEY=VALUE, such as pretrain.epochs=20")
     _check_key(_settable(values), key)
     path = key.split(".")
-    over = _nested(path, parse_yaml(text, f"--set {key}"))
+    value = parse_yaml(text, f"--set {key}")
     if _is_in_profile(values, path):
-        over = merge(over, {"profiles": {values["profile"]: deepcopy(over)}})  # a copy: YAML would write an alias
-    return merge(values, over)
+        hidden = ["profiles", values["profile"], *path]
+        values = _assigned(values, hidden, deepcopy(value))  # a copy: YAML would write an alias
+    return _assigned(values, path, value)
 
 # %% ../../nbs/8_study/06_study.ipynb #f8d20c6b
 STUDY_KEYS = "seeds", "stages", "models", "reference", "note"  # of a study's params.yaml, not of the project's
@@ -107,12 +108,19 @@ def _own_maps(values, over):
         values["study"] = study | dict(apply=maps)
 
 
+def _check_seed(over, sets):
+    "Refuse a seed beside a list of seeds: each run of a grid has its own"
+    if over.get("seeds") is not None and ("seed" in over or any(o.partition("=")[0] == "seed" for o in sets)):
+        raise CmidError("seed: this study is a grid, whose runs have the seeds that its params.yaml lists; change seeds")
+
+
 def study_params(
     base: dict,  # the project's params.yaml
     over: dict,  # the study's
     sets=(),  # assignments, see `with_set`
 ) -> dict:  # what the study runs with
     "The project's parameters with a study's laid over; a study that names `datasets` or `tasks` brings all its images."
+    _check_seed(over, sets)
     values = merge(base, {k: v for k, v in over.items() if k not in STUDY_KEYS})
     if "datasets" in over:
         values["datasets"] = over["datasets"]
@@ -253,7 +261,7 @@ def lend_images(
     return [*lent]
 
 # %% ../../nbs/8_study/06_study.ipynb #abba30c1
-_FOLDER_KEYS = dict(datasets=("folder", "lists"), tasks=("folder",))  # group of params.yaml -> keys that name folders
+_FOLDER_KEYS = dict(datasets=("folder", "lists"), tasks=("folder",), apply=("folder",))  # group -> keys of folders
 
 
 def _absolute(project, path):
@@ -274,12 +282,18 @@ def _anchored_starts(values, project):
             entry["file"] = _absolute(project, entry.get("file"))
 
 
+def _entries(values, group):
+    "Entries of a group of params.yaml, or of study.apply"
+    parent = values.get("study") if group == "apply" else values
+    entries = parent.get(group) if isinstance(parent, dict) else None
+    return entries.values() if isinstance(entries, dict) else ()
+
+
 def _anchored(values, project):
     "Make relative folders and files that the project has absolute: the study runs elsewhere"
     _anchored_starts(values, project)
     for group, keys in _FOLDER_KEYS.items():
-        entries = values[group].values() if isinstance(values.get(group), dict) else ()
-        for entry in entries:
+        for entry in _entries(values, group):
             if not isinstance(entry, dict):
                 continue
             named = [k for k in keys if isinstance(entry.get(k), str)]
@@ -293,13 +307,15 @@ def _check_folder(params, key, folder):
 
 
 def _check_folders(params, own):
-    "The folders of every dataset that is read, and of every task, must be there before anything is run"
+    "The folders of every dataset that is read, and of every task and map, must be there before anything is run"
     for name in () if "models" in own else params.values.get("datasets") or {}:
         dataset = params.dataset(name)
         for key in _FOLDER_KEYS["datasets"]:
             _check_folder(params, f"datasets.{name}.{key}", getattr(dataset, key))
     for name in params.values.get("tasks") or {}:
         _check_folder(params, f"tasks.{name}.folder", params.task(name).folder)
+    for name, entry in params.study.apply.items():
+        _check_folder(params, f"study.apply.{name}.folder", entry.folder)
 
 
 def studied_model(
@@ -332,15 +348,21 @@ def _score_files(made):
     return files if any(o.name == "metrics.json" for o in files) else []
 
 
+def _places(study):
+    "Results of a study, and the names that they have before and after: what was stopped between them is put back"
+    now, new, old = (Path(study) / o for o in ("results", ".results.part", ".results.replaced"))
+    if old.exists() and not now.exists():
+        old.rename(now)
+    return now, new, old
+
+
 def bring_back(
-    work,  # the clone
+    work,  # the clone; its run has ended well
     study,  # studies/<name>
 ):
     "Replace the study's results (JSON only), all at once; a run that scored nothing leaves those that are there."
     made = Path(work) / "results"
-    now, new, old = (Path(study) / o for o in ("results", ".results.part", ".results.replaced"))
-    if old.exists() and not now.exists():
-        old.rename(now)  # an earlier call was stopped between its two renames
+    now, new, old = _places(study)
     files = _score_files(made)
     if not files:
         return
@@ -365,7 +387,7 @@ def _replace_files(source, target, names):
 
 
 def bring_cell_back(
-    work: Path,  # the clone
+    work: Path,  # the clone; its run has ended well
     results: Path,  # studies/<name>/seed-<n>/results, where cells of other inits write too
     inits,  # names of the cell's runs; earlier results of these are removed where the clone has none
 ) -> list:  # files that are there now, below `results`
@@ -377,7 +399,8 @@ def bring_cell_back(
         folders.setdefault(file.parent, []).append(file.name)
     for folder, names in folders.items():
         _replace_files(made / folder, results / folder, names)
-    earlier = [o.parent for o in results.rglob("metrics.json")] if files else []
+    is_scored = any(folder.name in inits for folder in folders)  # beside what is known of the images
+    earlier = [o.parent for o in results.rglob("metrics.json")] if is_scored else []
     for folder in earlier:
         if folder.name in inits and folder.relative_to(results) not in folders:
             _remove(folder)
@@ -395,17 +418,26 @@ def read_study(
     return load_yaml(path)
 
 
+def _floors(study):
+    "Floors that a study runs: those of stages that have images"
+    found = []
+    for stage, names in study["floors"].items():
+        found += names if study["probes" if stage == "probe" else stage] else []
+    return found
+
+
 def check_reference(
     reference: str | None,  # init that all others are compared with; None: the baselines
-    known,  # inits of the study
+    study: dict,  # its section `study`
     where: str = "",  # its params.yaml, for the error
 ):
     "Raise `CmidError` where a study is to be compared with an init that it does not have."
-    if reference is None or reference in known or is_floor(reference):
+    known = [*study["inits"], *_floors(study)]
+    if reference is None or reference in known:
         return
     name = f"{where}: reference" if where else "reference"
     raise CmidError(
-        f"{name}: {reference!r} is not an init of the study{near(reference, known)}; name one of study.inits"
+        f"{name}: {reference!r} is not an init of the study{near(reference, known)}; known: {', '.join(known)}"
     )
 
 
@@ -443,6 +475,7 @@ def prepare_clone(
     sets,  # assignments, see `with_set`
     narrow=None,  # called with all parameters, gives those of this clone
     commit: str = "HEAD",  # of the project
+    borrows: bool = True,  # whether it uses the backbones of another study, where `own` names one
 ):
     "Clone or update, lay the parameters over, and check them. Raises `CmidError` naming the key that is wrong."
     _clone(project, work, commit)
@@ -451,7 +484,7 @@ def prepare_clone(
     write_whole(work / "params.yaml", yaml.safe_dump(values, sort_keys=False))
     params = check_all(Params(work))
     _check_folders(params, own)
-    if "models" in own:
+    if borrows and "models" in own:
         _copy_models(project, work, own["models"], params)
 
 
@@ -468,7 +501,7 @@ def _run_in(work, command):
     try:
         subprocess.run([*command], cwd=work, env=clone_environment(work), check=True)
     except subprocess.CalledProcessError as e:
-        ended = f"{' '.join(command)} ended with status {e.returncode} in {work}"
+        ended = f"{' '.join(command)} ended with status {e.returncode} in {work}, where its results stay"
         raise CmidError(f"{ended}; see the error above; run again to resume") from None
 
 
@@ -493,9 +526,8 @@ def run_study(
     work = project / ".studies" / folder.name
     with clone_lock(work):
         note_changes(project)
+        _places(folder)
         prepare_clone(project, work, own, sets)
-        try:
-            _run_in(work, [*command, *targets])
-        finally:
-            bring_back(work, folder)
+        _run_in(work, [*command, *targets])
+        bring_back(work, folder)
     return work

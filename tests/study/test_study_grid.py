@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,13 +12,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+import cmid.study.grid
 from cmid.base.errors import CmidError
-from cmid.base.files import load_yaml
+from cmid.base.files import load_yaml, take_lock
 from cmid.base.params import DATASET_KEYS, Params, check_all, merge
 from cmid.study.cells import Cell, cell_params
 from cmid.study.grid import Grid, cell_key, run_cells, shared_facts
 from cmid.study.jobs import Job, Pool, job_processes, log_lines
-from cmid.study.study import study_params
+from cmid.study.study import run_study, study_params
 from tests.tools.study import Study, environment
 
 ROOT = Path(__file__).parents[2]
@@ -278,6 +280,21 @@ def test_a_second_signal_kills(tmp_path):
     assert not job_processes(tmp_path)
 
 
+def test_nohup_lets_a_grid_run_on_when_the_terminal_closes(tmp_path):
+    def do(job, slot):
+        time.sleep(0.5)
+        return "done", ""
+
+    pool, job = Pool(1), Job("quiet", do, tmp_path / "log")
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        pool.run([job], lambda: os.kill(os.getpid(), signal.SIGHUP))
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert [job.state, pool.times] == ["done", 0]
+
+
 def test_places_of_earlier_layouts_are_named(study, capsys):
     old = study.parents[1] / ".studies/tiny-seed-4/.git"
     old.mkdir(parents=True)
@@ -285,6 +302,118 @@ def test_places_of_earlier_layouts_are_named(study, capsys):
     assert f"note: {old.parent} and the like are not used any more; remove them" in capsys.readouterr().out
     (study.parents[1] / ".studies/tiny/.git").mkdir()
     assert "is the clone of a study without seeds" in run(study)
+
+
+# Results that are there already
+
+FAILING = """
+import os, sys
+from pathlib import Path
+for name in ("prepare/mine", "pretrain/cmid-resnet18", "baselines/random-resnet18"):
+    folder = Path(os.environ["CMID_ROOT"]) / "results" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.json").write_text("half")
+sys.exit("cmid_stage: no room")
+"""
+
+
+def contents(folder):
+    return {o.relative_to(folder).as_posix(): o.read_text() for o in sorted(folder.rglob("*.json"))}
+
+
+@pytest.mark.parametrize("clones", ["kept", "gone"])
+def test_cells_that_fail_leave_all_results_as_they_are(study, clones):
+    run(study)
+    before = contents(study)
+    assert len(before) == 4
+    if clones == "gone":
+        shutil.rmtree(study.parents[1] / ".studies")
+    with pytest.raises(CmidError, match="4 failed"):
+        run_cells(Grid(study, ["profiles.smoke.pretrain.epochs=7"]), (), 2, [sys.executable, "-c", FAILING])
+    assert contents(study) == before
+    run(study)
+    assert {o: text for o, text in contents(study).items() if "/probe/" in o} == before
+
+
+def test_a_study_that_fails_leaves_all_results_as_they_are(study):
+    own = load_yaml(study / "params.yaml")
+    (study / "params.yaml").write_text(yaml.dump({k: v for k, v in own.items() if k != "seeds"}))
+    run_study(study, (), PIPELINE)
+    before = contents(study)
+    assert list(before) == ["results/probe/mine/cmid-resnet18/metrics.json"]
+    (study / "results").rename(study / ".results.replaced")  # as a process leaves it that is killed between two renames
+    with pytest.raises(CmidError, match="ended with status 1"):
+        run_study(study, (), [sys.executable, "-c", FAILING])
+    assert contents(study) == before
+
+
+def test_results_that_were_changed_come_back_again(study):
+    run(study)
+    before = contents(study)
+    (study / "seed-9/results/probe/mine/random-resnet18/metrics.json").write_text("0")
+    run(study)
+    assert begun(study) == sorted([*CELLS, CELLS[3]])
+    assert contents(study) == before
+
+
+def with_stages(study, stages, more):
+    "Give the project a dvc.yaml, and the study these stages."
+    repo = study.parents[1]
+    (repo / "dvc.yaml").write_text(yaml.dump(dict(stages=stages)))
+    own = load_yaml(study / "params.yaml")
+    (study / "params.yaml").write_text(yaml.dump(merge(own, more | dict(stages=[*stages]))))
+    commit(repo)
+
+
+def test_a_changed_scene_is_drawn_again(study, tmp_path):
+    scene = tmp_path / "scenes/a.tif"
+    scene.parent.mkdir()
+    scene.write_text("before")
+    drawn = dict(model="classify-mine-random-resnet18", folder=str(scene.parent), images="*.tif", second=None)
+    stages = dict(classify=dict(cmd="x"), apply=dict(cmd="x", foreach="${study.apply}"))
+    with_stages(study, stages, dict(study=dict(apply=dict(town=drawn))))
+    run(study)
+    scene.write_text("after")
+    run(study)
+    assert begun(study) == sorted([*CELLS, CELLS[1], CELLS[3]]), "those that draw it"
+
+
+# What cells take from elsewhere
+
+
+def test_backbones_are_borrowed_by_the_cells_that_use_them(study, capsys):
+    floor = dict(cmd="x", matrix=dict(init="${study.floors.probe}"))
+    with_stages(study, dict(probe=dict(cmd="x"), probe_floor=floor), dict(models="other"))
+    for name in CELLS[:3]:
+        model = study.parents[1] / ".studies/other" / name / "models" / name.partition("-seed-")[0]
+        model.mkdir(parents=True)
+        (model / "card.json").write_text("{}")
+    assert run(study) == "1 failed, see above; run again to resume"
+    out = capsys.readouterr().out
+    assert f"failed: {CELLS[3]}: models: .studies/other/models/random-resnet18 is not there" in out
+    assert out.splitlines()[-1] == "5 done, 1 failed"
+
+
+def test_images_are_lent_while_nobody_changes_them(study, monkeypatch):
+    free = []
+
+    def lend(images, work):
+        descriptor = take_lock(images.parent / ".locks" / images.name)
+        free.append(descriptor is not None)
+        return []
+
+    monkeypatch.setattr(cmid.study.grid, "lend_images", lend)
+    assert run(study) == "ran"
+    assert free == [False] * 4
+
+
+def test_images_of_other_settings_are_not_lent(study, monkeypatch, capsys):
+    facts = iter(["ours", "ours", "theirs", "ours", "ours"])
+    monkeypatch.setattr(cmid.study.grid, "shared_facts", lambda work: next(facts))
+    assert run(study, jobs=1) == "1 failed, see above; run again to resume"
+    out = capsys.readouterr().out
+    assert f"failed: {CELLS[1]}: " in out and "prepared other images" in out
+    assert begun(study) == sorted(set(CELLS) - {CELLS[1]})
 
 
 # Parameters
