@@ -111,7 +111,7 @@ def _own_maps(values, over):
 def _check_seed(over, sets):
     "Refuse a seed beside a list of seeds: each run of a grid has its own"
     if over.get("seeds") is not None and ("seed" in over or any(o.partition("=")[0] == "seed" for o in sets)):
-        raise CmidError("seed: this study is a grid, whose runs have the seeds that its params.yaml lists; change seeds")
+        raise CmidError("seed: this study is a grid, whose runs have the seeds of its params.yaml; change seeds there")
 
 
 def study_params(
