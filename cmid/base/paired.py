@@ -87,13 +87,15 @@ def answer_interval(
 def count_interval(
     correct,  # (S,) right answers, one count a seed
     reference,  # (S,) those of the backbone that it is compared with, same seeds
-    images: int,  # N, that each was tested on
+    images,  # (S,) that both were tested on, a number a seed; or one number for all seeds
     confidence: float = 0.95,  # probability that the interval contains the true difference
 ) -> tuple:  # (difference, low, high) in [-1, 1]
     "Difference of two accuracies that are known as counts only, with its interval over seeds and images."
-    d = np.subtract(correct, reference) / images
+    counts = np.broadcast_to(images, len(correct))
+    d = np.subtract(correct, reference) / counts
     mean = float(d.mean())
-    spans = [difference(float(np.mean(correct)), images, float(np.mean(reference)), images, confidence)]
+    own = [difference(a, n, b, n, confidence) for a, b, n in zip(correct, reference, counts)]
+    spans = [np.mean(own, 0)]
     if len(d) > 1:
         spans.append(student_interval(d, confidence)[1:])
     low, high = joined_interval(mean, spans)

@@ -45,14 +45,30 @@ def with_architecture(
     return [row | dict(other=others[row["init"]]) if row["init"] in others else row for row in rows]
 
 
+# What runs had before these were settings, so that older ones do not name them.
+_EARLIER = dict(metric="cosine", vote="weighted", scaler="none", flip=0.5, samples=[256, 512], scales=[1.0])
+_USED = dict(
+    linear=("regularisation", "scaler"),
+    knn=("metric", "neighbours", "scaler", "temperature", "vote"),
+)  # kind of accuracy -> settings that it depends on
+_UNUSED = {"train", "test", "fractions", "processes", "perplexity", "queries", "pairs", "matches"}
+
+
+def _score_settings(result, kind):
+    "Settings that a score depends on; of a run that does not name them yet, those that it had (`_EARLIER`)"
+    found = _EARLIER | (result.run.get("parameters") or {})
+    return {key: found.get(key) for key in sorted(_USED.get(kind, found.keys() - _UNUSED))}
+
+
 def scored_on(
     result,
     *counts,  # keys of metrics.json that two results must share
+    kind: str | None = None,  # of the accuracy, where the stage has several
 ) -> dict:
-    "What two results must share to be compared: data, splits, numbers of images."
+    "What two results must share to be compared: data, splits, settings (by name), numbers of images."
     parameters = result.run.get("parameters") or {}
     facts = dict(data=result.run.get("data"), train=parameters.get("train"), test=parameters.get("test"))
-    return facts | {key: metric_of(result, key) for key in counts}
+    return facts | dict(settings=_score_settings(result, kind)) | {key: metric_of(result, key) for key in counts}
 
 # %% ../../nbs/8_study/10_comparisons.ipynb #8ed51492
 def _kept_answers(answers, kind, fraction):
@@ -79,7 +95,8 @@ def compare_accuracies(
     if answers is not None:
         found = answer_interval(*np.split(answers, 2))
     else:
-        found = count_interval([o["correct"] for o in rows], [o["correct"] for o in others], rows[0]["test_images"])
+        right, reference = ([o["correct"] for o in side] for side in (rows, others))
+        found = count_interval(right, reference, [o["test_images"] for o in rows])
     return dict(zip(("difference", "low", "high"), found)) | dict(paired=answers is not None)
 
 
@@ -103,7 +120,7 @@ def _accuracies(dataset, init, result, kind):
         row = shared | dict(fraction=float(fraction), init=init)
         row |= {k: metric_of(result, k) for k in ("test_images", "chance")}
         row |= {k: metric_of(result, kind, fraction, k) for k in _ACCURACY_KEYS}
-        row["scored_on"] = scored_on(result, "test_images") | dict(train_images=row["train_images"])
+        row["scored_on"] = scored_on(result, "test_images", kind=kind) | dict(train_images=row["train_images"])
         rows[fraction] = row
     answers = read_answers(result)
     return [row | dict(answers=_kept_answers(answers, kind, fraction)) for fraction, row in rows.items()]
@@ -198,7 +215,9 @@ def _mean_differences(identity, found, stage, baselines):
     differences = []
     for baseline in baselines.get(identity[-1], ()):
         other = found.get((*identity[:-1], baseline))
-        change = compare([found[identity]], [other]) if other else None
+        if other is None or scored_on(found[identity], "images") != scored_on(other, "images"):
+            continue
+        change = compare([found[identity]], [other])
         if change:
             differences.append(dict(baseline=baseline, score=metric_of(other, key)) | change)
     return differences

@@ -90,12 +90,16 @@ class Result(NamedTuple):
     folder: Path  # with its figures
 
 
+def _no_number(text):
+    raise ValueError(f"{text} is not JSON")
+
+
 def read_json(
     path,  # a file
 ):
-    "JSON; raises `CmidError` naming a file that cannot be read."
+    "JSON; raises `CmidError` naming a file that cannot be read, or has NaN or infinity in it."
     try:
-        return json.loads(Path(path).read_text("utf8"))
+        return json.loads(Path(path).read_text("utf8"), parse_constant=_no_number)
     except (OSError, ValueError, RecursionError):
         raise CmidError(f"{path}: is not readable JSON; run its stage again") from None
 

@@ -171,15 +171,24 @@ _DATA_WORDS = dict(
 )  # key of `scored_on` -> its name
 
 
+def _unequal(a, b):
+    "Keys of two dictionaries whose values differ"
+    return [key for key in a | b if a.get(key) != b.get(key)]
+
+
+def _data_words(a, b):
+    "What two scores do not share; nothing where they share all. a, b: `scored_on`"
+    words = [_DATA_WORDS[key] for key in _unequal(a, b) if key != "settings"]
+    settings = _unequal(a["settings"], b["settings"])
+    if settings:
+        words.append(f"settings ({', '.join(settings)})")
+    return ", ".join(dict.fromkeys(words))
+
+
 def _data_notes(pairs):
-    "Which seeds have other data for two backbones: those are left out"
-    notes = []
-    for seed, (a, b) in pairs.items():
-        keys = [key for key, value in a.scored_on.items() if b.scored_on.get(key) != value]
-        if keys:
-            words = ", ".join(dict.fromkeys(_DATA_WORDS[key] for key in keys))
-            notes.append(f"seed {seed} is left out: the two differ in their {words}")
-    return notes
+    "Which seeds have other data or settings for two backbones: those are left out"
+    words = {seed: _data_words(a.scored_on, b.scored_on) for seed, (a, b) in pairs.items()}
+    return [f"seed {seed} is left out: the two differ in their {said}" for seed, said in words.items() if said]
 
 
 def _seed_notes(kind, entries, found):
@@ -187,9 +196,8 @@ def _seed_notes(kind, entries, found):
     notes = []
     if kind == "accuracy" and not found["paired"]:
         notes.append("answers were not kept for the same images, so images are unpaired")
-    if any(entry.scored_on != entries[0].scored_on for entry in entries):
-        notes.append("the seeds do not share their data")
-    return notes
+    words = [_data_words(entries[0].scored_on, entry.scored_on) for entry in entries]
+    return notes + [f"the seeds do not share their {said}" for said in dict.fromkeys(filter(None, words))]
 
 # %% ../../nbs/8_study/20_seeds.ipynb #66956cee
 class _Runs(NamedTuple):
@@ -253,7 +261,7 @@ def seed_rows(
 ) -> list:  # dicts: task, dataset, init, scores, mean, std, against (baseline, seeds, mean, low, high, says, notes)
     "Mean and deviation over seeds, and differences over seeds and images. Raises `CmidError` for another reference."
     (first, *_) = roots.values()
-    check_reference(reference, params_of(first).study.inits)
+    check_reference(reference, params_of(first).study.model_dump())
     entries = {seed: run_entries(root) for seed, root in roots.items()}
     costs = {seed: pretraining_costs(root) for seed, root in roots.items()}
     all_runs = _Runs(entries, costs, {init for (init,) in runs(first)["pretrain"]})

@@ -7,6 +7,7 @@ import pytest
 from scipy.stats import norm, t as student, ttest_1samp
 
 from cmid.base.paired import answer_interval, count_interval, crossed_interval, joined_interval, student_interval
+from cmid.base.scores import difference
 
 
 def answers(rng, skill, seeds, images, spread):
@@ -78,3 +79,14 @@ def test_extremes_stay_in_range():
     assert (mean, high) == (1, 1) and 0 < low < 1
     assert count_interval([6, 6], [0, 0], 6)[2] == 1
     assert answer_interval(all_right, all_right)[1] < 0 < answer_interval(all_right, all_right)[2]
+
+
+def test_counts_of_seeds_with_other_images_are_shares_of_their_own():
+    mean, low, high = count_interval([600, 80], [500, 40], [1000, 100])
+    own = [difference(600, 1000, 500, 1000), difference(80, 100, 40, 100)]
+    half = 12.7062047 * 0.15  # Student's t of one degree of freedom; the mean of .1 and .4 has the standard error .15
+    assert mean == pytest.approx(0.25)
+    below = np.hypot(0.25 - np.mean([span[0] for span in own]), half)
+    above = np.hypot(np.mean([span[1] for span in own]) - 0.25, half)
+    assert (low, high) == (pytest.approx(max(-1, 0.25 - below)), pytest.approx(min(1, 0.25 + above)))
+    assert count_interval([80, 600], [40, 500], [100, 1000]) == pytest.approx((mean, low, high))

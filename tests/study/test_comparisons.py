@@ -9,7 +9,7 @@ from cmid.base.errors import CmidError
 from cmid.base.files import write_json
 from cmid.base.scores import unpack_answers, wilson
 from cmid.study import comparisons
-from cmid.study.comparisons import probe_rows, score_rows, task_rows
+from cmid.study.comparisons import accuracy_rows, probe_rows, score_rows, task_rows
 from cmid.study.examples import example_results
 
 DATASET = dict(segment="land", change="dates", detect="objects")
@@ -95,6 +95,47 @@ def test_other_data_are_not_compared(study, change):
     change("segment/land/random-resnet18/run.json", data="other")
     rows = {o["init"]: o for o in task_rows(study, "segment")}
     assert [o["baseline"] for o in rows["cmid-resnet18"]["against"]] == ["imagenet-resnet18"]
+
+
+SETTINGS = dict(train="train_20", test="test_80", neighbours=20, regularisation=[0.1, 1.0], epochs=5, images=64)
+
+
+@pytest.fixture
+def settings(study):
+    "Record settings of each run of a stage; those of the random start are other ones."
+
+    def recorded(stage, **other):
+        for file in (study / "results" / stage).rglob("run.json"):
+            mine = SETTINGS | (other if file.parent.name == "random-resnet18" else {})
+            write_json(file, json.loads(file.read_text()) | dict(parameters=mine))
+
+    return recorded
+
+
+def baselines_of(rows):
+    "Baselines that the pretrained backbone is compared with"
+    return {o["baseline"] for row in rows if row["init"] == "cmid-resnet18" for o in row["against"]}
+
+
+@pytest.mark.parametrize("other", [dict(neighbours=5), dict(metric="euclidean"), dict(scaler="standard")])
+def test_knn_of_other_settings_is_not_compared(study, settings, other):
+    settings("probe", **other)
+    assert baselines_of(o for o in probe_rows(study) if o["probe"] == "knn") == {"imagenet-resnet18"}
+
+
+def test_settings_that_a_score_does_not_depend_on_may_differ(study, settings):
+    settings("probe", neighbours=5, batch=8, fractions=[1.0])
+    both = {"random-resnet18", "imagenet-resnet18"}
+    assert baselines_of(o for o in probe_rows(study) if o["probe"] == "linear") == both
+    settings("probe", metric="cosine", vote="weighted", scaler="none")  # as runs did that do not name them
+    assert baselines_of(probe_rows(study)) == both
+
+
+@pytest.mark.parametrize("stage, other", [("classify", "epochs"), ("segment", "epochs"), ("correspondence", "images")])
+def test_runs_of_other_settings_are_not_compared(study, settings, stage, other):
+    settings(stage, **{other: 7})
+    rows = dict(classify=accuracy_rows, segment=task_rows, correspondence=score_rows)[stage](study, stage)
+    assert baselines_of(rows) == {"imagenet-resnet18"}
 
 
 def test_examples_do_not_replace_results(study):

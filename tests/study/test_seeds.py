@@ -92,6 +92,15 @@ def test_an_unknown_reference_is_refused(equal):
         seed_rows(equal, "cmid-resnet8")
 
 
+def test_a_floor_is_a_reference_only_where_it_was_run(seeds):
+    assert {row["task"] for row in seed_rows(seeds, "unet") if row["against"]} >= {"segmentation, mIoU"}
+    values = load_yaml(seeds[0] / "params.yaml")
+    values["study"] |= dict(floors=dict(probe=["imagestats"], segment=[], change=[]), apply={})
+    write_whole(seeds[0] / "params.yaml", yaml.safe_dump(values, sort_keys=False))
+    with pytest.raises(CmidError, match="reference: 'unet' is not an init of the study"):
+        seed_rows(seeds, "unet")
+
+
 def test_one_seed_says_so(equal):
     one = against({0: equal[0]})
     assert one["says"] == "one seed: nothing is known about seeds"
@@ -134,6 +143,40 @@ def test_seeds_of_other_data_say_so_and_are_unpaired(seeds):
     assert found["seeds"] == 3
     assert [note.split()[0] for note in found["notes"]] == ["answers", "the"]
     assert found["high"] - found["low"] > against({0: seeds[0], 1: seeds[1]})["high"] - found["low"]
+
+
+def cut(folder, init, correct, images):
+    "Probes that were tested on other images, of which they kept counts alone"
+    at = folder / f"results/probe/scenes/{init}"
+    (at / "answers.json").unlink()
+    content = json.loads((at / "metrics.json").read_text())
+    for score in [*content["linear"].values(), *content["knn"].values()]:
+        score |= dict(correct=correct, accuracy=correct / images)
+    write_json(at / "metrics.json", content | dict(test_images=images))
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_seeds_with_other_numbers_of_test_images_count_as_much(seeds, order):
+    for i, right, other, images in ((0, 600, 500, 1000), (1, 80, 40, 100)):
+        cut(seeds[i], "cmid-resnet18", right, images)
+        cut(seeds[i], "random-resnet18", other, images)
+    found = against({seed: seeds[i] for seed, i in enumerate(order)})
+    assert found["mean"] == pytest.approx(0.25)
+    assert found["seeds"] == 2
+    assert found["notes"][1] == "the seeds do not share their number of test images"
+
+
+def test_a_seed_of_other_settings_is_left_out_and_named(seeds):
+    for folder in seeds.values():
+        for init in ("cmid-resnet18", "random-resnet18"):
+            file = folder / f"results/probe/scenes/{init}/run.json"
+            other = dict(neighbours=5, metric="euclidean") if (folder, init[0]) == (seeds[1], "r") else {}
+            parameters = dict(train="a", test="b", neighbours=20) | other
+            write_json(file, json.loads(file.read_text()) | dict(parameters=parameters))
+    assert against(seeds)["notes"] == []  # of the linear probe, which has no neighbours
+    found = against(seeds, "kNN, accuracy")
+    assert found["seeds"] == 2
+    assert found["notes"] == ["seed 1 is left out: the two differ in their settings (metric, neighbours)"]
 
 
 def test_runs_that_kept_counts_only_say_so(seeds):
