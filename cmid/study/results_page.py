@@ -21,6 +21,7 @@ from ..base.bootstrap import score_interval
 from ..base.errors import CmidError, cli
 from ..base.files import load_yaml, root as find_root, write_whole
 from ..settings.study import is_floor
+from .cells import seeds_of
 from .report_html import render
 from .report_runs import provenance_rows
 from .report_words import init_name
@@ -34,9 +35,10 @@ DEFAULT_STUDY = "default"  # the name under which the project's own results stan
 
 def _seed_folders(study, own):
     "(seed or None, folder that has results) of a study"
-    if "seeds" not in own:
+    seeds = seeds_of(own, study / "params.yaml")
+    if seeds is None:
         return [(None, study)] if (study / "results").is_dir() else []
-    folders = [(seed, study / f"seed-{seed}") for seed in own["seeds"]]
+    folders = [(seed, study / f"seed-{seed}") for seed in seeds]
     return [(seed, folder) for seed, folder in folders if (folder / "results").is_dir()]
 
 
@@ -51,10 +53,15 @@ def _opened(stack, root, study, own):
 
 def _costs(root, own, runs):
     "What the pretrainings of each seed saw and took: seed -> init -> numbers"
-    if "models" not in own:
+    if own.get("models") is None:
         return {seed: pretraining_costs(run) for seed, run in runs.items()}
-    with study_root(root, Path(root) / "studies" / own["models"]) as lender:
-        return dict.fromkeys(runs, pretraining_costs(lender))
+    study = Path(root) / "studies" / own["models"]
+    lender = load_yaml(study / "params.yaml")
+    with ExitStack() as stack:
+        costs = {seed: pretraining_costs(lent) for seed, lent in _opened(stack, root, study, lender).items()}
+    if lender.get("seeds") is None:
+        return dict.fromkeys(runs, next(iter(costs.values()), {}))
+    return {seed: costs[seed] for seed in runs if seed in costs}
 
 # %% ../../nbs/8_study/29_results_page.ipynb #317e2fc6
 def _span(entry):
@@ -164,8 +171,11 @@ def run_rows(
 
 # %% ../../nbs/8_study/29_results_page.ipynb #a75c6da3
 def _plain_command(study):
-    "The command that repeats a study, without Markdown's fence"
-    return study_command(study).removeprefix("```bash\n").removesuffix("\n```")
+    "The command that repeats a study, without Markdown's fence; without folders where params.yaml is damaged"
+    try:
+        return study_command(study).removeprefix("```bash\n").removesuffix("\n```")
+    except CmidError:
+        return f"cmid_study studies/{study.name}"
 
 
 def _summary(name, command, runs):
@@ -176,20 +186,25 @@ def _summary(name, command, runs):
     return dict(name=name, command=command, seeds=list(runs), commits=commits, devices=devices, fault="")
 
 
-def _read_study(root, name, command, runs, own):
+def _read_runs(name, command, runs, own, root):
     "(summary, rows) of a study"
-    try:
-        rows = [dict(study=name) | row for row in run_rows(runs, own, root)]
-        return _summary(name, command, runs), rows
-    except CmidError as e:
-        return dict(name=name, command=command, seeds=[], commits=[], devices=[], fault=str(e)), []
+    rows = [dict(study=name) | row for row in run_rows(runs, own, root)]
+    return _summary(name, command, runs), rows
 
 
-def _named_study(root, study):
+def _read_study(name, command, study, root):
     "(summary, rows) of a folder of studies/"
     own = load_yaml(study / "params.yaml")
     with ExitStack() as stack:
-        return _read_study(root, study.name, _plain_command(study), _opened(stack, root, study, own), own)
+        return _read_runs(name, command, _opened(stack, root, study, own), own, root)
+
+
+def _or_fault(read, name, command, *more):
+    "(summary, rows), or what is wrong and no rows: the other studies stand"
+    try:
+        return read(name, command, *more)
+    except CmidError as e:
+        return dict(name=name, command=command, seeds=[], commits=[], devices=[], fault=str(e)), []
 
 
 def all_results(
@@ -197,9 +212,11 @@ def all_results(
 ) -> tuple:  # (list of dicts, one a study; list of dicts, one a score)
     "Every study with its command, and every score of every study."
     root = Path(root)
-    found = [_named_study(root, path.parent) for path in sorted(root.glob("studies/*/params.yaml"))]
+    studies = [path.parent for path in sorted(root.glob("studies/*/params.yaml"))]
+    found = [_or_fault(_read_study, study.name, _plain_command(study), study, root) for study in studies]
     if (root / "results").is_dir():
-        found.insert(0, _read_study(root, DEFAULT_STUDY, "make repro", {params_of(root).run.seed: root}, {}))
+        runs = {params_of(root).run.seed: root}
+        found.insert(0, _or_fault(_read_runs, DEFAULT_STUDY, "make repro", runs, {}, root))
     return [study for study, _ in found], list(chain.from_iterable(rows for _, rows in found))
 
 # %% ../../nbs/8_study/29_results_page.ipynb #dfa72cc3

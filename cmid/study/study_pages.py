@@ -39,10 +39,11 @@ def study_page(
     "One study: how it was pretrained, what it scored, what has not run. Raises `CmidError` naming the study."
     file = Path(study) / "params.yaml"
     own = load_yaml(file)
-    if "reference" in own and "seeds" not in own:
+    seeds = own.get("seeds")
+    if "reference" in own and seeds is None:
         raise CmidError(f"{file}: reference: needs seeds, such as seeds: [0]; remove it, or add them")
     try:
-        parts = _seed_parts(root, study, own) if "seeds" in own else run_parts(root, study, own)
+        parts = run_parts(root, study, own) if seeds is None else _seed_parts(root, study, own)
     except CmidError as e:
         raise CmidError(f"studies/{Path(study).name}: {e}") from None
     note = [own["note"]] if "note" in own else []

@@ -16,6 +16,7 @@ from cmid.base.files import load_yaml, write_json, write_whole
 from cmid.study.comparisons import accuracy_rows
 from cmid.study.examples import example_results
 from cmid.study.results_page import all_results, embedded_json, results_page
+from cmid.study.study_pages import study_page
 from tests.study.conftest import STUDY
 
 ROOT = Path(__file__).parents[2]
@@ -193,6 +194,61 @@ def test_what_is_wrong_with_a_study_is_named_and_the_others_stand(project, tmp_p
     assert ["nobody" in fault for fault in faults] == [True, False]
     assert "segment/land/cmid-resnet18/metrics.json: is not readable JSON" in faults[1]
     assert {cells[0] for cells in Page(html).rows if cells} == {"default"}
+
+
+def test_studies_whose_seeds_are_wrong_or_none_leave_the_others(project, tmp_path):
+    other = shutil.copytree(project, tmp_path / "other")
+    write_whole(other / "studies/lent/params.yaml", "seeds: null\nmodels: paid\n")
+    write_whole(other / "studies/two/params.yaml", "seeds: 2\n")
+    write_whole(other / "studies/paid/params.yaml", "stages: [pretrain\n")
+    studies, rows = all_results(other)
+    faults = {study["name"]: study["fault"] for study in studies}
+    assert "seeds: must be a list" in faults["two"]
+    assert "studies/paid/params.yaml" in faults["paid"]
+    assert faults["default"] == ""
+    assert "default" in {row["study"] for row in rows}
+    write_whole(other / "studies/none/params.yaml", "seeds: null\nnote: Not begun.\n")
+    assert study_page(other, other / "studies/none").startswith("## none\n\nNot begun.")
+
+
+def test_a_study_that_borrows_from_a_grid_has_the_cost_of_its_seeds(project, tmp_path):
+    grid = shutil.copytree(project, tmp_path / "grid")
+    write_whole(grid / "studies/lent/params.yaml", "models: two\n")
+    rows = found(all_results(grid), study="lent", init="cmid-resnet18", task="kNN, accuracy")
+    assert [(row["seen"], row["seconds"], row["trained_on"]) for row in rows] == [(20_000, 100.0, "CPU")]
+    shutil.copytree(grid / "studies/lent/results", grid / "studies/lent/seed-1/results")
+    write_whole(grid / "studies/lent/params.yaml", "models: two\nseeds: [1]\n")
+    rows = found(all_results(grid), study="lent", init="cmid-resnet18", task="kNN, accuracy")
+    assert [(row["seen"], row["seconds"]) for row in rows] == [(20_000, 300.0)]
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity"])
+def test_a_score_that_is_no_number_is_named(project, tmp_path, number):
+    broken = shutil.copytree(project, tmp_path / "broken")
+    file = "studies/paid/results/pretrain/cmid-resnet18/run.json"
+    text = (broken / file).read_text()
+    (broken / file).write_text(text.replace("90.0", number))
+    studies, _ = all_results(broken)
+    (fault,) = [study["fault"] for study in studies if study["name"] == "lent"]
+    assert "pretrain/cmid-resnet18/run.json: is not readable JSON" in fault
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="needs node")
+@pytest.mark.parametrize(
+    "filter, choice, shown", [(4, "none", "0110"), (4, "resnet18", "1000"), (4, "all", "1111"), (1, "none", "0011")]
+)
+def test_a_filter_shows_what_it_names(filter, choice, shown):
+    one = dict(study="a", dataset="b", task="c", method="d", init="e", score=0.5, low=None, high=None, seen=None)
+    rows = [
+        one | dict(dataset=dataset, backbone=backbone)
+        for dataset, backbone in (("b", "resnet18"), ("b", ""), (None, ""), (None, "none too"))
+    ]
+    script = (ROOT / "cmid/study/templates/results_page.js").read_text()
+    given = json.dumps(dict(rows=rows, script=script, filter=filter, choice=choice))
+    page = Path(__file__).with_name("page.js")
+    done = subprocess.run(["node", page], input=given, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "".join(str(int(o)) for o in json.loads(done.stdout)) == shown
 
 
 @pytest.mark.skipif(not shutil.which("node"), reason="needs node")

@@ -27,8 +27,12 @@ function select(label, options, value, change, parent) {
   return field;
 }
 
+function choice(row, key) {
+  return "=" + (row[key] ?? "");  // never empty, which is all rows
+}
+
 function fits(row, besides) {
-  return Object.entries(chosen).every(([key, value]) => key === besides || !value || String(row[key]) === value);
+  return Object.entries(chosen).every(([key, value]) => key === besides || !value || choice(row, key) === value);
 }
 
 function shown() {
@@ -40,8 +44,8 @@ function drawFilters() {
   form.replaceChildren();
   form.hidden = false;
   for (const key of Object.keys(chosen)) {
-    const values = [...new Set(rows.filter((row) => fits(row, key)).map((row) => String(row[key])))].sort();
-    const options = [["", "all"], ...values.map((value) => [value, value === "null" || value === "" ? "none" : value])];
+    const values = [...new Set(rows.filter((row) => fits(row, key)).map((row) => choice(row, key)))].sort();
+    const options = [["", "all"], ...values.map((value) => [value, value.slice(1) || "none"])];
     select(names[key], options, chosen[key], (value) => { chosen[key] = value; update(); }, form);
   }
 }
