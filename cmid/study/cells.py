@@ -131,18 +131,26 @@ def cell_stages(
     return [o for o in wanted if o not in pipeline or has_runs(pipeline[o], values)]
 
 
+def _all_stages(pipeline, values, cell, named):
+    "The stages of a cell of a grid with these parameters"
+    return cell_stages(pipeline, cell_params(values, cell), cell, named)
+
+
 def grid_cells(
     pipeline: dict,  # stages of dvc.yaml
     values: dict,  # parameters of the grid
     seeds: list,
     named: list,  # stages that the study names; none: all
 ) -> list:  # of `Cell`, seed by seed
-    "All cells of a grid. Raises `CmidError` where the section `study` is wrong."
+    "All cells of a grid that have something to run. Raises `CmidError` where none has, or `study` is wrong."
     inits, floors = [*_study(values).inits], Cell(None, seeds[0])
-    stages = cell_stages(pipeline, cell_params(values, floors), floors, named)
+    stages = _all_stages(pipeline, values, floors, named)
     if any(o.endswith("_floor") for o in stages):
         inits.append(None)
+    busy = [o for o in inits if not named or _all_stages(pipeline, values, Cell(o, seeds[0]), named)]
+    if not busy:
+        raise CmidError(f"stages: {', '.join(named)}: no init has anything to run there; name the images in study")
     cells = []
     for seed in seeds:
-        cells += [Cell(init, seed) for init in inits]
+        cells += [Cell(init, seed) for init in busy]
     return cells
