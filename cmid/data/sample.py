@@ -9,6 +9,7 @@ __all__ = ['BOX_KINDS', 'SPLITS', 'LANDSCAPE', 'pool_item', 'scene_item', 'segme
 # %% ../../nbs/2_data/19_sample.ipynb #1993c8d8
 import os
 import shutil
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -92,9 +93,9 @@ def lists_item():
 
 
 SPLITS = {  # tiles and pairs -> split -> how many
-    segmentation_item: dict(train=16, val=16),
-    boxes_item: dict(train=24, val=8),
-    change_item: dict(train=24, val=8, test=8),
+    segmentation_item: dict(train=16, val=32),
+    boxes_item: dict(train=16, val=16),
+    change_item: dict(train=24, val=8, test=24),
 }
 
 
@@ -120,13 +121,22 @@ def _progress(what, rows):
     return tqdm(rows, desc=what, unit="row")
 
 
+def _write_item(folder, item):
+    "Make an item and write its files"
+    make, args = item
+    for path, content in make(*args).items():
+        path = folder / path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
 def _write_sample(folder, seed):
-    "Write all of the data set"
-    for make, args in tqdm(items(seed), desc="sample", unit="item"):
-        for path, content in make(*args).items():
-            path = folder / path
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
+    "Write all of the data set, on all cores"
+    every = items(seed)
+    with ProcessPoolExecutor() as pool:
+        written = pool.map(partial(_write_item, folder), every, chunksize=16)
+        for _ in tqdm(written, desc="sample", total=len(every), unit="item"):
+            pass
     write_landscape(folder / "landscape", LANDSCAPE, seed, partial(_progress, "landscape"))
 
 

@@ -16,6 +16,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 from torch import nn
 
 from ..base.errors import CmidError
@@ -45,7 +46,9 @@ def _fit(x, y, C):
     "A fitted pipeline, and whether its optimiser converged."
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
-        model = make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=MAX_ITERATIONS)).fit(x, y)
+        model = make_pipeline(StandardScaler(), LogisticRegression(C=C, max_iter=MAX_ITERATIONS))
+        with threadpool_limits(1, "blas"):  # in thousands of small products, threads wait longer than they compute
+            model.fit(x, y)
     return model, not any(issubclass(o.category, ConvergenceWarning) for o in caught)
 
 
