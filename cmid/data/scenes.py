@@ -369,7 +369,8 @@ def two_dates(
     images, labels = [], []
     for date, gone, away in zip("AB", gone_at, away_at):
         flight = daylight(kind, *key, date)
-        images.append(expose(paint(things, size, gsd, flight.season, *key, hidden=gone | away), flight))
+        land = paint(things, size, gsd, flight.season, *key, hidden=gone | away)
+        images.append(sensed(through_lens(land, flight), flight))
         without_vehicles = gone | set(vehicles(things))
         labels.append(paint(things, size, gsd, 0.0, *key, hidden=without_vehicles).label)
     return *images, (labels[0] != labels[1]).astype(np.uint8) * np.uint8(255)

@@ -47,6 +47,8 @@ class Study:
                 shutil.copy(ROOT / name, self.folder / name)
         self.edit("params.yaml", r"^profile: \w+", "profile: smoke")
         self.edit("params.yaml", "^device: auto", "device: cpu")
+        floors = "{probe: [imagestats, randomconv], segment: [unet], change: [unet]}"
+        self.edit("params.yaml", r"(?<=^  floors: ){.*}", floors)
 
     def commit(self):
         who = ["-c", "user.name=cmid", "-c", "user.email=cmid@example.com"]
