@@ -9,7 +9,6 @@ __all__ = ['BOX_KINDS', 'SPLITS', 'LANDSCAPE', 'pool_item', 'scene_item', 'segme
 # %% ../../nbs/2_data/19_sample.ipynb #1993c8d8
 import os
 import shutil
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -121,22 +120,13 @@ def _progress(what, rows):
     return tqdm(rows, desc=what, unit="row")
 
 
-def _write_item(folder, item):
-    "Make an item and write its files"
-    make, args = item
-    for path, content in make(*args).items():
-        path = folder / path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-
-
 def _write_sample(folder, seed):
-    "Write all of the data set, on all cores"
-    every = items(seed)
-    with ProcessPoolExecutor() as pool:
-        written = pool.map(partial(_write_item, folder), every, chunksize=16)
-        for _ in tqdm(written, desc="sample", total=len(every), unit="item"):
-            pass
+    "Write all of the data set"
+    for make, args in tqdm(items(seed), desc="sample", unit="item"):
+        for path, content in make(*args).items():
+            path = folder / path
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
     write_landscape(folder / "landscape", LANDSCAPE, seed, partial(_progress, "landscape"))
 
 

@@ -116,8 +116,8 @@ class Light(NamedTuple):
     deep: float  # share of the sunlight that a shadow takes away
     blur: float  # share of the blurred image
     noise: float  # standard deviation of the sensor's noise
-    cloud: float  # share of the light that clouds take away where their shadow is darkest
-    mist: float  # share of the mist's colour where it is thickest
+    cloud: float  # largest share of the sunlight that clouds take away
+    mist: float  # largest share of the mist's colour in a pixel
     key: tuple  # seeds weather and noise
 
 
@@ -205,7 +205,7 @@ def through_lens(
 
 
 def _drift(dice, size):
-    "A smooth field, (size, size) in [0, 1], that covers some of an image"
+    "A smooth field, (size, size, 1) in [0, 1], often 0 in a part of the image"
     cell = dice.integer(size // 2, size + 1)
     return np.clip(noise(dice, size, cell) * dice(1, 2) + dice(-0.5, 0.5), 0, 1)[..., None]
 
