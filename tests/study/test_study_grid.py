@@ -445,7 +445,7 @@ def test_the_grid_of_aid_is_the_one_that_is_described():
     assert values["study"]["methods"] == recipes
     assert values["study"]["inits"] == [f"{recipe}-resnet18" for recipe in recipes] + ["random-resnet18"]
     pretrain = merge(values["pretrain"], values["profiles"]["small"]["pretrain"])
-    assert [own["seeds"], pretrain["epochs"], pretrain["batch"]] == [[0, 1, 2], 120, 128]
+    assert [own["seeds"], pretrain["epochs"], pretrain["batch"]] == [[0, 1, 2], 40, 128]
     assert values["profiles"]["small"]["prepare"]["side"] == 128
 
 
