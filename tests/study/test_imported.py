@@ -11,7 +11,12 @@ from cmid.study.report_words import PROBE_NAMES
 from cmid.study.study_tables import PUBLISHED_KEYS, study_root
 
 ROOT = Path(__file__).parents[2]
-COMMITS = {"aid-h100": "f009c6e", "ucm-h100": "f009c6e", "ucm": "29d5b78"}  # study -> what its results were made at
+COMMITS = {
+    "aid-grid": "6f51631",
+    "aid-h100": "f009c6e",
+    "ucm-h100": "f009c6e",
+    "ucm": "29d5b78",
+}  # study -> what its results were made at
 
 
 @pytest.fixture(scope="module", params=COMMITS)
