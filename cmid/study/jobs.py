@@ -81,6 +81,7 @@ def kill_job(
 # %% ../../nbs/8_study/25_jobs.ipynb #49fc7ce7
 _RUNNING = re.compile(r"Running stage '([^']+)'")
 _TOLD = re.compile(r"cmid_\w+: (.*)")
+_KILLED = re.compile(r"ERROR: failed to reproduce .*, exited with -(\d+)")  # a stage, by a signal
 _OF_DVC = "ERROR: failed to reproduce", "To track the changes", "Updating lock file", "To enable auto staging"
 
 
@@ -104,7 +105,8 @@ def why_failed(
     stages = [match[1] for match in map(_RUNNING.match, lines) if match]
     told = [match[1] for match in map(_TOLD.match, lines) if match]
     last = [line for line in lines if not line.startswith(_OF_DVC)]
-    reason = f"was killed (signal {-status})" if status < 0 else (told or last or [f"ended with status {status}"])[-1]
+    killed = [-status] if status < 0 else [match[1] for match in map(_KILLED.match, lines) if match]
+    reason = f"was killed (signal {killed[-1]})" if killed else (told or last or [f"ended with status {status}"])[-1]
     return one_line(f"{stages[-1]}: {reason}" if stages else reason)
 
 # %% ../../nbs/8_study/25_jobs.ipynb #6fc8b047
