@@ -6,7 +6,6 @@
 __all__ = ['recipe_title', 'front_table', 'decided_by_seeds']
 
 # %% ../../nbs/8_study/28_front_page.ipynb #8b946e38
-from contextlib import ExitStack
 from pathlib import Path
 
 from ..base.files import load_yaml
@@ -14,6 +13,7 @@ from .comparisons import accuracy_rows, score_rows, task_rows, with_most_labels
 from .report_words import HEAD_NAMES, PROBE_NAMES, TASK_WORDS
 from .results import metric_of, params_of, stage_results
 from .seeds import seed_rows
+from .study_pages import seed_roots
 from .study_tables import markdown_table, pretraining_overlap, study_root
 
 # %% ../../nbs/8_study/28_front_page.ipynb #a12e01a2
@@ -160,17 +160,15 @@ def _decided_words(says):
 
 def decided_by_seeds(
     root,  # the project's
-    study,  # studies/<name>, with seeds and a reference, all of which have run
+    study,  # studies/<name>, with a reference, and seeds that have run
 ) -> str:  # Markdown
     "What several seeds decide: each backbone against the reference, in one paragraph."
     own = load_yaml(Path(study) / "params.yaml")
-    with ExitStack() as stack:
-        folders = {seed: Path(study) / f"seed-{seed}" for seed in own["seeds"]}
-        roots = {seed: stack.enter_context(study_root(root, study, folder)) for seed, folder in folders.items()}
+    with seed_roots(root, study, own["seeds"]) as roots:
         found = _decided(seed_rows(roots, own["reference"]))
         first, *_ = roots.values()
         length = _length_words(first, own["reference"])
+        seeds = f"The study `{Path(study).name}` has {len(roots)} seeds of each: {length}"
     reference = _title(own["reference"], {})
     lines = "; ".join(f"{_title(init, {})}: {_decided_words(says)}" for init, says in found.items())
-    seeds = f"The study `{Path(study).name}` has {len(own['seeds'])} seeds of each: {length}"
     return f"{seeds}. Compared with {reference} in pairs, over seeds and images, in all its scores: {lines}."

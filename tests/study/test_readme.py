@@ -48,7 +48,7 @@ def test_rendered():
 
 
 def test_the_front_page_is_short():
-    assert len(README.splitlines()) <= 155
+    assert len(README.splitlines()) <= 150
 
 
 def test_the_front_table_is_that_of_today():
