@@ -491,9 +491,10 @@ def prepare_clone(
 def clone_environment(
     work: Path,  # the clone
 ) -> dict:
-    "Variables of a command in a clone: our programs, with the clone's code."
+    "Variables of a command in a clone: our programs and packages, with the clone's code before all other."
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    return os.environ | dict(PATH=path, PYTHONPATH=str(work), CMID_ROOT=str(work))
+    packages = os.pathsep.join(filter(None, [str(work), os.environ.get("PYTHONPATH")]))
+    return os.environ | dict(PATH=path, PYTHONPATH=packages, CMID_ROOT=str(work))
 
 
 def _run_in(work, command):
