@@ -135,14 +135,15 @@ def _difference(row):
     return span | dict(reference=found["baseline"], says="; ".join([found["says"], *found["notes"]]))
 
 # %% ../../nbs/8_study/29_results_page.ipynb #615e9a6c
-def _images(entry):
-    return entry.scored_on.get("test_images", entry.scored_on.get("images"))
+def _images(entries):
+    "Numbers of images that the seeds were scored on: one, or several where they differ"
+    return sorted({o.scored_on.get("test_images", o.scored_on.get("images")) for o in entries} - {None})
 
 
 def _result_row(row, entries, costs, records):
     "A row of `seed_rows` with its interval, cost and record; entries: seed -> `Entry`"
     scored = dict(score=row["mean"], scores=row["scores"], seeds=list(entries)) | _interval(entries.values())
-    about = dict(dataset=row["dataset"], task=row["task"], images=_images(next(iter(entries.values()))))
+    about = dict(dataset=row["dataset"], task=row["task"], images=_images(entries.values()))
     return about | _names(row["init"]) | scored | _difference(row) | _cost(row["init"], costs) | _record(row, records)
 
 

@@ -12,6 +12,8 @@ HASHES = [  # function, arguments, start of the SHA-256 of its files
     ("pool_item", (0, 0), "985548497ab83c1f"),
     ("scene_item", ("farmland", 0, 0), "637b4b3667bcc4b2"),
     ("scene_item", ("orchard", 0, 0), "551b39327e41220d"),
+    ("segmentation_item", ("train", 0, 0), "f18ab4e2e2e83aaf"),
+    ("segmentation_item", ("val", 3, 0), "c1c96c9461c27995"),
     ("boxes_item", ("train", 0, 0), "a0b0a862caac8cc0"),
     ("change_item", ("train", 0, 0), "5eab88d89a87f4e1"),
     ("change_item", ("test", 7, 0), "6f32e970ac0f4f62"),

@@ -116,7 +116,7 @@ def test_a_row_of_one_seed_has_its_own_interval(project, results):
     (row,) = found(results, study="default", init="cmid-resnet18", task="linear probe, accuracy")
     assert (row["score"], row["low"], row["high"]) == (own["accuracy"], own["low"], own["high"])
     assert row["difference"] == pytest.approx(own["against"][0]["difference"])
-    assert (row["images"], row["seeds"], row["reference"]) == (500, [0], "random-resnet18")
+    assert (row["images"], row["seeds"], row["reference"]) == ([500], [0], "random-resnet18")
 
 
 def test_a_row_of_two_seeds_reaches_over_both(results):
