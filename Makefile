@@ -27,7 +27,7 @@ repro: .venv/installed | data ## run the study; what is up to date is left alone
 test: style ## formatted, exported, notebooks run, tests pass (minutes)
 	@sh tests/no_diff.sh
 	OMP_NUM_THREADS=1 nbdev_test --n_workers 2 --do_print --timing
-	OMP_NUM_THREADS=1 pytest -n 2 --dist loadscope
+	OMP_NUM_THREADS=1 pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 test-long: .venv/installed ## what takes long: hundreds of kills, whole trainings (an hour)
 	pytest -m long
