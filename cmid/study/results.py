@@ -9,6 +9,7 @@ __all__ = ['TASK_SCORES', 'file_stamp', 'params_of', 'runs', 'Result', 'read_jso
 # %% ../../nbs/8_study/07_results.ipynb #e8002b08
 import functools
 import json
+import math
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -94,12 +95,17 @@ def _no_number(text):
     raise ValueError(f"{text} is not JSON")
 
 
+def _finite(text):
+    "A number; `1e999` would be read as infinity"
+    return float(text) if math.isfinite(float(text)) else _no_number(text)
+
+
 def read_json(
     path,  # a file
 ):
     "JSON; raises `CmidError` naming a file that cannot be read, or has NaN or infinity in it."
     try:
-        return json.loads(Path(path).read_text("utf8"), parse_constant=_no_number)
+        return json.loads(Path(path).read_text("utf8"), parse_constant=_no_number, parse_float=_finite)
     except (OSError, ValueError, RecursionError):
         raise CmidError(f"{path}: is not readable JSON; run its stage again") from None
 
