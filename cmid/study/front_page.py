@@ -85,6 +85,7 @@ def _length_words(root, init):
     result = stage_results(root, "pretrain")[(init,)]
     settings, images = result.run["parameters"], result.run["images"]
     side = metric_of(stage_results(root, "prepare")[(settings["dataset"],)], "side")
+    images = min(settings.get("epoch_images") or images, images)
     seen = f"{settings['epochs']:,} epochs of {images:,} images of `{settings['dataset']}` at {side} px"
     return f"{seen}, batch {settings['batch']}, on one {result.run['device']} (commit {result.run['commit'][:7]})"
 
@@ -136,6 +137,9 @@ def front_table(
         return f"{words}\n\n{markdown_table(('pretraining', *_columns(folder)), _lines(folder))}"
 
 
+_DECISIONS = "better", "worse", "the data do not decide"  # of `decision`, over several seeds
+
+
 def _decided(rows):
     "init -> {what the data say: names of scores}"
     found = {}
@@ -148,14 +152,18 @@ def _decided(rows):
 
 def _decided_words(says):
     "In how many scores an init is better or worse than the reference, and in which where they are few"
-    count = sum(map(len, says.values()))
+    count = sum(len(says.get(word, [])) for word in _DECISIONS)
+    if not count:
+        return "not compared over seeds"
     words = []
     for word in ("better", "worse"):
         names = says.get(word, [])
         if names:
             which = f" ({', '.join(names)})" if len(names) <= 3 else ""
             words.append(f"{word} in {len(names)} of {count}{which}")
-    return " and ".join(words) or "undecided in all"
+    others = sum(map(len, says.values())) - count
+    more = f" (not compared over seeds in {others})" if others else ""
+    return (" and ".join(words) or "undecided in all") + more
 
 
 def decided_by_seeds(
@@ -165,10 +173,13 @@ def decided_by_seeds(
     "What several seeds decide: each backbone against the reference, in one paragraph."
     own = load_yaml(Path(study) / "params.yaml")
     with seed_roots(root, study, own["seeds"]) as roots:
-        found = _decided(seed_rows(roots, own["reference"]))
-        first, *_ = roots.values()
+        rows = seed_rows(roots, own["reference"]) if roots else []
+        first = next((o for o in roots.values() if (own["reference"],) in stage_results(o, "pretrain")), None)
+        if first is None:
+            return f"The study `{Path(study).name}` has not run its reference, `{own['reference']}`."
+        found, each = _decided(rows), sorted({len(row["scores"]) for row in rows})
         length = _length_words(first, own["reference"])
-        seeds = f"The study `{Path(study).name}` has {len(roots)} seeds of each: {length}"
+        seeds = f"The study `{Path(study).name}` has {' to '.join(map(str, each))} seeds of each: {length}"
     reference = _title(own["reference"], {})
     lines = "; ".join(f"{_title(init, {})}: {_decided_words(says)}" for init, says in found.items())
     return f"{seeds}. Compared with {reference} in pairs, over seeds and images, in all its scores: {lines}."

@@ -12,6 +12,7 @@ from itertools import chain
 from typing import NamedTuple
 
 from ..settings.study import is_floor
+from .comparisons import FEW, baselines_by_init, is_comparable
 from cmid.study.report_claims import (
     Claim,
     Evidence,
@@ -24,6 +25,7 @@ from cmid.study.report_claims import (
 from .report_tasks import PUBLISHED_IMAGES
 from .report_words import HEAD_NAMES, PROBE_NAMES, TASK_WORDS, images_seen, percent, points
 from .results import missing_runs, params_of, stage_results
+from .seeds import data_words, run_entries
 
 # %% ../../nbs/8_study/22_report_decision.ipynb #b8ebe9e7
 def images_to_decide(
@@ -42,6 +44,8 @@ def comparison_verdict(
     other: dict,  # one of a row's `against`
 ) -> str:  # better | worse | undecided
     "What the interval of a difference says."
+    if other["low"] == other["high"]:  # an interval without width is one of a single image
+        return "undecided"
     return "better" if other["low"] > 0 else "worse" if other["high"] < 0 else "undecided"
 
 # %% ../../nbs/8_study/22_report_decision.ipynb #0b9fd82c
@@ -132,7 +136,9 @@ def _pretrained_words(init, result):
     seen, settings = images_seen(result), result.run.get("parameters", {})
     if seen is None:
         return init
-    length = f"{result.run['images']:,} images of {settings['dataset']}, {settings['epochs']:,} epochs"
+    images, per_epoch = result.run["images"], seen // settings["epochs"]
+    which = f"{images:,}" if per_epoch == images else f"{per_epoch:,} of {images:,}"
+    length = f"{which} images of {settings['dataset']} an epoch, {settings['epochs']:,} epochs"
     return f"{init} ({length}, on {result.run['device']})"
 
 
@@ -248,7 +254,8 @@ def _many_claims(scored):
     for row, own, _ in scored:
         found += own[:1] * len(row["against"])
     chance = 1 - 0.95 ** len(found)
-    text = f"{len(found)} comparisons: without any difference, {percent(chance, 0)} of such tables would show one."
+    text = f"{len(found)} comparisons: without any difference, about {percent(chance, 0)} of tables of as many "
+    text += "independent ones would show one."
     return [Claim(text, found)] if len(found) > 1 else []
 
 
@@ -275,6 +282,27 @@ def _missing_claims(root):
     return [Claim(text, [])] if missing else []
 
 
+def _left_out_words(key, init, other, entries):
+    "Why two scores of a table are not compared; nothing where they are"
+    mine, theirs = (entries[name].scored_on for name in (init, other))
+    if is_comparable(mine, theirs):
+        return []
+    _, task, dataset = key
+    said = data_words(mine, theirs)
+    why = f"differ in their {said}" if said else "do not record which images were scored"
+    return [f"{init} and {other} {why} ({', '.join(filter(None, (task, dataset)))})"]
+
+
+def _left_out_claims(root):
+    "Scores that stand beside those of a reference, and cannot be compared with them"
+    baselines, said = baselines_by_init(root), []
+    for key, entries in run_entries(root).items():
+        for init in entries:
+            for other in baselines.get(init, ()):
+                said += _left_out_words(key, init, other, entries) if other in entries else []
+    return [Claim(f"Not compared: {'; '.join(said)}.", [])] if said else []
+
+
 def caveat_claims(
     root,  # the study's
     scored: list,  # of `scored_rows`
@@ -282,7 +310,8 @@ def caveat_claims(
     "What could make the answer another one."
     training = [*warning_claims(root), *start_claims(root), *_short_claims(root)]
     images = [*_few_claims(scored), *_image_claims(root, scored), *_training_claims(scored)]
-    return [*training, *images, *_seed_claims(root), *_many_claims(scored), *_missing_claims(root)]
+    runs = [*_left_out_claims(root), *_missing_claims(root)]
+    return [*training, *images, *_seed_claims(root), *_many_claims(scored), *runs]
 
 # %% ../../nbs/8_study/22_report_decision.ipynb #d7388355
 class FirstScreen(NamedTuple):

@@ -12,7 +12,7 @@ from pathlib import Path
 from ..base.errors import CmidError
 from ..base.files import load_yaml
 from .seeds import cost_table, seed_rows, seed_sentence, seed_table
-from .study_tables import run_parts, study_command, study_root
+from .study_tables import absent_runs, run_parts, study_command, study_root
 
 # %% ../../nbs/8_study/21_study_pages.ipynb #b7be5c04
 def _tables(runs, own):
@@ -34,12 +34,21 @@ def seed_roots(
         yield {seed: stack.enter_context(study_root(root, study, folder)) for seed, folder in ran.items()}
 
 
+def _absent_words(runs, own):
+    "What has not run, seed by seed"
+    words = []
+    for seed in own["seeds"]:
+        absent = absent_runs(runs[seed], own) if seed in runs else []
+        more = ", ..." if len(absent) > 3 else ""
+        words += [f"seed {seed}"] if seed not in runs else []
+        words += [f"{len(absent)} runs of seed {seed} ({', '.join(absent[:3])}{more})"] if absent else []
+    return [f"Not run yet: {'; '.join(words)}."] if words else []
+
+
 def _seed_parts(root, study, own):
     "Parts of the page of a study of several seeds"
     with seed_roots(root, study, own["seeds"]) as runs:
-        late = [str(seed) for seed in own["seeds"] if seed not in runs]
-        parts = _tables(runs, own) if runs else []
-    return [*parts, f"Not run yet: seeds {', '.join(late)}."] if late else parts
+        return [*(_tables(runs, own) if runs else []), *_absent_words(runs, own)]
 
 
 def study_page(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PUBLISHED_KEYS', 'STAGES_DUE', 'markdown_table', 'accuracy_table', 'comparison_table', 'study_root', 'shared_files',
            'pretraining_overlap', 'pretraining_sentence', 'study_command', 'mean_table', 'task_table',
-           'published_table', 'run_parts']
+           'published_table', 'absent_runs', 'run_parts']
 
 # %% ../../nbs/8_study/17_study_tables.ipynb #2496cd5f
 import re
@@ -350,8 +350,11 @@ def published_table(
 STAGES_DUE = "pretrain", "probe", "classify", "segment", "change", "detect", "features", "correspondence"
 
 
-def _absent(root, own):
-    "Runs that are still due; what has no backbone only where the study itself asks for it"
+def absent_runs(
+    root,  # of one run of a study
+    own: dict,  # the study's params.yaml
+) -> list:  # "stage run"
+    "Runs that are still due; what has no backbone only where the study itself asks for it."
     asked, missing, absent = "floors" in own.get("study", {}), missing_runs(root), []
     for stage in own.get("stages", STAGES_DUE):
         due = [run for run in missing.get(stage, ()) if asked or not is_floor(run.split()[-1])]
@@ -370,5 +373,5 @@ def run_parts(
         for dataset in dict.fromkeys(row["dataset"] for row in probe_rows(folder)):
             parts += [*_accuracy_parts(folder, dataset), published_table(root, folder, dataset)]
         parts = [part for part in (*parts, task_table(folder), mean_table(folder)) if part]
-        absent = _absent(folder, own)
+        absent = absent_runs(folder, own)
     return [*parts, f"Not run yet: {', '.join(absent)}."] if absent else parts

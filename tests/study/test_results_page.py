@@ -14,7 +14,7 @@ import yaml
 
 from cmid.base.files import load_yaml, write_json, write_whole
 from cmid.study.comparisons import accuracy_rows
-from cmid.study.examples import example_results
+from cmid.study.examples import as_seed, example_results
 from cmid.study.results_page import all_results, embedded_json, results_page
 from cmid.study.study_pages import study_page
 from tests.study.conftest import STUDY
@@ -65,6 +65,7 @@ def project(tmp_path_factory):
     example_results(folder)
     for name in ("two/seed-0", "two/seed-1", "lent"):
         shutil.copytree(folder / "results", folder / "studies" / name / "results")
+    as_seed(folder / "studies/two/seed-1", 1)
     write_whole(folder / "studies/two/params.yaml", "seeds: [0, 1]\n")
     write_whole(folder / "studies/lent/params.yaml", "models: paid\n")
     shutil.copytree(folder / "results/pretrain", folder / "studies/paid/results/pretrain")
@@ -217,6 +218,7 @@ def test_a_study_that_borrows_from_a_grid_has_the_cost_of_its_seeds(project, tmp
     rows = found(all_results(grid), study="lent", init="cmid-resnet18", task="kNN, accuracy")
     assert [(row["seen"], row["seconds"], row["trained_on"]) for row in rows] == [(20_000, 100.0, "CPU")]
     shutil.copytree(grid / "studies/lent/results", grid / "studies/lent/seed-1/results")
+    as_seed(grid / "studies/lent/seed-1", 1)
     write_whole(grid / "studies/lent/params.yaml", "models: two\nseeds: [1]\n")
     rows = found(all_results(grid), study="lent", init="cmid-resnet18", task="kNN, accuracy")
     assert [(row["seen"], row["seconds"]) for row in rows] == [(20_000, 300.0)]

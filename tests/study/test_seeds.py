@@ -11,6 +11,7 @@ from cmid.base.errors import CmidError
 from cmid.base.files import load_yaml, write_json, write_whole
 from cmid.base.paired import answer_interval, student_interval
 from cmid.base.scores import pack_answers, unpack_answers
+from cmid.study.examples import as_seed
 from cmid.study.seeds import cost_table, seed_rows, seed_table
 
 LINEAR = "linear probe, accuracy"
@@ -22,13 +23,19 @@ def seeds(study, tmp_path):
     for init in ("cmid-resnet18", "cmid-resnet50"):
         record(study, init)
     others = {seed: shutil.copytree(study, tmp_path / f"seed-{seed}") for seed in (1, 2)}
+    for seed, folder in others.items():
+        as_seed(folder, seed)
     return {0: study} | others
 
 
-@pytest.fixture
-def equal(made):
-    "Three runs that are one, not to be changed."
-    return dict.fromkeys(range(3), made)
+@pytest.fixture(scope="module")
+def equal(made, tmp_path_factory):
+    "Three runs with the same scores, not to be changed."
+    folder = tmp_path_factory.mktemp("equal")
+    others = {seed: shutil.copytree(made, folder / f"seed-{seed}") for seed in (1, 2)}
+    for seed, other in others.items():
+        as_seed(other, seed)
+    return {0: made} | others
 
 
 def record(folder, init, **settings):
@@ -157,10 +164,10 @@ def cut(folder, init, correct, images):
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_seeds_with_other_numbers_of_test_images_count_as_much(seeds, order):
-    for i, right, other, images in ((0, 600, 500, 1000), (1, 80, 40, 100)):
+    for i, (right, other, images) in zip(order, ((600, 500, 1000), (80, 40, 100))):
         cut(seeds[i], "cmid-resnet18", right, images)
         cut(seeds[i], "random-resnet18", other, images)
-    found = against({seed: seeds[i] for seed, i in enumerate(order)})
+    found = against({seed: seeds[seed] for seed in (0, 1)})
     assert found["mean"] == pytest.approx(0.25)
     assert found["seeds"] == 2
     assert found["notes"][1] == "the seeds do not share their number of test images"
@@ -195,6 +202,9 @@ def test_purity_of_images_chosen_by_each_seed_has_the_interval_of_seeds(seeds):
             moved = np.roll(content["label"], seed).tolist()
             purity = (np.array(content["purity"]) + 0.01 * seed * (init[0] == "c")).tolist()
             write_json(file, content | dict(label=moved, purity=purity))
+            score = json.loads((file.parent / "metrics.json").read_text())
+            score |= {key: score[key] + np.mean(purity) - score["purity"] for key in ("low", "high", "purity")}
+            write_json(file.parent / "metrics.json", score)
     found = against(seeds, "purity of the feature space")
     values = [against({0: seeds[0]}, "purity of the feature space")["mean"] + 0.01 * seed for seed in seeds]
     assert (found["mean"], found["low"], found["high"]) == pytest.approx(student_interval(values))
@@ -207,6 +217,21 @@ def test_purity_of_other_images_is_not_comparable(seeds):
     found = against(seeds, "purity of the feature space")
     assert (found["says"], found["mean"]) == ("not comparable", None)
     assert found["notes"] == ["the two have no score of the same images"]
+
+
+@pytest.mark.parametrize(
+    "change, said", [(dict(purity=0.99, high=1.0), "0.99, but its images give"), (dict(low=0.9), "0.9 to")]
+)
+def test_a_purity_that_its_images_or_its_interval_contradict_is_refused(seeds, change, said):
+    file = seeds[1] / "results/features/scenes/cmid-resnet18/metrics.json"
+    write_json(file, json.loads(file.read_text()) | change)
+    with pytest.raises(CmidError, match=f"seed-1/.*metrics.json: purity is .*{said}"):
+        seed_rows(seeds)
+
+
+def test_the_runs_of_one_seed_are_not_counted_twice(seeds):
+    with pytest.raises(CmidError, match="run.json: run.seed is 0, among the results of seed 1; run them again"):
+        seed_rows({0: seeds[0], 1: seeds[0]})
 
 
 def test_unequal_cost_is_noted(seeds):
@@ -228,8 +253,8 @@ def test_what_pretraining_cost(seeds):
     record(seeds[1], "cmid-resnet50", epochs=50)
     lines = cost_table(seeds).splitlines()
     assert lines[2:] == [
-        "| cmid-resnet18 | pool | 400 | 8 | 100 | 4 | made up |",
-        "| cmid-resnet50 | pool | 400 / 4,000 | 8 | 100 | 4 | made up |",
+        "| cmid-resnet18 | pool | 400 | 8 | 100 | 4 | made up | ? |",
+        "| cmid-resnet50 | pool | 400 / 4,000 | 8 | 100 | 4 | made up | ? |",
     ]
 
 
