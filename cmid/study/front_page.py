@@ -9,7 +9,7 @@ __all__ = ['recipe_title', 'front_table', 'decided_by_seeds']
 from pathlib import Path
 
 from ..base.files import load_yaml
-from .comparisons import accuracy_rows, score_rows, task_rows, with_most_labels
+from .comparisons import FEW, accuracy_rows, score_rows, task_rows, with_most_labels
 from .report_words import HEAD_NAMES, PROBE_NAMES, TASK_WORDS
 from .results import metric_of, params_of, stage_results
 from .seeds import seed_rows
@@ -97,6 +97,13 @@ def _match_words(root):
     return f"Correct matches: is a place found again in another crop of its image by its feature alone ({where})?"
 
 
+def _few_words(root):
+    "Tasks with so few test images that their intervals are too narrow"
+    rows = [row for stage in TASK_WORDS for row in task_rows(root, stage)]
+    few = dict.fromkeys(f"`{row['dataset']}` ({row['images']:,})" for row in rows if row["images"] < FEW)
+    return [f"With fewer than {FEW} test images, {', '.join(few)}, intervals are too narrow."] if few else []
+
+
 def _words(root, reference):
     "What the table shows"
     params = params_of(root)
@@ -107,7 +114,8 @@ def _words(root, reference):
     images = f"{metric_of(scored, 'test_images'):,} images of `{params.probe.test}`"
     scores = f"`{main}` is scored on the {images}, trained on `{params.probe.train}`. All scores are in %, with 95 % "
     scores += "intervals that cover the choice of test images, not that of the seed."
-    return " ".join([f"{length}.", pretraining_overlap(root, main, reference), scores, _match_words(root)])
+    overlap = pretraining_overlap(root, main, reference)
+    return " ".join([f"{length}.", overlap, scores, *_few_words(root), _match_words(root)])
 
 
 def _lines(root):

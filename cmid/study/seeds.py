@@ -134,13 +134,14 @@ def pretraining_costs(
 ):  # init -> dict: seen, batch, dataset, split, seconds, images_per_s, device, data, settings, changes (keys that its
     # recipe is about), commit; None where it was not recorded
     "What each pretraining saw and took."
-    costs = {}
+    costs, recipes = {}, params_of(root).values.get("recipes") or {}
     for (init,), result in stage_results(root, "pretrain").items():
         run, settings = result.run, result.run.get("parameters") or {}
         costs[init] = dict(seen=images_seen(result), seconds=run.get("trained_s", run.get("seconds")))
         costs[init] |= {key: settings.get(key) for key in ("batch", "dataset", "split")}
         costs[init] |= {key: run.get(key) for key in ("images_per_s", "device", "data")}
-        costs[init] |= dict(settings=settings, changes=[*(run.get("changes") or {})], commit=_commit(run))
+        changes = run.get("changes", recipes.get(init.split("-", 1)[0]))  # older runs do not name their recipe's
+        costs[init] |= dict(settings=settings, changes=[*(changes or {})], commit=_commit(run))
     return costs
 
 

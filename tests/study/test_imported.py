@@ -15,7 +15,7 @@ COMMITS = {
     "aid-grid": "6f51631",
     "aid-h100": "f009c6e",
     "ucm-h100": "f009c6e",
-    "ucm": "29d5b78",
+    "ucm": "ad5f514",
 }  # study -> what its results were made at
 
 
