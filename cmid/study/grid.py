@@ -36,6 +36,7 @@ from cmid.study.study import (
     share_cache,
     stages_of,
     studied_model,
+    study_folder,
     study_params,
     targets_of,
 )
@@ -49,7 +50,7 @@ class Grid:
         folder,  # studies/<name>
         sets=(),  # assignments, see `with_set`
     ):
-        self.project, self.folder, self.sets = root(), Path(folder).resolve(), [*sets]
+        self.project, self.folder, self.sets = root(), study_folder(folder), [*sets]
         self.own, where = read_study(self.folder), self.folder / "params.yaml"
         self.seeds = seeds_of(self.own, where)
         if self.seeds is None:
@@ -376,7 +377,7 @@ def cmid_study():
     args = _parser().parse_args()
     if args.jobs < 1:
         raise CmidError(f"--jobs {args.jobs}: must be 1 or more")
-    if read_study(Path(args.folder).resolve()).get("seeds") is None:
+    if read_study(study_folder(args.folder)).get("seeds") is None:
         _run_single(args)
         return
     grid = Grid(args.folder, args.set)

@@ -93,30 +93,38 @@ _STAGES = {
 
 
 def _records(runs):
-    "(stage, what it ran on) -> commit, whether the tree was changed, and device; of the first seed that has it"
+    "(stage, what it ran on) -> its records, one a seed"
     found = {}
     for run in runs.values():
         for record in provenance_rows(run):
-            kept = {key: record[key] for key in ("commit", "changed", "device")}
-            found.setdefault((record["stage"], record["which"]), kept)
+            found.setdefault((record["stage"], record["which"]), []).append(record)
     return found
 
 
+def _joined(values):
+    "Different values in a line; None where there are none"
+    return " / ".join(dict.fromkeys(str(value) for value in values if value)) or None
+
+
 def _record(row, records):
-    "Commit and device of the stage that counted a row"
+    "Commits and devices of the stage that counted a row, of all its seeds, and whether any tree was changed"
     stage = next(stage for beginning, stage in _STAGES.items() if row["task"].startswith(beginning))
     which = " ".join(filter(None, (row["dataset"], row["init"])))
-    return records.get((stage, which), dict(commit=None, changed=None, device=None))
+    found = records.get((stage, which), [])
+    commits, devices = ([record[key] for record in found] for key in ("commit", "device"))
+    short = _joined(str(commit)[:8] for commit in commits if commit)
+    return dict(commit=short, device=_joined(devices), changed=any(record["changed"] for record in found))
 
 
 def _cost(init, costs):
-    "Images seen, seconds and device of a pretraining: means over seeds; None where nothing was pretrained"
+    "Images seen (and whether seeds differ), seconds and devices of a pretraining: means over seeds, None without one"
     found = [names[init] for names in costs.values() if init in names]
     seen, seconds = ([o[key] for o in found if o[key] is not None] for key in ("seen", "seconds"))
     return dict(
         seen=round(sum(seen) / len(seen)) if seen else None,
         seconds=sum(seconds) / len(seconds) if seconds else None,
-        trained_on=found[0]["device"] if found else None,
+        unequal=len(set(seen)) > 1,
+        trained_on=_joined(o["device"] for o in found),
     )
 
 
@@ -130,9 +138,9 @@ def _difference(row):
     "The first comparison of a row that has an interval"
     found = next((o for o in row["against"] if o["mean"] is not None), None)
     if found is None:
-        return dict.fromkeys(("reference", "difference", "difference_low", "difference_high", "says"))
+        return dict.fromkeys(("reference", "difference", "difference_low", "difference_high", "says", "notes"))
     span = dict(difference=found["mean"], difference_low=found["low"], difference_high=found["high"])
-    return span | dict(reference=found["baseline"], says="; ".join([found["says"], *found["notes"]]))
+    return span | dict(reference=found["baseline"], says=found["says"], notes=found["notes"])
 
 # %% ../../nbs/8_study/29_results_page.ipynb #615e9a6c
 def _images(entries):
@@ -175,13 +183,13 @@ def _plain_command(study):
     "The command that repeats a study, without Markdown's fence; without folders where params.yaml is damaged"
     try:
         return study_command(study).removeprefix("```bash\n").removesuffix("\n```")
-    except CmidError:
+    except Exception:  # params.yaml may hold anything; its fault is said beside it
         return f"cmid_study studies/{study.name}"
 
 
 def _summary(name, command, runs):
     "Seeds, commits and devices of a study"
-    records = _records(runs).values()
+    records = [record for found in _records(runs).values() for record in found]
     commits = sorted({record["commit"][:8] for record in records if record["commit"]})
     devices = sorted({record["device"] for record in records if record["device"]})
     return dict(name=name, command=command, seeds=list(runs), commits=commits, devices=devices, fault="")
@@ -204,8 +212,9 @@ def _or_fault(read, name, command, *more):
     "(summary, rows), or what is wrong and no rows: the other studies stand"
     try:
         return read(name, command, *more)
-    except CmidError as e:
-        return dict(name=name, command=command, seeds=[], commits=[], devices=[], fault=str(e)), []
+    except Exception as e:  # a damaged file may hold anything
+        fault = str(e) if isinstance(e, CmidError) else f"its files cannot be read: {type(e).__name__}: {e}"
+        return dict(name=name, command=command, seeds=[], commits=[], devices=[], fault=fault), []
 
 
 def all_results(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STUDY_KEYS', 'with_set', 'study_params', 'newest_commit', 'project_params', 'note_changes', 'clone_lock',
-           'share_cache', 'lend_images', 'studied_model', 'bring_back', 'bring_cell_back', 'read_study',
+           'share_cache', 'lend_images', 'studied_model', 'bring_back', 'bring_cell_back', 'study_folder', 'read_study',
            'check_reference', 'stages_of', 'targets_of', 'prepare_clone', 'clone_environment', 'run_study']
 
 # %% ../../nbs/8_study/06_study.ipynb #572c3200
@@ -407,6 +407,17 @@ def bring_cell_back(
     return files
 
 # %% ../../nbs/8_study/06_study.ipynb #8049d562
+def study_folder(
+    folder,  # studies/<name>, from here
+) -> Path:  # absolute
+    "Raise `CmidError` for a folder that is not one of studies/: its results would be replaced."
+    found, studies = Path(os.path.abspath(folder)), root() / "studies"
+    if not (studies.is_dir() and found.parent.is_dir() and found.parent.samefile(studies)):
+        remedy = f"a study is a folder of {studies} with a params.yaml, such as studies/mine"
+        raise CmidError(f"{folder}: is not a study; {remedy}")
+    return found
+
+
 def read_study(
     folder: Path,  # studies/<name>
 ) -> dict:
@@ -452,8 +463,8 @@ def stages_of(
     if not isinstance(named, list):
         raise CmidError(f"{where}: stages: must be a list of stages (got {named!r})")
     for stage in named:
-        if stage not in known:
-            raise CmidError(f"{where}: stages: dvc.yaml has no stage {stage!r}{near(stage, known)}")
+        if not isinstance(stage, str) or stage not in known:
+            raise CmidError(f"{where}: stages: dvc.yaml has no stage {stage!r}{near(str(stage), known)}")
     if "models" in own and not named:
         remedy = "name them, such as stages: [labels, segment]"
         raise CmidError(f"{where}: models: needs the stages that use the backbones of that study; {remedy}")
@@ -520,7 +531,7 @@ def run_study(
     command=("dvc", "repro"),  # what runs the pipeline
 ) -> Path:  # where it ran
     "Run a study in a clone, and copy its results back. Raises `CmidError` where it has seeds: that is a grid."
-    project, folder = root(), Path(folder).resolve()
+    project, folder = root(), study_folder(folder)
     code_folder(project)
     own = _read_single(folder)
     targets = targets_of(own, stages_of(own, folder / "params.yaml"))

@@ -9,6 +9,7 @@ __all__ = ['PUBLISHED_KEYS', 'STAGES_DUE', 'markdown_table', 'accuracy_table', '
 
 # %% ../../nbs/8_study/17_study_tables.ipynb #2496cd5f
 import re
+import shlex
 import shutil
 import tempfile
 from contextlib import contextmanager
@@ -201,13 +202,13 @@ def study_command(
 ) -> str:
     "The command that repeats a study; replace the folders of images, and the files of weights, by your own."
     own = load_yaml(Path(study) / "params.yaml")
-    lines = [f"cmid_study studies/{Path(study).name}"]
+    lines = [f"cmid_study {shlex.quote(f'studies/{Path(study).name}')}"]
     for group in ("datasets", "tasks", "weight_files"):
         for name, entry in (own.get(group) or {}).items():
             if str(entry.get("folder", "")).startswith("data/"):
                 continue  # generated, so it is there
             named = [key for key in ("folder", "lists", "file") if key in entry]
-            lines += [f"  --set {group}.{name}.{key}={entry[key]}" for key in named]
+            lines += [f"  --set {shlex.quote(f'{group}.{name}.{key}={entry[key]}')}" for key in named]
     return "```bash\n" + " \\\n".join(lines) + "\n```"
 
 # %% ../../nbs/8_study/17_study_tables.ipynb #d5d1e7e2

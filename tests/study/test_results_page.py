@@ -79,6 +79,10 @@ def project(tmp_path_factory):
     return folder
 
 
+def record_at(file, facts):
+    write_json(file, json.loads(file.read_text()) | facts)
+
+
 def record(results, **facts):
     file = results / "pretrain/cmid-resnet18/run.json"
     write_json(file, json.loads(file.read_text()) | facts)
@@ -106,7 +110,7 @@ def test_every_study_and_every_score_is_there(results):
     tasks = {row["task"] for row in rows if row["study"] == "default" and row["init"] == "cmid-resnet18"}
     beginnings = "linear probe", "kNN", "fine-tuned", "segmentation", "change, BIT", "change, diff", "purity", "correct"
     assert all(any(task.startswith(beginning) for task in tasks) for beginning in beginnings)
-    assert {row["commit"] for row in rows} == {"0" * 40}
+    assert {row["commit"] for row in rows} == {"0" * 8}
     assert {row["device"] for row in rows} == {"made up"}
     (two,) = [study for study in studies if study["name"] == "two"]
     assert two["command"].startswith("cmid_study studies/two")
@@ -210,6 +214,28 @@ def test_studies_whose_seeds_are_wrong_or_none_leave_the_others(project, tmp_pat
     assert "default" in {row["study"] for row in rows}
     write_whole(other / "studies/none/params.yaml", "seeds: null\nnote: Not begun.\n")
     assert study_page(other, other / "studies/none").startswith("## none\n\nNot begun.")
+
+
+def test_what_differs_between_seeds_is_shown(project, tmp_path):
+    other = shutil.copytree(project, tmp_path / "seeds")
+    for path in other.glob("studies/two/seed-1/results/**/run.json"):
+        write_json(path, json.loads(path.read_text()) | dict(commit="f" * 40, changed=True, device="abacus"))
+    (row,) = found(all_results(other), study="two", init="cmid-resnet18", task="kNN, accuracy")
+    assert (row["commit"], row["changed"]) == ("00000000 / ffffffff", True)
+    assert row["device"] == "made up / abacus"
+    (two,) = [study for study in all_results(other)[0] if study["name"] == "two"]
+    assert two["commits"] == ["00000000", "ffffffff"]
+
+
+@pytest.mark.parametrize("content", [dict(commit=5), dict(parameters=5), dict(images="a"), dict(run=[])])
+def test_a_record_of_another_form_costs_its_study_and_no_other(project, tmp_path, content):
+    other = shutil.copytree(project, tmp_path / "damaged")
+    for stage in ("probe/scenes", "pretrain"):
+        record_at(other / f"studies/two/seed-1/results/{stage}/cmid-resnet18/run.json", content)
+    studies, rows = all_results(other)
+    faults = {study["name"]: bool(study["fault"]) for study in studies}
+    assert not faults["default"] and not faults["paid"]
+    assert {row["study"] for row in rows} >= {"default"}
 
 
 def test_a_study_that_borrows_from_a_grid_has_the_cost_of_its_seeds(project, tmp_path):

@@ -115,7 +115,7 @@ function describe(row) {
   const device = plot.cost === "seconds" && row.trained_on ? `, ${row.trained_on}` : "";
   const cost = row[plot.cost] ? `${Math.round(row[plot.cost]).toLocaleString("en")} ${plot.cost === "seen" ? "images" : "s"}` : "no pretraining here";
   const interval = row.low === null ? "" : ` (${(100 * row.low).toFixed(1)} to ${(100 * row.high).toFixed(1)})`;
-  return `${row.init}: ${(100 * row.score).toFixed(1)} %${interval}, ${cost}${device}, commit ${(row.commit || "unknown").slice(0, 8)}`;
+  return `${row.init}: ${(100 * row.score).toFixed(1)} %${interval}, ${cost}${device}, commit ${row.commit || "unknown"}`;
 }
 
 function drawPoint(svg, row, at, y, colour) {
