@@ -43,6 +43,9 @@ def load_decoder(
     return decoder.eval().to(next(encoder.parameters()).device)
 
 # %% ../../nbs/6_viz/01_reconstruct.ipynb #3ce44e54
+_AT_ONCE = 32  # images, which bounds the memory
+
+
 @torch.no_grad()
 def reconstruct(
     encoder,  # student, from `load_backbone`, in eval mode
@@ -50,8 +53,9 @@ def reconstruct(
     images: torch.Tensor,  # float (B, C, S, S), normalised
     masks: torch.Tensor,  # bool (B, S/32, S/32), True = masked
 ) -> torch.Tensor:  # float (B, C, S, S), normalised
-    "What the student predicts from the masked images (section III)."
-    return decoder(encoder(fill_mean(images, masks), masks)[-1])
+    "What the student predicts from the masked images (section III), a few of them at a time."
+    parts = zip(images.split(_AT_ONCE), masks.split(_AT_ONCE))
+    return torch.cat([decoder(encoder(fill_mean(some, hidden), hidden)[-1]) for some, hidden in parts])
 
 # %% ../../nbs/6_viz/01_reconstruct.ipynb #33800d60
 def _skill(error, baseline):
