@@ -10,13 +10,17 @@ import argparse
 import hashlib
 import json
 import os
+import tempfile
 import time
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
+import yaml
+
 from ..base.errors import CmidError, cli, near
-from ..base.files import load_yaml, root, write_json
+from ..base.files import load_yaml, root, write_json, write_whole
+from ..base.params import Params, check_all
 from ..base.runtime import code_folder
 from .cells import cell_params, cell_stages, data_stages, grid_cells, seeds_of
 from .jobs import Job, Pool, job_processes, slot_environment, visible_gpus
@@ -371,6 +375,13 @@ def _run_single(args):
         print(f"report:  {report}")
 
 
+def _check_values(values):
+    "Raise `CmidError` for a parameter that the run would refuse"
+    with tempfile.TemporaryDirectory() as folder:
+        write_whole(Path(folder) / "params.yaml", yaml.safe_dump(values, sort_keys=False))
+        check_all(Params(folder))
+
+
 @cli
 def cmid_study():
     "Run a study of studies/ on your own images and bring its results back."
@@ -382,6 +393,7 @@ def cmid_study():
         return
     grid = Grid(args.folder, args.set)
     if args.list:
+        _check_values(grid.values)
         print("\n".join(cell.name for cell in grid.chosen(args.only)))
         return
     run_cells(grid, args.only, args.jobs)

@@ -475,3 +475,22 @@ def test_a_real_grid_prepares_images_once(tmp_path):
     assert [o["run"]["seed"] for o in seeds] == [0, 1]
     again = subprocess.run(command, cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True)
     assert "2 left alone" in again.stdout.splitlines(), again.stdout + again.stderr
+
+
+@pytest.mark.parametrize(
+    "assignment, said",
+    [
+        ("pretrain.epochs=x", "params.yaml: pretrain.epochs: should be a valid integer (got 'x')"),
+        ("profile=zz", "params.yaml: profile: 'zz' is not under profiles"),
+        ("datasets=5", "params.yaml: datasets: must hold datasets by name"),
+    ],
+)
+def test_a_list_is_of_cells_that_would_run(monkeypatch, capsys, assignment, said):
+    study = str(ROOT / "studies/aid-grid")
+    monkeypatch.setattr(sys, "argv", ["cmid_study", study, "--list"])
+    cmid.study.grid.cmid_study()
+    assert "cmid-resnet18-seed-0" in capsys.readouterr().out.splitlines()
+    monkeypatch.setattr(sys, "argv", ["cmid_study", study, "--list", "--set", assignment])
+    with pytest.raises(SystemExit):
+        cmid.study.grid.cmid_study()
+    assert said in capsys.readouterr().err
