@@ -113,20 +113,40 @@ def comparison_table(
     return _pivot((title,), [((text,), row) for text, row in rows], _score_text, _difference_text)
 
 # %% ../../nbs/8_study/17_study_tables.ipynb #4ba54dc6
+def _no_circle(folder, names):
+    "What `shutil.copytree` shall leave out: nothing. Raises `CmidError` for a link to a folder that holds it"
+    path = Path(folder)
+    if path.is_symlink() and path.resolve() in {parent.resolve() for parent in path.parents}:
+        raise CmidError(f"{folder}: is a link that leads around in a circle; remove it")
+    return ()
+
+
+def _copy_results(found, to):
+    "Copy a folder of results. Raises `CmidError` naming a file that cannot be read"
+    try:
+        shutil.copytree(found, to, ignore=_no_circle)
+    except shutil.Error as e:
+        raise CmidError(f"{e.args[0][0][0]}: cannot be read; remove it, or run its stage again") from None
+
+
 @contextmanager
 def study_root(
     root,  # the project's
     study,  # studies/<name>
     results=None,  # folder with its results; None: the study's own
 ):  # gives a folder, removed afterwards
-    "A study as a root of its own: the project's parameters with its own merged over them, and its results."
+    "A study as a root of its own: its parameters over the project's, and its results. Errors name its own files."
     with tempfile.TemporaryDirectory() as folder:
         params = study_params(load_yaml(Path(root) / "params.yaml"), load_yaml(Path(study) / "params.yaml"))
         write_whole(f"{folder}/params.yaml", yaml.safe_dump(params))
         found = Path(results or study) / "results"
         if found.is_dir():
-            shutil.copytree(found, f"{folder}/results")
-        yield Path(folder)
+            _copy_results(found, f"{folder}/results")
+        try:
+            yield Path(folder)
+        except CmidError as e:
+            said = str(e).replace(f"{folder}/results", str(found))
+            raise CmidError(said.replace(f"{folder}/params.yaml", f"{study}/params.yaml")) from None
 
 # %% ../../nbs/8_study/17_study_tables.ipynb #7ab78df7
 def shared_files(
