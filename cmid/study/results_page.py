@@ -18,19 +18,36 @@ from pathlib import Path
 from markupsafe import Markup
 
 from ..base.bootstrap import score_interval
-from ..base.errors import CmidError, cli
+from ..base.errors import CmidError, cli, one_line
 from ..base.files import load_yaml, root as find_root, write_whole
 from ..settings.study import is_floor
 from .cells import seeds_of
 from .report_html import render
 from .report_runs import provenance_rows
 from .report_words import init_name
-from .results import metric_of, params_of
+from .result_schemas import checked_record, checked_result
+from .results import metric_of, params_of, runs as runs_of, stage_results
 from .seeds import pretraining_costs, run_entries, seed_rows
 from .study_tables import study_command, study_root
 
 # %% ../../nbs/8_study/29_results_page.ipynb #35fbf65a
 DEFAULT_STUDY = "default"  # the name under which the project's own results stand
+
+
+def _read_own(study):
+    "params.yaml of a study. Raises `CmidError` naming a key that has not the form that the page needs"
+    path = study / "params.yaml"
+    own = load_yaml(path)
+    if not isinstance(own.get("models"), str | None):
+        raise CmidError(f"{path}: models: must be the name of a study (got {own['models']!r})")
+    for group in ("datasets", "tasks", "weight_files"):
+        entries = own.get(group) or {}
+        if not isinstance(entries, dict):
+            raise CmidError(f"{path}: {group}: must hold names, each with its keys (got {entries!r})")
+        for name, entry in entries.items():
+            if not isinstance(entry, dict):
+                raise CmidError(f"{path}: {group}.{name}: must hold keys and values (got {entry!r})")
+    return own
 
 
 def _seed_folders(study, own):
@@ -51,14 +68,31 @@ def _opened(stack, root, study, own):
     return found
 
 
+def _check_records(run, stages):
+    "Raise `CmidError` for a run.json of some stages that has not its form"
+    for stage in stages:
+        for result in stage_results(run, stage).values():
+            checked_record(stage, result)
+
+
+def _check_scores(run, stages):
+    "Raise `CmidError` for a metrics.json of some stages that has not its form"
+    for stage in stages:
+        for result in stage_results(run, stage).values():
+            checked_result(stage, result)
+
+
 def _costs(root, own, runs):
     "What the pretrainings of each seed saw and took: seed -> init -> numbers"
     if own.get("models") is None:
         return {seed: pretraining_costs(run) for seed, run in runs.items()}
     study = Path(root) / "studies" / own["models"]
-    lender = load_yaml(study / "params.yaml")
+    lender = _read_own(study)
     with ExitStack() as stack:
-        costs = {seed: pretraining_costs(lent) for seed, lent in _opened(stack, root, study, lender).items()}
+        opened = _opened(stack, root, study, lender)
+        for lent in opened.values():
+            _check_records(lent, ("pretrain",))
+        costs = {seed: pretraining_costs(lent) for seed, lent in opened.items()}
     if lender.get("seeds") is None:
         return dict.fromkeys(runs, next(iter(costs.values()), {}))
     return {seed: costs[seed] for seed in runs if seed in costs}
@@ -116,14 +150,21 @@ def _record(row, records):
     return dict(commit=short, device=_joined(devices), changed=any(record["changed"] for record in found))
 
 
+def _seen_words(seen):
+    "Images that the seeds saw: one number where they are equal, otherwise the lowest and the highest"
+    known = sorted(images for images in seen if images is not None)
+    words = " to ".join(dict.fromkeys(f"{images:,}" for images in (*known[:1], *known[-1:])))
+    return f"{words}, unknown for some seeds" if known and None in seen else words
+
+
 def _cost(init, costs):
-    "Images seen (and whether seeds differ), seconds and devices of a pretraining: means over seeds, None without one"
+    "Images seen (in words also), seconds and devices of a pretraining: means over seeds, None without one"
     found = [names[init] for names in costs.values() if init in names]
     seen, seconds = ([o[key] for o in found if o[key] is not None] for key in ("seen", "seconds"))
     return dict(
         seen=round(sum(seen) / len(seen)) if seen else None,
         seconds=sum(seconds) / len(seconds) if seconds else None,
-        unequal=len(set(seen)) > 1,
+        seen_words=_seen_words([o["seen"] for o in found]),
         trained_on=_joined(o["device"] for o in found),
     )
 
@@ -135,8 +176,8 @@ def _names(init):
 
 
 def _difference(row):
-    "The first comparison of a row that has an interval"
-    found = next((o for o in row["against"] if o["mean"] is not None), None)
+    "The first comparison of a row that has an interval; where none has, the first, which says why"
+    found = next((o for o in row["against"] if o["mean"] is not None), next(iter(row["against"]), None))
     if found is None:
         return dict.fromkeys(("reference", "difference", "difference_low", "difference_high", "says", "notes"))
     span = dict(difference=found["mean"], difference_low=found["low"], difference_high=found["high"])
@@ -151,8 +192,9 @@ def _images(entries):
 def _result_row(row, entries, costs, records):
     "A row of `seed_rows` with its interval, cost and record; entries: seed -> `Entry`"
     scored = dict(score=row["mean"], scores=row["scores"], seeds=list(entries)) | _interval(entries.values())
-    about = dict(dataset=row["dataset"], task=row["task"], images=_images(entries.values()))
-    return about | _names(row["init"]) | scored | _difference(row) | _cost(row["init"], costs) | _record(row, records)
+    about = dict(dataset=row["dataset"], task=row["task"], images=_images(entries.values()), score_notes=row["notes"])
+    cost = _cost(row["init"], {seed: costs[seed] for seed in entries if seed in costs})
+    return about | _names(row["init"]) | scored | _difference(row) | cost | _record(row, records)
 
 
 def _entries_of(row, found):
@@ -170,9 +212,12 @@ def run_rows(
     own: dict,  # params.yaml of their study
     root,  # the project's
 ) -> list:  # of dicts, as the page takes them
-    "The scores of one study with intervals, differences, costs, commits and devices."
+    "The scores of one study with intervals, differences, costs, commits and devices. Raises `CmidError`."
     if not runs:
         return []
+    for run in runs.values():
+        _check_records(run, runs_of(run))
+        _check_scores(run, dict.fromkeys(_STAGES.values()))
     found = {seed: run_entries(run) for seed, run in runs.items()}
     costs, records = _costs(root, own, runs), _records(runs)
     rows = seed_rows(runs, own.get("reference"))
@@ -188,11 +233,12 @@ def _plain_command(study):
 
 
 def _summary(name, command, runs):
-    "Seeds, commits and devices of a study"
+    "Seeds, commits and devices of a study, and whether any tree was changed"
     records = [record for found in _records(runs).values() for record in found]
     commits = sorted({record["commit"][:8] for record in records if record["commit"]})
     devices = sorted({record["device"] for record in records if record["device"]})
-    return dict(name=name, command=command, seeds=list(runs), commits=commits, devices=devices, fault="")
+    about = dict(name=name, command=command, seeds=list(runs), commits=commits, devices=devices, fault="")
+    return about | dict(changed=any(record["changed"] for record in records))
 
 
 def _read_runs(name, command, runs, own, root):
@@ -203,30 +249,38 @@ def _read_runs(name, command, runs, own, root):
 
 def _read_study(name, command, study, root):
     "(summary, rows) of a folder of studies/"
-    own = load_yaml(study / "params.yaml")
+    own = _read_own(study)
     with ExitStack() as stack:
         return _read_runs(name, command, _opened(stack, root, study, own), own, root)
 
 
-def _or_fault(read, name, command, *more):
+def _fault(error, name, root):
+    "An error's line, its files named from the root; of another than `CmidError` the study, and what Python said"
+    if isinstance(error, CmidError):
+        return str(error).replace(f"{root}/", "")
+    said = one_line(f"{type(error).__name__}: {error}")
+    return f"the files of the study {name} are damaged ({said}); run its stages again, or correct its params.yaml"
+
+
+def _or_fault(root, read, name, command, *more):
     "(summary, rows), or what is wrong and no rows: the other studies stand"
     try:
-        return read(name, command, *more)
+        return read(name, command, *more, root)
     except Exception as e:  # a damaged file may hold anything
-        fault = str(e) if isinstance(e, CmidError) else f"its files cannot be read: {type(e).__name__}: {e}"
-        return dict(name=name, command=command, seeds=[], commits=[], devices=[], fault=fault), []
+        about = dict(name=name, command=command, seeds=[], commits=[], devices=[], changed=False)
+        return about | dict(fault=_fault(e, name, root)), []
 
 
 def all_results(
     root,  # the project's
 ) -> tuple:  # (list of dicts, one a study; list of dicts, one a score)
-    "Every study with its command, and every score of every study."
+    "Every study with its command, and its scores."
     root = Path(root)
     studies = [path.parent for path in sorted(root.glob("studies/*/params.yaml"))]
-    found = [_or_fault(_read_study, study.name, _plain_command(study), study, root) for study in studies]
+    found = [_or_fault(root, _read_study, study.name, _plain_command(study), study) for study in studies]
     if (root / "results").is_dir():
         runs = {params_of(root).run.seed: root}
-        found.insert(0, _or_fault(_read_runs, DEFAULT_STUDY, "make repro", runs, {}, root))
+        found.insert(0, _or_fault(root, _read_runs, DEFAULT_STUDY, "make repro", runs, {}))
     return [study for study, _ in found], list(chain.from_iterable(rows for _, rows in found))
 
 # %% ../../nbs/8_study/29_results_page.ipynb #dfa72cc3
@@ -250,7 +304,7 @@ def results_page(
     root,  # the project's
     home: str = "",  # address of the project's pages, as seen from this one; empty: no link
 ) -> str:  # a whole page of HTML
-    "Every score of every study as one HTML file that needs nothing else."
+    "The scores of every study as one HTML file that needs nothing else."
     studies, rows = all_results(root)
     script, script_hash = _script()
     ids = {study["name"]: i for i, study in enumerate(studies, 1)}

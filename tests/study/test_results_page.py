@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from cmid.base.files import load_yaml, write_json, write_whole
+from cmid.study import results_page as page_module
 from cmid.study.comparisons import accuracy_rows
 from cmid.study.examples import as_seed, example_results
 from cmid.study.results_page import all_results, embedded_json, results_page
@@ -86,6 +87,13 @@ def record_at(file, facts):
 def record(results, **facts):
     file = results / "pretrain/cmid-resnet18/run.json"
     write_json(file, json.loads(file.read_text()) | facts)
+
+
+def only(project, tmp_path, study):
+    "A copy of the project with one of its studies, and no results of its own: resampling takes seconds"
+    shutil.copytree(project / "studies" / study, tmp_path / "only/studies" / study)
+    shutil.copy(project / "params.yaml", tmp_path / "only")
+    return tmp_path / "only"
 
 
 @pytest.fixture(scope="module")
@@ -224,18 +232,158 @@ def test_what_differs_between_seeds_is_shown(project, tmp_path):
     assert (row["commit"], row["changed"]) == ("00000000 / ffffffff", True)
     assert row["device"] == "made up / abacus"
     (two,) = [study for study in all_results(other)[0] if study["name"] == "two"]
-    assert two["commits"] == ["00000000", "ffffffff"]
+    assert (two["commits"], two["changed"]) == (["00000000", "ffffffff"], True)
+    (cells, *_) = [o for o in Page(results_page(other)).rows if o and o[0] == "two" and o[3] == "cmid"]
+    assert "seeds 0, 1, 00000000 / ffffffff with changes" in cells[10]
+    assert cells[10].endswith("made up / abacus")
 
 
-@pytest.mark.parametrize("content", [dict(commit=5), dict(parameters=5), dict(images="a"), dict(run=[])])
-def test_a_record_of_another_form_costs_its_study_and_no_other(project, tmp_path, content):
+def faults_of(results):
+    "Study -> what is wrong with it, of those that have something"
+    return {study["name"]: study["fault"] for study in results[0] if study["fault"]}
+
+
+FAULTY_RECORDS = [
+    ("probe/scenes", dict(commit=5), "commit: Input should be a valid string"),
+    ("probe/scenes", dict(parameters=5), "parameters: Input should be a valid dictionary"),
+    ("probe/scenes", dict(run=[]), "run: Input should be a valid dictionary"),
+    ("pretrain", dict(parameters=5), "parameters: Input should be"),
+    ("pretrain", dict(parameters=dict(epochs="a")), "parameters.epochs: Input should be a valid integer"),
+    ("pretrain", dict(images="a"), "images: Input should be a valid integer"),
+    ("pretrain", dict(seconds="a"), "seconds: Input should be a valid number"),
+]
+
+
+@pytest.mark.parametrize("stage, facts, said", FAULTY_RECORDS)
+def test_a_record_of_another_form_is_named_with_its_key(project, tmp_path, stage, facts, said):
+    other = only(project, tmp_path, "two")
+    file = f"studies/two/seed-1/results/{stage}/cmid-resnet18/run.json"
+    record_at(other / file, facts)
+    (fault,) = faults_of(all_results(other)).values()
+    assert fault.startswith(f"{file}: is damaged ({said}")
+
+
+AT_ALL = dict(accuracy=0.5, low=0.4, high=0.6, correct=250, train_images=100)
+FAULTY_SCORES = [
+    (
+        "probe/scenes",
+        dict(knn={"1.0": AT_ALL | dict(accuracy=None)}),
+        "knn.1.0.accuracy: Input should be a valid number",
+    ),
+    ("probe/scenes", dict(linear={"1.0": AT_ALL | dict(low="a")}), "linear.1.0.low: Input should be a valid number"),
+    ("probe/scenes", dict(linear={"x": AT_ALL}), "'x' is no share of the labels"),
+    ("classify/scenes", dict(finetune=5), "finetune: Input should be a valid dictionary"),
+    ("correspondence", dict(accuracy="a"), "accuracy: Input should be a valid number"),
+    ("features/scenes", dict(high="a"), "high: Input should be a valid number"),
+]
+
+
+@pytest.mark.parametrize("stage, metrics, said", FAULTY_SCORES)
+def test_a_score_of_another_form_is_named_with_its_key(project, tmp_path, stage, metrics, said):
+    other = only(project, tmp_path, "two")
+    file = f"studies/two/seed-0/results/{stage}/cmid-resnet18/metrics.json"
+    record_at(other / file, metrics)
+    (fault,) = faults_of(all_results(other)).values()
+    assert fault.startswith(f"{file}: is damaged ({said})")
+
+
+FAULTY_PARAMETERS = [
+    ("models: 5", "models: must be the name of a study (got 5)"),
+    ("datasets: 5", "datasets: must hold names, each with its keys (got 5)"),
+    ("datasets: {aid: 5}", "datasets.aid: must hold keys and values (got 5)"),
+    ("weight_files: 5", "weight_files: must hold names, each with its keys (got 5)"),
+]
+
+
+@pytest.mark.parametrize("text, said", FAULTY_PARAMETERS)
+def test_parameters_of_another_form_are_named_with_their_key(project, tmp_path, text, said):
+    other = only(project, tmp_path, "lent")
+    write_whole(other / "studies/lent/params.yaml", text)
+    assert faults_of(all_results(other)) == {"lent": f"studies/lent/params.yaml: {said}"}
+
+
+def test_damage_of_any_kind_costs_its_study_and_no_other(project, tmp_path):
     other = shutil.copytree(project, tmp_path / "damaged")
-    for stage in ("probe/scenes", "pretrain"):
-        record_at(other / f"studies/two/seed-1/results/{stage}/cmid-resnet18/run.json", content)
-    studies, rows = all_results(other)
-    faults = {study["name"]: bool(study["fault"]) for study in studies}
-    assert not faults["default"] and not faults["paid"]
-    assert {row["study"] for row in rows} >= {"default"}
+    record_at(other / "studies/two/seed-1/results/probe/scenes/cmid-resnet18/run.json", dict(parameters=5))
+    (other / "studies/lent/results/probe/loop").symlink_to("loop")
+    (other / "studies/paid/results/nowhere").symlink_to("nobody")
+    html = results_page(other)
+    notes = [line for line in html.splitlines() if line.startswith('<p class="note">')]
+    assert "studies/lent/results/probe/loop: cannot be read; remove it" in notes[0]
+    assert "studies/paid/results/nowhere: cannot be read; remove it" in notes[1]
+    assert "studies/two/seed-1/results/probe/scenes/cmid-resnet18/run.json: is damaged (parameters" in notes[2]
+    assert {cells[0] for cells in Page(html).rows if cells} == {"default"}
+
+
+@pytest.mark.parametrize("error", [AttributeError, TypeError, ValueError, KeyError, OSError])
+def test_what_no_schema_foresees_names_the_study_and_what_python_said(project, tmp_path, monkeypatch, error):
+    other = only(project, tmp_path, "lent")
+    shutil.copytree(project / "results/probe", other / "results/probe")
+
+    def failing(runs, own, root):
+        if own:
+            raise error("as\nthey say")
+        return []
+
+    monkeypatch.setattr(page_module, "run_rows", failing)
+    (fault,) = faults_of(all_results(other)).values()
+    assert fault.startswith(f"the files of the study lent are damaged ({error.__name__}: ")
+    assert "they say" in fault and "\n" not in fault
+
+
+def test_notes_of_a_comparison_are_to_be_read(project, tmp_path):
+    other = only(project, tmp_path, "two")
+    values = load_yaml(other / "params.yaml")
+    inits = ["cmid-resnet18", "byol-resnet18", "random-resnet18"]
+    values["study"] |= dict(methods=["cmid", "byol"], inits=inits)
+    write_whole(other / "params.yaml", yaml.safe_dump(values))
+    example_results(other)
+    for init, epochs in (("cmid", 10), ("byol", 30)):
+        facts = dict(images=100, parameters=dict(epochs=epochs))
+        record_at(other / f"results/pretrain/{init}-resnet18/run.json", facts)
+    for seed in (0, 1):
+        shutil.rmtree(other / f"studies/two/seed-{seed}")
+    shutil.move(other / "results", other / "studies/two/results")
+    write_whole(other / "studies/two/params.yaml", "reference: cmid-resnet18\n")
+    rows = [cells for cells in Page(results_page(other)).rows if cells and cells[3].startswith("byol")]
+    assert rows
+    for cells in rows:
+        assert "one seed" in cells[7]
+        assert "unequal cost: 3,000 images seen in pretraining against 1,000" in cells[7]
+
+
+def test_a_comparison_that_cannot_be_made_says_why(project, tmp_path):
+    other = only(project, tmp_path, "two")
+    for seed in (0, 1):
+        file = other / f"studies/two/seed-{seed}/results/probe/scenes/random-resnet18/run.json"
+        record_at(file, dict(data="other images"))
+    results = all_results(other)
+    (row,) = found(results, init="cmid-resnet18", task="kNN, accuracy")
+    assert (row["difference"], row["says"]) == (None, "not comparable")
+    (cells,) = [o for o in Page(results_page(other)).rows if o and o[2].startswith("kNN, acc") and o[3] == "cmid"]
+    assert "not comparable" in cells[7]
+    assert row["notes"] and all(note in cells[7] for note in row["notes"])
+
+
+@pytest.mark.parametrize(
+    "images, shown", [((1000, 1000), "20,000"), ((1000, 400), "8,000 to 20,000"), ((1000, None), "20,000, unknown for")]
+)
+def test_costs_that_differ_between_seeds_are_shown_as_a_range(project, tmp_path, images, shown):
+    other = only(project, tmp_path, "two")
+    for seed, n in enumerate(images):
+        record(other / f"studies/two/seed-{seed}/results", images=n)
+    cells = [o for o in Page(results_page(other)).rows if o and o[3] == "cmid"]
+    assert cells and all(o[8].startswith(shown) for o in cells)
+
+
+def test_the_opening_says_which_accuracies_are_left_out(project, html):
+    opening = html[html.index('<p class="quiet">') : html.index("</header>")]
+    assert "every score" not in opening.lower()
+    assert "Left out are kNN and fine-tuning with part of the labels" in opening
+    fractions = {(o["probe"], o["fraction"]) for o in accuracy_rows(project, "probe")}
+    assert {("linear", 0.1), ("knn", 0.01), ("knn", 0.1)} <= fractions
+    shown = {cells[2] for cells in Page(html).rows if cells}
+    assert not [task for task in shown if "10 %" in task or task.startswith("kNN, 1")]
 
 
 def test_a_study_that_borrows_from_a_grid_has_the_cost_of_its_seeds(project, tmp_path):
