@@ -145,8 +145,8 @@ def study_root(
         try:
             yield Path(folder)
         except CmidError as e:
-            said = str(e).replace(f"{folder}/results", str(found))
-            raise CmidError(said.replace(f"{folder}/params.yaml", f"{study}/params.yaml")) from None
+            said = str(e).replace(f"{folder}/results", str(found)).removeprefix(f"{folder}/")
+            raise CmidError(f"{study}/{said}" if said.startswith("params.yaml: ") else said) from None
 
 # %% ../../nbs/8_study/17_study_tables.ipynb #7ab78df7
 def shared_files(
