@@ -314,7 +314,7 @@ def results_page(
 
 @cli
 def cmid_results():
-    "Write a page with every score of every study, to filter and sort: cmid_results reports/results.html"
+    "Write a page with the scores of every study, to filter and sort: cmid_results reports/results.html"
     parser = argparse.ArgumentParser(prog="cmid_results", description=cmid_results.__doc__)
     parser.add_argument("file", nargs="?", default="reports/results.html", help="where to write (%(default)s)")
     path = Path(parser.parse_args().file)
