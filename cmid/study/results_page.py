@@ -318,5 +318,7 @@ def cmid_results():
     parser = argparse.ArgumentParser(prog="cmid_results", description=cmid_results.__doc__)
     parser.add_argument("file", nargs="?", default="reports/results.html", help="where to write (%(default)s)")
     path = Path(parser.parse_args().file)
+    if path.is_dir():
+        raise CmidError(f"{path}: is a folder; name a file in it, such as {path / 'results.html'}")
     write_whole(path, results_page(find_root()))
     print(f"wrote {path}")

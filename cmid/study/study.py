@@ -413,7 +413,9 @@ def study_folder(
     "Raise `CmidError` for a folder that is not one of studies/: its results would be replaced."
     found, studies = Path(os.path.abspath(folder)), root() / "studies"
     if not (studies.is_dir() and found.parent.is_dir() and found.parent.samefile(studies)):
-        remedy = f"a study is a folder of {studies} with a params.yaml, such as studies/mine"
+        near_by = studies / Path(folder).name / "params.yaml"
+        such = f"studies/{near_by.parent.name}" if near_by.is_file() else "studies/mine"
+        remedy = f"a study is a folder of {studies} with a params.yaml, such as {such}"
         raise CmidError(f"{folder}: is not a study; {remedy}")
     return found
 

@@ -49,11 +49,11 @@ def markdown_table(
 
 # %% ../../nbs/8_study/17_study_tables.ipynb #969a94d7
 def _difference_text(row, baseline):
-    "The difference of a row to a baseline with its interval; nothing where there is none"
+    "The difference of a row to a baseline with its interval, bold where they decide; nothing where there is none"
     for against in row.get("against", ()):
         if against["baseline"] == baseline:
-            interval = f"({points(against['low'])} to {points(against['high'])})"
-            return f"**{points(against['difference'])}** {interval}"
+            text = f"{points(against['difference'])} ({points(against['low'])} to {points(against['high'])})"
+            return text if against["low"] <= 0 <= against["high"] else f"**{text}**"
     return ""
 
 
