@@ -407,16 +407,23 @@ def bring_cell_back(
     return files
 
 # %% ../../nbs/8_study/06_study.ipynb #8049d562
+def _is_study(folder):
+    "Whether a folder of studies/ is there and no link"
+    return (folder / "params.yaml").is_file() and not folder.is_symlink()
+
+
 def study_folder(
     folder,  # studies/<name>, from here
-) -> Path:  # absolute
+) -> Path:  # absolute, without links
     "Raise `CmidError` for a folder that is not one of studies/: its results would be replaced."
-    found, studies = Path(os.path.abspath(folder)), root() / "studies"
+    found, studies = Path(os.path.realpath(folder)), root() / "studies"  # not where a link lies: where it leads
+    if found.is_symlink():
+        raise CmidError(f"{folder}: is a link that leads around in a circle; remove it")
     if not (studies.is_dir() and found.parent.is_dir() and found.parent.samefile(studies)):
-        near_by = studies / Path(folder).name / "params.yaml"
-        such = f"studies/{near_by.parent.name}" if near_by.is_file() else "studies/mine"
+        leads = f", but leads to {found}" if Path(folder).is_symlink() else ""
+        such = f"studies/{found.name}" if _is_study(studies / found.name) else "studies/mine"
         remedy = f"a study is a folder of {studies} with a params.yaml, such as {such}"
-        raise CmidError(f"{folder}: is not a study; {remedy}")
+        raise CmidError(f"{folder}: is not a study{leads}; {remedy}")
     return found
 
 
