@@ -18,7 +18,7 @@ from pathlib import Path
 
 import yaml
 
-from ..base.errors import CmidError, cli, near
+from ..base.errors import CmidError, cli, near, one_line
 from ..base.files import load_yaml, root, write_json, write_whole
 from ..base.params import Params, check_all
 from ..base.runtime import code_folder
@@ -33,6 +33,7 @@ from cmid.study.study import (
     lend_images,
     newest_commit,
     note_changes,
+    pipeline_of,
     prepare_clone,
     project_params,
     read_study,
@@ -46,6 +47,20 @@ from cmid.study.study import (
 )
 
 # %% ../../nbs/8_study/27_grid.ipynb #8bc3add9
+_LAST_SEED = 2**32 - 1  # NumPy takes the remainder of larger ones, so that two seeds could be one
+
+
+def _grid_seeds(own, where):
+    "The seeds of a grid. Raises `CmidError` where there are none, or a run would refuse one"
+    seeds = seeds_of(own, where)
+    if seeds is None:
+        raise CmidError(f"{where}: seeds: missing; a grid needs them, such as seeds: [0, 1, 2]")
+    for seed in seeds:
+        if not 0 <= seed <= _LAST_SEED:
+            raise CmidError(f"{where}: seeds: {one_line(str(seed))} is not within 0 and {_LAST_SEED}; replace it")
+    return seeds
+
+
 class Grid:
     "A study with seeds. Raises `CmidError` where it has none, or its parameters are wrong."
 
@@ -56,12 +71,10 @@ class Grid:
     ):
         self.project, self.folder, self.sets = root(), study_folder(folder), [*sets]
         self.own, where = read_study(self.folder), self.folder / "params.yaml"
-        self.seeds = seeds_of(self.own, where)
-        if self.seeds is None:
-            raise CmidError(f"{where}: seeds: missing; a grid needs them, such as seeds: [0, 1, 2]")
+        self.seeds = _grid_seeds(self.own, where)
         self.commit = newest_commit(self.project)  # all cells run this one
         self.named = stages_of(self.own, where)
-        self.pipeline = _pipeline(self.project)
+        self.pipeline = pipeline_of(self.project)
         self.values = study_params(project_params(self.project, self.commit), self.own, self.sets)
         self.cells = grid_cells(self.pipeline, self.values, self.seeds, self.named)
         check_reference(self.own.get("reference"), self._compared(), where)
@@ -95,12 +108,6 @@ class Grid:
                 remedy = "see cmid_study --list"
                 raise CmidError(f"--only {name}: {self.folder.name} has no such cell{near(name, known)}; {remedy}")
         return [cell for name, cell in known.items() if not names or name in names]
-
-
-def _pipeline(project):
-    "Stages of dvc.yaml"
-    path = project / "dvc.yaml"
-    return load_yaml(path)["stages"] if path.exists() else {}
 
 # %% ../../nbs/8_study/27_grid.ipynb #60cd1dac
 def _hash(value):
@@ -392,8 +399,8 @@ def cmid_study():
         _run_single(args)
         return
     grid = Grid(args.folder, args.set)
+    _check_values(grid.values)  # before anything is cloned
     if args.list:
-        _check_values(grid.values)
         print("\n".join(cell.name for cell in grid.chosen(args.only)))
         return
     run_cells(grid, args.only, args.jobs)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['STUDY_KEYS', 'with_set', 'study_params', 'newest_commit', 'project_params', 'note_changes', 'clone_lock',
            'share_cache', 'lend_images', 'studied_model', 'bring_back', 'bring_cell_back', 'study_folder', 'read_study',
-           'check_reference', 'stages_of', 'targets_of', 'prepare_clone', 'clone_environment', 'run_study']
+           'check_reference', 'pipeline_of', 'stages_of', 'targets_of', 'prepare_clone', 'clone_environment',
+           'run_study']
 
 # %% ../../nbs/8_study/06_study.ipynb #572c3200
 import os
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import yaml
 
-from ..base.errors import CmidError, near, plain_name
+from ..base.errors import CmidError, near, one_line, plain_name
 from ..base.files import load_yaml, parse_yaml, root, take_lock, whole_folder, write_whole
 from ..base.params import Params, check_all, merge
 from ..base.runtime import code_folder
@@ -44,10 +45,16 @@ def _assigned(values, path, value):
     return values | {name: _assigned(inner if isinstance(inner, dict) else {}, rest, value) if rest else value}
 
 
+def _profile(values):
+    "Sections of the profile that is used; none where it is of the wrong kind, which is refused by its check"
+    profiles, name = values.get("profiles"), values.get("profile")
+    found = profiles.get(name) if isinstance(profiles, dict) and isinstance(name, str) else None
+    return found if isinstance(found, dict) else {}
+
+
 def _is_in_profile(values, path):
     "Whether the profile sets this parameter too, and would win"
-    profile = (values.get("profiles") or {}).get(values.get("profile")) or {}
-    section = profile.get(path[0])
+    section = _profile(values).get(path[0])
     return isinstance(section, dict) and len(path) > 1 and path[1] in section
 
 
@@ -148,8 +155,8 @@ def _git(folder, *args):
 
 
 def _remove(path):
-    "Remove a file or folder, where there is one"
-    if path.is_dir():
+    "Remove a file or folder, where there is one; of a link, not what it leads to"
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
@@ -206,7 +213,12 @@ def project_params(
     commit: str,  # its hash
 ) -> dict:
     "params.yaml of a commit. Raises `CmidError` where it cannot be read."
-    return parse_yaml(_git(project, "show", f"{commit}:./params.yaml"), "params.yaml")
+    values = parse_yaml(_git(project, "show", f"{commit}:./params.yaml"), "params.yaml")
+    if not isinstance(values, dict):
+        raise CmidError(
+            f"{project}/params.yaml: must hold keys and values in commit {commit[:7]}; commit one that does"
+        )
+    return values
 
 
 def note_changes(
@@ -271,9 +283,8 @@ def _absolute(project, path):
 
 def _anchored_starts(values, project):
     "Weights to start from, which a profile and a recipe may name too, and files of weights"
-    profile = (values.get("profiles") or {}).get(values.get("profile")) or {}
     recipes = values.get("recipes") if isinstance(values.get("recipes"), dict) else {}
-    for section in (values.get("pretrain"), profile.get("pretrain"), *recipes.values()):
+    for section in (values.get("pretrain"), _profile(values).get("pretrain"), *recipes.values()):
         if isinstance(section, dict) and section.get("start") not in (None, "imagenet"):
             section["start"] = _absolute(project, section["start"])
     files = values.get("weight_files")
@@ -461,19 +472,39 @@ def check_reference(
     )
 
 
+def pipeline_of(
+    project,  # root of the repository
+) -> dict:  # name -> stage; none where there is no dvc.yaml
+    "The stages of dvc.yaml. Raises `CmidError` naming the key that is of the wrong kind."
+    path = Path(project) / "dvc.yaml"
+    stages = load_yaml(path).get("stages") if path.exists() else {}
+    if not isinstance(stages, dict):
+        raise CmidError(f"{path}: stages: must hold stages by name (got {one_line(repr(stages))})")
+    for name, stage in stages.items():
+        where = f"{path}: stages.{one_line(str(name))}"
+        if not isinstance(name, str):
+            raise CmidError(f"{where}: the name must be text; write it in quotes")
+        if not isinstance(stage, dict):
+            raise CmidError(f"{where}: must hold the stage's keys and values (got {one_line(repr(stage))})")
+        if not isinstance(stage.get("matrix", {}), dict):
+            raise CmidError(f"{where}.matrix: must hold lists by name (got {one_line(repr(stage['matrix']))})")
+    return stages
+
+
 def stages_of(
     own: dict,  # parameters of a study
     where,  # its params.yaml, for the error
 ) -> list:  # names in dvc.yaml; none where all are run
     "The stages that a study names. Raises `CmidError` for one that dvc.yaml does not have."
-    dvc = root() / "dvc.yaml"
-    known = load_yaml(dvc)["stages"] if dvc.exists() else {}
-    named = own.get("stages", [])
+    known, named = pipeline_of(root()), own.get("stages", [])
     if not isinstance(named, list):
-        raise CmidError(f"{where}: stages: must be a list of stages (got {named!r})")
+        raise CmidError(f"{where}: stages: must be a list of stages (got {one_line(repr(named))})")
     for stage in named:
         if not isinstance(stage, str) or stage not in known:
-            raise CmidError(f"{where}: stages: dvc.yaml has no stage {stage!r}{near(str(stage), known)}")
+            hint = near(str(stage), known)
+            raise CmidError(f"{where}: stages: dvc.yaml has no stage {one_line(repr(stage))}{hint}")
+    if "models" in own:
+        plain_name(own["models"], f"{where}: models")
     if "models" in own and not named:
         remedy = "name them, such as stages: [labels, segment]"
         raise CmidError(f"{where}: models: needs the stages that use the backbones of that study; {remedy}")
