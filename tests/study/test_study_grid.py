@@ -482,6 +482,7 @@ def test_a_real_grid_prepares_images_once(tmp_path):
     [
         ("pretrain.epochs=x", "params.yaml: pretrain.epochs: should be a valid integer (got 'x')"),
         ("profile=zz", "params.yaml: profile: 'zz' is not under profiles"),
+        ("recipes=null", "params.yaml: recipes: missing; add the line"),
         ("datasets=5", "params.yaml: datasets: must hold datasets by name"),
     ],
 )
@@ -494,3 +495,55 @@ def test_a_list_is_of_cells_that_would_run(monkeypatch, capsys, assignment, said
     with pytest.raises(SystemExit):
         cmid.study.grid.cmid_study()
     assert said in capsys.readouterr().err
+
+
+def refused(folder, *args):
+    "The one line that `cmid_study` ends with."
+    command = [sys.executable, "-c", "from cmid.study.grid import cmid_study; cmid_study()", str(folder), *args]
+    home = Path(os.environ["CMID_ROOT"])
+    env = os.environ | dict(PYTHONPATH=str(ROOT))
+    done = subprocess.run(command, cwd=home, env=env, capture_output=True, text=True)
+    assert done.returncode == 1, done.stdout
+    (line,) = done.stderr.splitlines()
+    return line
+
+
+def test_results_that_are_not_a_studys_are_left_alone(study):
+    home = study.parents[1]
+    (home / "results/probe").mkdir(parents=True)
+    (home / "results/probe/metrics.json").write_text("ours")
+    (home / "studies/up").symlink_to("..")
+    (home / "studies/circle").symlink_to("circle")
+    for folder in (".", "studies", "studies/tiny/..", home):
+        assert "is not a study; a study is a folder of " in refused(folder)
+    assert f"studies/up: is not a study, but leads to {home}; " in refused("studies/up")
+    assert "studies/circle: is a link that leads around in a circle" in refused("studies/circle")
+    assert contents(home / "results") == {"probe/metrics.json": "ours"}
+    assert not (home / ".studies").exists()
+
+
+@pytest.mark.parametrize(
+    "own, said",
+    [
+        (dict(stages=[["a"]]), "/studies/tiny/params.yaml: stages: dvc.yaml has no stage ['a']"),
+        (dict(stages=[dict(a=1)]), "/studies/tiny/params.yaml: stages: dvc.yaml has no stage {'a': 1}"),
+        (dict(models=5), "/studies/tiny/params.yaml: models: 5 is not a valid name"),
+        (dict(seeds=[-1]), "/studies/tiny/params.yaml: seeds: -1 is not within 0 and 4294967295"),
+        (dict(seeds=[2**32]), "/studies/tiny/params.yaml: seeds: 4294967296 is not within 0 and 4294967295"),
+        (dict(seeds=[1.5]), "/studies/tiny/params.yaml: seeds: must be a list of whole numbers"),
+        (dict(profiles=5), "params.yaml: profiles: must hold profiles by name"),
+        (dict(datasets=5), "params.yaml: datasets: must hold datasets by name"),
+    ],
+)
+def test_a_wrong_key_is_named_before_anything_is_cloned(study, own, said):
+    (study / "params.yaml").write_text(yaml.safe_dump(load_yaml(study / "params.yaml") | own))
+    for args in ([], ["--list"]):
+        assert said in refused("studies/tiny", *args)
+    assert not (study.parents[1] / ".studies").exists()
+
+
+@pytest.mark.parametrize("text", ["{}", "stages: 5"])
+def test_a_pipeline_without_stages_is_named(study, text):
+    (study.parents[1] / "dvc.yaml").write_text(text)
+    for args in ([], ["--list"]):
+        assert "/dvc.yaml: stages: must hold stages by name (got " in refused("studies/tiny", *args)
