@@ -297,8 +297,9 @@ def _task_differences(key, scores, found, baselines):
     differences = []
     for baseline in baselines.get(init, ()):
         other = scores.get(((dataset, baseline), head))
-        facts = [scored_on(found[dataset, name], "images") for name in (init, baseline) if (dataset, name) in found]
-        if other is None or not is_comparable(*facts):
+        if other is None:
+            continue
+        if not is_comparable(*(scored_on(found[dataset, name], "images") for name in (init, baseline))):
             continue
         change = compare_draws([scores[key]], [other])
         if change:

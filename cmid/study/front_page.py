@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..base.files import load_yaml
 from .comparisons import FEW, accuracy_rows, score_rows, task_rows, with_most_labels
-from .report_words import HEAD_NAMES, PROBE_NAMES, TASK_WORDS
+from .report_words import HEAD_NAMES, PROBE_NAMES, TASK_WORDS, images_an_epoch
 from .results import metric_of, params_of, stage_results
 from .seeds import seed_rows
 from .study_pages import seed_roots
@@ -83,9 +83,8 @@ def _cell(row):
 def _length_words(root, init):
     "How a backbone was pretrained, and on which device"
     result = stage_results(root, "pretrain")[(init,)]
-    settings, images = result.run["parameters"], result.run["images"]
+    settings, images = result.run["parameters"], images_an_epoch(result)
     side = metric_of(stage_results(root, "prepare")[(settings["dataset"],)], "side")
-    images = min(settings.get("epoch_images") or images, images)
     seen = f"{settings['epochs']:,} epochs of {images:,} images of `{settings['dataset']}` at {side} px"
     return f"{seen}, batch {settings['batch']}, on one {result.run['device']} (commit {result.run['commit'][:7]})"
 
@@ -184,7 +183,7 @@ def decided_by_seeds(
         rows = seed_rows(roots, own["reference"]) if roots else []
         first = next((o for o in roots.values() if (own["reference"],) in stage_results(o, "pretrain")), None)
         if first is None:
-            return f"The study `{Path(study).name}` has not run its reference, `{own['reference']}`."
+            return f"The study `{Path(study).name}` has no pretraining of its reference, `{own['reference']}`."
         found, each = _decided(rows), sorted({len(row["scores"]) for row in rows})
         length = _length_words(first, own["reference"])
         seeds = f"The study `{Path(study).name}` has {' to '.join(map(str, each))} seeds of each: {length}"

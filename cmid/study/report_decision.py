@@ -23,7 +23,16 @@ from cmid.study.report_claims import (
     warning_claims,
 )
 from .report_tasks import PUBLISHED_IMAGES
-from .report_words import HEAD_NAMES, PROBE_NAMES, TASK_WORDS, images_seen, percent, points
+from cmid.study.report_words import (
+    HEAD_NAMES,
+    PROBE_NAMES,
+    TASK_WORDS,
+    decides,
+    images_an_epoch,
+    images_seen,
+    percent,
+    points,
+)
 from .results import missing_runs, params_of, stage_results
 from .seeds import data_words, run_entries
 
@@ -44,9 +53,9 @@ def comparison_verdict(
     other: dict,  # one of a row's `against`
 ) -> str:  # better | worse | undecided
     "What the interval of a difference says."
-    if other["low"] == other["high"]:  # an interval without width is one of a single image
+    if not decides(other["low"], other["high"]):
         return "undecided"
-    return "better" if other["low"] > 0 else "worse" if other["high"] < 0 else "undecided"
+    return "better" if other["low"] > 0 else "worse"
 
 # %% ../../nbs/8_study/22_report_decision.ipynb #0b9fd82c
 def score_title(
@@ -136,7 +145,7 @@ def _pretrained_words(init, result):
     seen, settings = images_seen(result), result.run.get("parameters", {})
     if seen is None:
         return init
-    images, per_epoch = result.run["images"], seen // settings["epochs"]
+    images, per_epoch = result.run["images"], images_an_epoch(result)
     which = f"{images:,}" if per_epoch == images else f"{per_epoch:,} of {images:,}"
     length = f"{which} images of {settings['dataset']} an epoch, {settings['epochs']:,} epochs"
     return f"{init} ({length}, on {result.run['device']})"

@@ -97,7 +97,8 @@ def _no_number(text):
 
 def _finite(text):
     "A number; `1e999` would be read as infinity"
-    return float(text) if math.isfinite(float(text)) else _no_number(text)
+    value = float(text)
+    return value if math.isfinite(value) else _no_number(text)
 
 
 def read_json(

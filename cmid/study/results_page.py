@@ -68,18 +68,11 @@ def _opened(stack, root, study, own):
     return found
 
 
-def _check_records(run, stages):
-    "Raise `CmidError` for a run.json of some stages that has not its form"
+def _check_all(check, run, stages):
+    "Check every result of some stages by `checked_record` or `checked_result`"
     for stage in stages:
         for result in stage_results(run, stage).values():
-            checked_record(stage, result)
-
-
-def _check_scores(run, stages):
-    "Raise `CmidError` for a metrics.json of some stages that has not its form"
-    for stage in stages:
-        for result in stage_results(run, stage).values():
-            checked_result(stage, result)
+            check(stage, result)
 
 
 def _costs(root, own, runs):
@@ -91,7 +84,7 @@ def _costs(root, own, runs):
     with ExitStack() as stack:
         opened = _opened(stack, root, study, lender)
         for lent in opened.values():
-            _check_records(lent, ("pretrain",))
+            _check_all(checked_record, lent, ["pretrain"])
         costs = {seed: pretraining_costs(lent) for seed, lent in opened.items()}
     if lender.get("seeds") is None:
         return dict.fromkeys(runs, next(iter(costs.values()), {}))
@@ -186,7 +179,7 @@ def _difference(row):
 # %% ../../nbs/8_study/29_results_page.ipynb #615e9a6c
 def _images(entries):
     "Numbers of images that the seeds were scored on: one, or several where they differ"
-    return sorted({o.scored_on.get("test_images", o.scored_on.get("images")) for o in entries} - {None})
+    return sorted({entry.images for entry in entries} - {None})
 
 
 def _result_row(row, entries, costs, records):
@@ -216,8 +209,8 @@ def run_rows(
     if not runs:
         return []
     for run in runs.values():
-        _check_records(run, runs_of(run))
-        _check_scores(run, dict.fromkeys(_STAGES.values()))
+        _check_all(checked_record, run, runs_of(run))
+        _check_all(checked_result, run, dict.fromkeys(_STAGES.values()))
     found = {seed: run_entries(run) for seed, run in runs.items()}
     costs, records = _costs(root, own, runs), _records(runs)
     rows = seed_rows(runs, own.get("reference"))

@@ -31,7 +31,7 @@ from cmid.study.comparisons import (
     task_rows,
     with_architecture,
 )
-from .report_words import images_seen, init_name, points, share
+from .report_words import decides, images_seen, init_name, points, share
 from .results import TASK_SCORES, params_of, runs, stage_results
 from .study import check_reference
 from .study_tables import markdown_table
@@ -43,6 +43,11 @@ class Entry(NamedTuple):
     score: float
     scored_on: dict  # must be equal for two to be compared
     evidence: object  # what its function in `_COMPARE` takes
+
+    @property
+    def images(self) -> int | None:
+        "Number of test images, where it is known."
+        return self.scored_on.get("test_images", self.scored_on.get("images"))
 
 
 _COMPARE = dict(accuracy=compare_accuracies, draws=compare_draws, purity=compare_purities, matches=compare_matches)
@@ -189,7 +194,7 @@ def decision(
     "Whether the data decide between two backbones."
     if seeds == 1:
         return "one seed: nothing is known about seeds"
-    if low <= 0 <= high or low == high:  # an interval without width is one of a single image
+    if not decides(low, high):
         return "the data do not decide"
     return "better" if low > 0 else "worse"
 
@@ -247,7 +252,7 @@ _UNPAIRED = dict(
 def _seed_notes(kind, entries, found):
     "What makes a comparison weaker than it could be"
     notes = [] if found["paired"] else [_UNPAIRED[kind]]
-    images = entries[0].scored_on.get("test_images", entries[0].scored_on.get("images"))
+    images = entries[0].images
     if images is not None and images < FEW:
         notes.append(f"{images} test images: with fewer than {FEW}, intervals are too narrow")
     return notes + _shared_notes(entries)

@@ -26,6 +26,8 @@ from cmid.study.report_words import (
     HEAD_NAMES,
     PROBE_NAMES,
     TASK_WORDS,
+    decides,
+    images_an_epoch,
     init_name,
     points,
     recipe_words,
@@ -53,7 +55,7 @@ def _difference_text(row, baseline):
     for against in row.get("against", ()):
         if against["baseline"] == baseline:
             text = f"{points(against['difference'])} ({points(against['low'])} to {points(against['high'])})"
-            return text if against["low"] <= 0 <= against["high"] else f"**{text}**"
+            return f"**{text}**" if decides(against["low"], against["high"]) else text
     return ""
 
 
@@ -206,12 +208,11 @@ def pretraining_sentence(
 ) -> str:
     "How a backbone was pretrained, in words."
     result = _result(root, "pretrain", init)
-    settings, images = _fact(result, "parameters"), _fact(result, "images")
+    _fact(result, "images")  # names a record that lacks it
     corpus, epochs, batch = (_fact(result, "parameters", key) for key in ("dataset", "epochs", "batch"))
     device, rate = _fact(result, "device"), _fact(result, "images_per_s")
     side = _result(root, "prepare", corpus).metrics["side"]
-    per_epoch = min(settings.get("epoch_images") or images, images)
-    length = f"{epochs:,} epoch{'s' * (epochs != 1)} of {per_epoch:,} images at {side} px, batch {batch}"
+    length = f"{epochs:,} epoch{'s' * (epochs != 1)} of {images_an_epoch(result):,} images at {side} px, batch {batch}"
     start, recipe = start_words(result.run.get("start")), recipe_words(result.run)
     words = (f", {start}" if start else "") + (f"; the recipe changes {recipe}" if recipe else "")
     return f"`{init}`: {length}, on {device}, {rate:.0f} images a second{words}."

@@ -85,8 +85,7 @@ def record_at(file, facts):
 
 
 def record(results, **facts):
-    file = results / "pretrain/cmid-resnet18/run.json"
-    write_json(file, json.loads(file.read_text()) | facts)
+    record_at(results / "pretrain/cmid-resnet18/run.json", facts)
 
 
 def only(project, tmp_path, study):
@@ -247,20 +246,11 @@ FAULTY_RECORDS = [
     ("probe/scenes", dict(commit=5), "commit: Input should be a valid string"),
     ("probe/scenes", dict(parameters=5), "parameters: Input should be a valid dictionary"),
     ("probe/scenes", dict(run=[]), "run: Input should be a valid dictionary"),
-    ("pretrain", dict(parameters=5), "parameters: Input should be"),
+    ("pretrain", dict(parameters=5), "parameters: Input should be a valid dictionary"),
     ("pretrain", dict(parameters=dict(epochs="a")), "parameters.epochs: Input should be a valid integer"),
     ("pretrain", dict(images="a"), "images: Input should be a valid integer"),
     ("pretrain", dict(seconds="a"), "seconds: Input should be a valid number"),
 ]
-
-
-@pytest.mark.parametrize("stage, facts, said", FAULTY_RECORDS)
-def test_a_record_of_another_form_is_named_with_its_key(project, tmp_path, stage, facts, said):
-    other = only(project, tmp_path, "two")
-    file = f"studies/two/seed-1/results/{stage}/cmid-resnet18/run.json"
-    record_at(other / file, facts)
-    (fault,) = faults_of(all_results(other)).values()
-    assert fault.startswith(f"{file}: is damaged ({said}")
 
 
 AT_ALL = dict(accuracy=0.5, low=0.4, high=0.6, correct=250, train_images=100)
@@ -278,13 +268,16 @@ FAULTY_SCORES = [
 ]
 
 
-@pytest.mark.parametrize("stage, metrics, said", FAULTY_SCORES)
-def test_a_score_of_another_form_is_named_with_its_key(project, tmp_path, stage, metrics, said):
+FAULTY = [("run.json", *o) for o in FAULTY_RECORDS] + [("metrics.json", *o) for o in FAULTY_SCORES]
+
+
+@pytest.mark.parametrize("name, stage, content, said", FAULTY)
+def test_a_file_of_another_form_is_named_with_its_key(project, tmp_path, name, stage, content, said):
     other = only(project, tmp_path, "two")
-    file = f"studies/two/seed-0/results/{stage}/cmid-resnet18/metrics.json"
-    record_at(other / file, metrics)
+    file = f"studies/two/seed-1/results/{stage}/cmid-resnet18/{name}"
+    record_at(other / file, content)
     (fault,) = faults_of(all_results(other)).values()
-    assert fault.startswith(f"{file}: is damaged ({said})")
+    assert fault.startswith(f"{file}: is damaged ({said}")
 
 
 FAULTY_PARAMETERS = [
