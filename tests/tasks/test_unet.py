@@ -146,7 +146,7 @@ def test_it_learns_to_segment(trained):
     assert kept["settings"].optimiser == "adamw"
 
 
-def test_it_learns_what_changed():
+def test_it_learns_what_changed(tmp_path):
     data, kept = pairs(5, size=(32, 32)), {}
     settings = changed(CHANGE, epochs=16, lr=4e-3, crop=32)
     metrics, epochs, shown = change(None, data, settings, on=CPU, say=quiet, trained=kept.update)
@@ -156,12 +156,12 @@ def test_it_learns_what_changed():
     card = start_card(None, data, data.splits["train"])
     guess = change_mask(kept["models"][UNET], *data.items[4][:2], card.mean, card.std, settings)
     assert np.array_equal(guess, shown[0]["guesses"][UNET])
-    assert checked_result("change", Result(json.loads(json.dumps(metrics)), {}, None))
+    assert checked_result("change", Result(json.loads(json.dumps(metrics)), {}, tmp_path))
 
 
-def test_metrics_have_the_form_of_the_others(trained):
+def test_metrics_have_the_form_of_the_others(trained, tmp_path):
     metrics = trained[2]
-    assert checked_result("segment", Result(json.loads(json.dumps(metrics)), {}, None)).metrics == metrics
+    assert checked_result("segment", Result(json.loads(json.dumps(metrics)), {}, tmp_path)).metrics == metrics
 
 
 def test_it_costs_as_many_steps_as_a_backbone(random_backbone):
