@@ -9,7 +9,7 @@ __all__ = ['Cell', 'seeds_of', 'cell_params', 'has_runs', 'data_stages', 'cell_s
 import re
 from dataclasses import dataclass
 
-from ..base.errors import CmidError
+from ..base.errors import CmidError, near
 from ..base.params import check, schema
 from ..settings.study import FLOORS, is_floor
 
@@ -85,9 +85,12 @@ _BEFORE = "folders", "digest"  # what they need
 
 
 def _listed(values, text):
-    "The list or dictionary that ${a.b} means"
+    "The list or dictionary that ${a.b} means. Raises `CmidError` where there is none"
     reference = re.fullmatch(r"\$\{([\w.]+)\}", str(text))
     for key in reference[1].split(".") if reference else ():
+        if not isinstance(values, dict) or key not in values:
+            hint = near(key, values) if isinstance(values, dict) else ""
+            raise CmidError(f"dvc.yaml: {text}: params.yaml has no {reference[1]}{hint}; name a key that it has")
         values = values[key]
     return values if reference else text
 
@@ -143,11 +146,11 @@ def grid_cells(
     named: list,  # stages that the study names; none: all
 ) -> list:  # of `Cell`, seed by seed
     "All cells of a grid that have something to run. Raises `CmidError` where none has, or `study` is wrong."
-    inits, floors = [*_study(values).inits], Cell(None, seeds[0])
-    stages = _all_stages(pipeline, values, floors, named)
-    if any(o.endswith("_floor") for o in stages):
+    inits = [*_study(values).inits]
+    if any(o.endswith("_floor") for o in _all_stages(pipeline, values, Cell(None, seeds[0]), named)):
         inits.append(None)
-    busy = [o for o in inits if not named or _all_stages(pipeline, values, Cell(o, seeds[0]), named)]
+    stages = {o: _all_stages(pipeline, values, Cell(o, seeds[0]), named) for o in inits}
+    busy = [o for o in inits if stages[o] or not named]
     if not busy:
         raise CmidError(f"stages: {', '.join(named)}: no init has anything to run there; name the images in study")
     cells = []

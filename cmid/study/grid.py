@@ -331,6 +331,8 @@ def run_cells(
     "Run the cells of a grid that are not done. Raises `CmidError` where one failed, after all others have ended."
     code_folder(grid.project)
     _check_place(grid)
+    _check_links(grid)
+    _note_unused(grid)
     note_changes(grid.project)
     run = GridRun(grid, grid.chosen(only), jobs, command)
     print(f"{grid.folder.name}: {len(run.jobs)} cells, {run.pool.slots} at once; logs: {grid.place}/logs", flush=True)
@@ -351,6 +353,23 @@ def _check_place(grid):
     old = sorted(grid.place.parent.glob(f"{grid.folder.name}-seed-*/.git"))
     if old:
         print(f"note: {old[0].parent} and the like are not used any more; remove them", flush=True)
+
+
+def _check_links(grid):
+    "Refuse results that are a link: what it leads to would be replaced"
+    for results in map(grid.results, grid.cells):
+        for path in (results.parent, results):
+            if path.is_symlink():
+                leads = os.path.realpath(path)
+                raise CmidError(f"{path}: is a link to {leads}, whose files would be replaced; remove the link")
+
+
+def _note_unused(grid):
+    "Name the recipes that the study lists, but that no cell trains"
+    own = grid.own.get("study")
+    for name in own.get("methods", []) if isinstance(own, dict) else ():
+        if not any(init.startswith(f"{name}-") for init in grid.values["study"]["inits"]):
+            print(f"note: study.methods lists {name}, but study.inits no {name}-<backbone>: it is not run", flush=True)
 
 
 def _parser():

@@ -304,7 +304,31 @@ def test_places_of_earlier_layouts_are_named(study, capsys):
     assert "is the clone of a study without seeds" in run(study)
 
 
+def test_a_recipe_that_no_init_uses_is_named(study, capsys):
+    own = load_yaml(study / "params.yaml")
+    own["study"]["methods"] = ["cmid", "mim"]
+    (study / "params.yaml").write_text(yaml.safe_dump(own))
+    assert run(study) == "ran"
+    (line,) = (o for o in capsys.readouterr().out.splitlines() if o.startswith("note: study.methods"))
+    assert line == "note: study.methods lists mim, but study.inits no mim-<backbone>: it is not run"
+    assert begun(study) == sorted(CELLS)
+
+
 # Results that are there already
+
+
+@pytest.mark.parametrize("name", ["seed-9", "seed-9/results"])
+def test_results_that_a_link_leads_to_are_not_replaced(study, tmp_path, name):
+    others = tmp_path / "others/probe/mine/cmid-resnet18"
+    others.mkdir(parents=True)
+    (others / "metrics.json").write_text("theirs")
+    link = study / name
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(tmp_path / "others")
+    assert f"{link}: is a link to {tmp_path / 'others'}, whose files would be replaced; remove the link" in run(study)
+    assert begun(study) == []
+    assert contents(tmp_path / "others") == {"probe/mine/cmid-resnet18/metrics.json": "theirs"}
+
 
 FAILING = """
 import os, sys
@@ -540,6 +564,14 @@ def test_a_wrong_key_is_named_before_anything_is_cloned(study, own, said):
     for args in ([], ["--list"]):
         assert said in refused("studies/tiny", *args)
     assert not (study.parents[1] / ".studies").exists()
+
+
+def test_a_list_of_the_pipeline_that_is_no_parameter_is_named(study):
+    stage = dict(matrix=dict(init="${study.init}"), cmd="true")
+    (study.parents[1] / "dvc.yaml").write_text(yaml.safe_dump(dict(stages=dict(probe=stage))))
+    said = "dvc.yaml: ${study.init}: params.yaml has no study.init (did you mean 'inits'?)"
+    for args in ([], ["--list"]):
+        assert said in refused("studies/tiny", *args)
 
 
 @pytest.mark.parametrize("text", ["{}", "stages: 5"])
