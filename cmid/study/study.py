@@ -28,9 +28,14 @@ from ..settings.study import is_floor
 from ..settings.task import FORMATS
 
 # %% ../../nbs/8_study/06_study.ipynb #b4640c55
+STUDY_KEYS = "seeds", "stages", "models", "reference", "note"  # of a study's params.yaml, not of the project's
+
+
 def _check_key(values, key):
     "Refuse a dotted key that the parameters do not have"
     path = key.split(".")
+    if path[0] in STUDY_KEYS:
+        raise CmidError(f"--set {key}: {path[0]} is a key of the study's params.yaml alone; change it there")
     for i, name in enumerate(path):
         if not isinstance(values, dict) or name not in values:
             hint = near(name, values) if isinstance(values, dict) else ""
@@ -84,9 +89,6 @@ def with_set(
     return _assigned(values, path, value)
 
 # %% ../../nbs/8_study/06_study.ipynb #f8d20c6b
-STUDY_KEYS = "seeds", "stages", "models", "reference", "note"  # of a study's params.yaml, not of the project's
-
-
 def _own_images(values, over):
     "A study that names images brings all of them: labelled ones, the tasks that are run, and the maps, are its own"
     own = over.get("study") if isinstance(over.get("study"), dict) else {}
@@ -116,7 +118,9 @@ def _own_maps(values, over):
 
 
 def _check_seed(over, sets):
-    "Refuse a seed beside a list of seeds: each run of a grid has its own"
+    "Refuse a list of seeds under another name, and a seed beside it: each run of a grid has its own"
+    if isinstance(over.get("seed"), list):
+        raise CmidError(f"seed: must be one number (got {one_line(str(over['seed']))}); a list is called seeds")
     if over.get("seeds") is not None and ("seed" in over or any(o.partition("=")[0] == "seed" for o in sets)):
         raise CmidError("seed: this study is a grid, whose runs have the seeds of its params.yaml; change seeds there")
 
