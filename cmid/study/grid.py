@@ -31,6 +31,7 @@ from cmid.study.study import (
     clone_environment,
     clone_lock,
     lend_images,
+    named_study,
     newest_commit,
     note_changes,
     pipeline_of,
@@ -75,8 +76,10 @@ class Grid:
         self.commit = newest_commit(self.project)  # all cells run this one
         self.named = stages_of(self.own, where)
         self.pipeline = pipeline_of(self.project)
-        self.values = study_params(project_params(self.project, self.commit), self.own, self.sets)
-        self.cells = grid_cells(self.pipeline, self.values, self.seeds, self.named)
+        base = project_params(self.project, self.commit)
+        with named_study(self.folder):
+            self.values = study_params(base, self.own, self.sets)
+            self.cells = grid_cells(self.pipeline, self.values, self.seeds, self.named)
         check_reference(self.own.get("reference"), self._compared(), where)
         self.place = self.project / ".studies" / self.folder.name
 
@@ -232,7 +235,8 @@ class GridRun:
     def _prepare(self, work, narrow=None, borrows=False):
         "Bring a clone up to date"
         grid = self.grid
-        prepare_clone(grid.project, work, grid.own, grid.sets, narrow, grid.commit, borrows)
+        with named_study(grid.folder):
+            prepare_clone(grid.project, work, grid.own, grid.sets, narrow, grid.commit, borrows)
         share_cache(work, grid.place / "cache")
 
     def _images(self, job, slot):
@@ -418,7 +422,8 @@ def cmid_study():
         _run_single(args)
         return
     grid = Grid(args.folder, args.set)
-    _check_values(grid.values)  # before anything is cloned
+    with named_study(grid.folder):
+        _check_values(grid.values)  # before anything is cloned
     if args.list:
         print("\n".join(cell.name for cell in grid.chosen(args.only)))
         return

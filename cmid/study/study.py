@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STUDY_KEYS', 'with_set', 'study_params', 'newest_commit', 'project_params', 'note_changes', 'clone_lock',
            'share_cache', 'lend_images', 'studied_model', 'bring_back', 'bring_cell_back', 'study_folder', 'read_study',
-           'check_reference', 'pipeline_of', 'stages_of', 'targets_of', 'prepare_clone', 'clone_environment',
-           'run_study']
+           'check_reference', 'pipeline_of', 'stages_of', 'targets_of', 'named_study', 'prepare_clone',
+           'clone_environment', 'run_study']
 
 # %% ../../nbs/8_study/06_study.ipynb #572c3200
 import os
@@ -523,6 +523,19 @@ def targets_of(
     return ["--single-item", "folders", "digest", *stages] if "models" in own else [*stages]
 
 # %% ../../nbs/8_study/06_study.ipynb #ffa295df
+@contextmanager
+def named_study(
+    folder: Path,  # studies/<name>
+):
+    "Inside it, a `CmidError` of params.yaml names the study whose parameters lie over the project's."
+    try:
+        yield
+    except CmidError as e:
+        if not str(e).startswith("params.yaml: "):
+            raise
+        raise CmidError(f"studies/{folder.name}/params.yaml over the project's {e}") from None
+
+
 def prepare_clone(
     project: Path,  # root of the repository
     work: Path,  # the clone
@@ -583,7 +596,8 @@ def run_study(
     with clone_lock(work):
         note_changes(project)
         _places(folder)
-        prepare_clone(project, work, own, sets)
+        with named_study(folder):
+            prepare_clone(project, work, own, sets)
         _run_in(work, [*command, *targets])
         bring_back(work, folder)
     return work

@@ -506,7 +506,7 @@ def test_a_real_grid_prepares_images_once(tmp_path):
     [
         ("pretrain.epochs=x", "params.yaml: pretrain.epochs: should be a valid integer (got 'x')"),
         ("profile=zz", "params.yaml: profile: 'zz' is not under profiles"),
-        ("recipes=null", "params.yaml: recipes: missing; add the line"),
+        ("recipes=null", "studies/aid-grid/params.yaml over the project's params.yaml: recipes: missing; add the line"),
         ("datasets=5", "params.yaml: datasets: must hold datasets by name"),
     ],
 )
@@ -555,8 +555,14 @@ def test_results_that_are_not_a_studys_are_left_alone(study):
         (dict(seeds=[-1]), "/studies/tiny/params.yaml: seeds: -1 is not within 0 and 4294967295"),
         (dict(seeds=[2**32]), "/studies/tiny/params.yaml: seeds: 4294967296 is not within 0 and 4294967295"),
         (dict(seeds=[1.5]), "/studies/tiny/params.yaml: seeds: must be a list of whole numbers"),
-        (dict(profiles=5), "params.yaml: profiles: must hold profiles by name"),
-        (dict(datasets=5), "params.yaml: datasets: must hold datasets by name"),
+        (
+            dict(profiles=5),
+            "studies/tiny/params.yaml over the project's params.yaml: profiles: must hold profiles by name",
+        ),
+        (
+            dict(datasets=5),
+            "studies/tiny/params.yaml over the project's params.yaml: datasets: must hold datasets by name",
+        ),
     ],
 )
 def test_a_wrong_key_is_named_before_anything_is_cloned(study, own, said):
