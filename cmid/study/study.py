@@ -219,9 +219,7 @@ def project_params(
     "params.yaml of a commit. Raises `CmidError` where it cannot be read."
     values = parse_yaml(_git(project, "show", f"{commit}:./params.yaml"), "params.yaml")
     if not isinstance(values, dict):
-        raise CmidError(
-            f"{project}/params.yaml: must hold keys and values in commit {commit[:7]}; commit one that does"
-        )
+        raise CmidError(f"{project}/params.yaml: commit {commit[:7]} has no keys and values there; commit some")
     return values
 
 
@@ -470,10 +468,8 @@ def check_reference(
     known = [*study["inits"], *_floors(study)]
     if reference is None or reference in known:
         return
-    name = f"{where}: reference" if where else "reference"
-    raise CmidError(
-        f"{name}: {reference!r} is not an init of the study{near(reference, known)}; known: {', '.join(known)}"
-    )
+    name, hint = f"{where}: reference" if where else "reference", near(reference, known)
+    raise CmidError(f"{name}: {reference!r} is not an init of the study{hint}; known: {', '.join(known)}")
 
 
 def pipeline_of(
