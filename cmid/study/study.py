@@ -529,7 +529,7 @@ def named_study(
     except CmidError as e:
         if not str(e).startswith("params.yaml: "):
             raise
-        raise CmidError(f"studies/{folder.name}/params.yaml over the project's {e}") from None
+        raise CmidError(f"{folder}/params.yaml over the project's {e}") from None
 
 
 def prepare_clone(

@@ -35,7 +35,7 @@ from cmid.study.report_words import (
     start_words,
 )
 from .results import missing_runs, stage_results
-from .study import study_params
+from .study import named_study, study_params
 
 # %% ../../nbs/8_study/17_study_tables.ipynb #37958d60
 def _table_line(cells):
@@ -138,7 +138,7 @@ def study_root(
     results=None,  # folder with its results; None: the study's own
 ):  # gives a folder, removed afterwards
     "A study as a root of its own: its parameters over the project's, and its results. Errors name its own files."
-    with tempfile.TemporaryDirectory() as folder:
+    with named_study(study), tempfile.TemporaryDirectory() as folder:
         params = study_params(load_yaml(Path(root) / "params.yaml"), load_yaml(Path(study) / "params.yaml"))
         write_whole(f"{folder}/params.yaml", yaml.safe_dump(params))
         found = Path(results or study) / "results"
@@ -147,8 +147,7 @@ def study_root(
         try:
             yield Path(folder)
         except CmidError as e:
-            said = str(e).replace(f"{folder}/results", str(found)).removeprefix(f"{folder}/")
-            raise CmidError(f"{study}/{said}" if said.startswith("params.yaml: ") else said) from None
+            raise CmidError(str(e).replace(f"{folder}/results", str(found)).removeprefix(f"{folder}/")) from None
 
 # %% ../../nbs/8_study/17_study_tables.ipynb #7ab78df7
 def shared_files(
